@@ -1,0 +1,190 @@
+"""Every setting of a run: its type, default, range and a line of meaning, declared once.
+
+Sizes are global: batch, queue and learning rate mean the same on one GPU or eight. A setting made
+with `place` says where or how often something happens and never changes a training number; all
+others are the run's identity. `auto` is settled from the device when a run starts, and written down.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur"]
+
+
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting that belongs to a run's identity."""
+    return Field(default=default, description=meaning, **limits)
+
+
+def place(default: Any, meaning: str, **limits: Any) -> Any:
+    """A setting that changes no training number: device, paths, logging, saving."""
+    extra = {"place": True}
+    return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
+
+
+class Section(BaseModel):
+    """Frozen, and closed to unknown names."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Data(Section):
+    path: str | None = place(None, "folder or .npz of images; null is the embedded demo set")
+    labels: Literal["auto", "folders", "none"] = setting(
+        "auto", "auto: labels of an .npz or of train/ and val/; folders: every folder is a class"
+    )
+    last: Literal["drop", "keep"] = setting("drop", "what to do with an epoch's last partial batch")
+    workers: Count | Literal["auto"] = place("auto", "decoding processes of each GPU's process")
+    bad_share: float = place(
+        0.01, "share of unreadable images (at least 10 images) at which the run stops", ge=0, le=1
+    )
+
+
+class Views(Section):
+    size: int = setting(224, "side of a view in pixels", ge=8, le=2048)
+    order: tuple[ViewOp, ...] = setting(
+        ("crop", "jitter", "grayscale", "blur", "flip"), "operations in the order they are applied"
+    )
+    crop_area: tuple[float, float] = setting((0.2, 1.0), "share of the image's area in a crop")
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width over height of a crop")
+    jitter_probability: float = setting(0.8, "share of views with colour jitter", ge=0, le=1)
+    brightness: float = setting(0.4, "brightness factor is in [1-b, 1+b]", ge=0)
+    contrast: float = setting(0.4, "contrast factor is in [1-c, 1+c]", ge=0)
+    saturation: float = setting(0.4, "saturation factor is in [1-s, 1+s]", ge=0)
+    hue: float = setting(0.1, "hue shift in turns of the colour circle is in [-h, h]", ge=0, le=0.5)
+    grayscale_probability: float = setting(0.2, "share of views made gray", ge=0, le=1)
+    blur_probability: float = setting(0.5, "share of views with Gaussian blur", ge=0, le=1)
+    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels")
+    flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
+    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
+    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")
+    resize: int = setting(256, "evaluation: short side before the centre crop of `size`", ge=8)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.order)) != len(self.order):
+            raise ValueError("order names an operation twice")
+        if self.order[:1] != ("crop",):
+            raise ValueError("order must begin with crop, which gives every view its size")
+        for name in ("crop_area", "crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers, 0 < low <= high")
+        if self.crop_area[1] > 1:
+            raise ValueError("crop_area cannot exceed 1, the whole image")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+        if self.resize < self.size:
+            raise ValueError("resize cannot be smaller than size, the centre crop")
+        return self
+
+
+class Net(Section):
+    backbone: str = setting("resnet50", "a timm model by name, or resnet_tiny")
+    stem: Literal["imagenet", "small"] = setting(
+        "imagenet", "small: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels"
+    )
+    zero_init_last: bool = setting(False, "start each residual block's last BN scale at zero")
+    head: Literal["linear", "mlp"] = setting("mlp", "projection head: one layer, or two with a ReLU")
+    hidden: Positive | None = setting(None, "width of the mlp head; null is the backbone's")
+    dim: int = setting(128, "dimensions of queries and keys", ge=2)
+    calibrate_head: bool = setting(
+        False, "rescale the head's layers to zero mean and unit variance on the first group"
+    )
+
+
+class Method(Section):
+    name: Literal["moco"] = setting("moco", "the mechanism that supplies keys and negatives")
+    temperature: float = setting(0.2, "softmax temperature of InfoNCE", gt=0)
+    queue_size: int = setting(65536, "keys held as negatives", ge=1)
+    momentum: float = setting(0.999, "key encoder's momentum, at momentum_batch", ge=0, le=1)
+    momentum_batch: Positive | None = setting(
+        256, "batch the momentum was quoted at; null keeps it at any batch"
+    )
+    symmetric: bool = setting(False, "each view is query once and key once")
+    group_size: int = setting(32, "images that share batch-norm statistics", ge=2)
+    groups: Literal["auto"] | Positive = setting(
+        "auto", "batch-norm groups of a batch; auto is batch / group_size, at least two"
+    )
+    shuffle: bool = setting(True, "permute the key images before they are cut into groups")
+
+
+class Optim(Section):
+    name: Literal["sgd", "adamw"] = setting("sgd", "optimiser")
+    lr: float = setting(0.03, "peak learning rate, at lr_batch", gt=0)
+    lr_batch: int = setting(256, "batch the learning rate was quoted at", ge=1)
+    scale: Literal["linear", "sqrt", "none"] = setting("linear", "how lr follows the batch")
+    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
+    weight_decay: float = setting(1e-4, "weight decay on all parameters, BN and biases too", ge=0)
+    schedule: Literal["steps", "cosine"] = setting("cosine", "how the learning rate falls")
+    per: Literal["epoch", "step"] = setting("epoch", "how often the learning rate changes")
+    first_epoch: Literal[0, 1] = setting(0, "number of the first epoch in the cosine")
+    drops: tuple[float, ...] = setting((0.6, 0.8), "steps: shares of the run after which lr drops")
+    drop_factor: float = setting(0.1, "steps: what each drop multiplies lr by", gt=0, lt=1)
+    warmup_epochs: float = setting(0.0, "epochs in which lr rises linearly from zero", ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.drops) != sorted(self.drops) or not all(0 < d < 1 for d in self.drops):
+            raise ValueError("drops must be rising shares between 0 and 1")
+        return self
+
+
+class Train(Section):
+    epochs: int = setting(200, "passes over the images", ge=1)
+    batch_size: int = setting(256, "images in a step, over all GPUs", ge=2)
+    micro_batch: Positive | None = place(
+        None, "do a step in pieces of about this many images, to save memory"
+    )
+
+
+class Engine(Section):
+    device: str = place("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "of the encoders; auto: bfloat16 where native, float16 on older GPUs, else float32"
+    )
+    memory_format: Literal["auto", "contiguous", "channels_last"] = setting(
+        "auto", "layout of images in memory; auto is channels_last"
+    )
+    compile: Literal["auto"] | bool = setting("auto", "torch.compile the encoders; auto: on CUDA")
+    deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
+    threads: Positive | Literal["auto"] = place("auto", "CPU threads of each process")
+
+
+class Save(Section):
+    minutes: float = place(15.0, "minutes between checkpoints", gt=0)
+    every_epochs: int = place(1, "also at the end of every n-th epoch; 0: only the last", ge=0)
+    every_steps: Positive | None = place(None, "also every n steps")
+    keep: int = place(2, "newest checkpoints kept", ge=1)
+    milestone_epochs: Positive | None = place(None, "keep for good every n-th epoch's checkpoint")
+
+
+class Log(Section):
+    every_steps: int = place(10, "steps between lines of metrics.jsonl", ge=1)
+
+
+class Monitor(Section):
+    every_epochs: int = place(10, "epochs between kNN scores, if there are labels; 0: never", ge=0)
+    k: int = place(200, "neighbours that vote", ge=1)
+    temperature: float = place(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
+    bank: int = place(100_000, "training images in the bank, at most", ge=1)
+
+
+class Settings(Section):
+    recipe: str = place("mocov2", "the recipe that the settings started from")
+    seed: int = setting(0, "every random number of the run follows from it", ge=0, lt=2**63)
+    data: Data = Data()
+    views: Views = Views()
+    net: Net = Net()
+    method: Method = Method()
+    optim: Optim = Optim()
+    train: Train = Train()
+    engine: Engine = Engine()
+    save: Save = Save()
+    log: Log = Log()
+    monitor: Monitor = Monitor()
