@@ -1,0 +1,45 @@
+"""mocokit: turn a folder of unlabelled images into a visual backbone by momentum contrast.
+
+The public names load what they need on first use, so that importing the package is instant.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
+    from mocokit.export import load
+    from mocokit.pretrain import Run, pretrain
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "pretrain": "mocokit.pretrain",
+    "Run": "mocokit.pretrain",
+    "load": "mocokit.export",
+    "MocokitError": "mocokit.errors",
+    "UserError": "mocokit.errors",
+    "NonFiniteLoss": "mocokit.errors",
+    "Interrupted": "mocokit.errors",
+}
+_ROOMS = ("chance", "evaluate", "methods", "nets", "recipes", "settings", "views")
+
+__all__ = [
+    "Interrupted",
+    "MocokitError",
+    "NonFiniteLoss",
+    "Run",
+    "UserError",
+    "load",
+    "pretrain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value  # over the submodule of that name, which import has just set
+        return value
+    if name in _ROOMS:
+        return importlib.import_module(f"mocokit.{name}")
+    raise AttributeError(f"module 'mocokit' has no attribute {name!r}")

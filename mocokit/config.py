@@ -90,7 +90,9 @@ class Net(Section):
         "imagenet", "small: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels"
     )
     zero_init_last: bool = setting(False, "start each residual block's last BN scale at zero")
-    head: Literal["linear", "mlp"] = setting("mlp", "projection head: one layer, or two with a ReLU")
+    head: Literal["linear", "mlp"] = setting(
+        "mlp", "projection head: one layer, or two with a ReLU"
+    )
     hidden: Positive | None = setting(None, "width of the mlp head; null is the backbone's")
     dim: int = setting(128, "dimensions of queries and keys", ge=2)
     calibrate_head: bool = setting(

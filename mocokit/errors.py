@@ -1,9 +1,9 @@
 """What can go wrong, and the exit code of each.
 
-    MocokitError            1    our fault, or a run that cannot go on
-    ├── UserError           2    a mistake in the input: one sentence with what, where, the remedy
-    ├── NonFiniteLoss       1    the loss became NaN or infinite; the last good checkpoint stands
-    └── Interrupted    75, 130   asked to stop, and saved: SIGTERM and SIGUSR1 give 75, Ctrl-C 130
+MocokitError            1    our fault, or a run that cannot go on
+├── UserError           2    a mistake in the input: one sentence with what, where, the remedy
+├── NonFiniteLoss       1    the loss became NaN or infinite; the last good checkpoint stands
+└── Interrupted    75, 130   asked to stop, and saved: SIGTERM and SIGUSR1 give 75, Ctrl-C 130
 """
 
 

@@ -121,6 +121,21 @@ def load(path: Path) -> Settings:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
+def stated_in(path: Path) -> set[str]:
+    """Dotted paths of the settings that a YAML file states."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {name for name, _ in fields()}
+    return known & set(_paths(tree, ""))
+
+
+def _paths(tree: Any, prefix: str) -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def _validate(tree: Mapping[str, Any], origin: str) -> Settings:
     try:
         return Settings.model_validate(tree)

@@ -1,0 +1,88 @@
+"""Several images on their way to the device, never padded."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mocokit.data.arrays import ArraySource
+from mocokit.data.decode import BadImage
+from mocokit.data.source import Source
+from mocokit.errors import UserError
+
+_TRIES = 10  # images looked at before giving up on one place in a batch
+
+
+class Batch(NamedTuple):
+    """Images as canvases of different sizes.
+
+    index: (n,) int64, each image's stable number; of a substitute its own
+    pixels: flat uint8, one canvas (H, W, 3) after another
+    heights, widths: (n,) int64
+    bad: number, name and reason of every image that could not be read
+    """
+
+    # Hides tuple.index, which nobody needs here.
+    index: NDArray[np.int64]  # type: ignore[assignment]
+    pixels: torch.Tensor
+    heights: NDArray[np.int64]
+    widths: NDArray[np.int64]
+    bad: tuple[tuple[int, str, str], ...] = ()
+
+    def pin_memory(self) -> "Batch":
+        """The same with pixels in page-locked memory, from which a GPU copies by itself."""
+        return self._replace(pixels=self.pixels.pin_memory())
+
+
+def read_batch(
+    source: Source,
+    indices: NDArray[np.int64],
+    bound: int | None,
+    other: Callable[[int, int], int] | None = None,
+) -> Batch:
+    """These images in this order; each that cannot be read is named in `bad`.
+
+    `other(index, attempt)` names one to take its place; without it the place is left out.
+    """
+    indices = np.asarray(indices, np.int64)
+    if isinstance(source, ArraySource):
+        images = source.gather(indices)  # (n, H, W, 3)
+        heights, widths = (np.full(len(indices), images.shape[axis], np.int64) for axis in (1, 2))
+        return Batch(indices, torch.from_numpy(images.reshape(-1)), heights, widths)
+    read: list[tuple[int, NDArray[np.uint8]]] = []
+    bad: list[tuple[int, str, str]] = []
+    for index in indices.tolist():
+        candidate = index
+        for attempt in range(_TRIES):
+            try:
+                read.append((candidate, source.read(candidate, bound)))
+                break
+            except BadImage as error:
+                bad.append((candidate, source.describe(candidate), str(error)))
+            if other is None:
+                break
+            candidate = other(index, attempt)
+        else:
+            raise _hopeless(source, bad[-1])
+    return _join(read, tuple(bad))
+
+
+def _join(
+    read: list[tuple[int, NDArray[np.uint8]]], bad: tuple[tuple[int, str, str], ...]
+) -> Batch:
+    index = np.array([number for number, _ in read], np.int64)
+    heights = np.array([canvas.shape[0] for _, canvas in read], np.int64)
+    widths = np.array([canvas.shape[1] for _, canvas in read], np.int64)
+    pixels = torch.empty(int((heights * widths).sum()) * 3, dtype=torch.uint8)
+    flat, first = pixels.numpy(), 0
+    for _, canvas in read:
+        flat[first : first + canvas.size] = canvas.reshape(-1)
+        first += canvas.size
+    return Batch(index, pixels, heights, widths, bad)
+
+
+def _hopeless(source: Source, last: tuple[int, str, str]) -> UserError:
+    what = f"{_TRIES} images of {source.name} in a row cannot be read, the last being {last[1]}"
+    return UserError(f"{what} ({last[2]}): check that the images are there and whole")

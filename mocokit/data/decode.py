@@ -1,0 +1,107 @@
+"""Encoded images to RGB pixels, as a viewer shows them and no larger than any crop can use."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(Exception):
+    """An image that cannot be turned into pixels; the text is a short reason."""
+
+
+def decode(source: str | Path | bytes, bound: int | None) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3) of a file, or of its content as bytes.
+
+    A larger image is reduced by whole factors as long as its short side stays >= `bound`.
+    """
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not content:
+            raise BadImage("the file is empty")
+        with warnings.catch_warnings():
+            # Pillow only warns of images of 90 to 180 million pixels, and of harmless oddities.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                return _pixels(image, bound)
+    except BadImage:
+        raise
+    except Exception as error:
+        # Pillow's plugins answer damaged content with nearly every type of exception.
+        raise BadImage(_reason(error)) from error
+
+
+def _pixels(image: Image.Image, bound: int | None) -> NDArray[np.uint8]:
+    if bound is not None:
+        # JPEG only: the decoder skips the high frequencies, by a factor of 2, 4 or 8.
+        image.draft(None, (bound, bound))
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    shown = _rgb(image)
+    if bound is not None and (factor := min(shown.size) // bound) > 1:
+        shown = shown.reduce(factor)
+    if turn is not None:
+        shown = shown.transpose(turn)
+    return np.array(shown)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        # A viewer shows an image whose EXIF block is damaged, unturned.
+        return 1
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB: transparency over white, deep pixels scaled to 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Gray levels (H, W) of 16 or 32 bits, or floats, on the scale that holds them: 8 bits.
+
+    Pillow's own conversion cuts off at 255, which makes nearly every 16-bit image white.
+    """
+    levels = values.astype(np.float64)
+    low, high = levels.min(), levels.max()
+    scales = [1.0, 255.0, 65535.0] if values.dtype.kind == "f" else [255.0, 65535.0]
+    if values.dtype.itemsize == 2:
+        scales = [65535.0]
+    scale = next((scale for scale in scales if high <= scale), None)
+    if scale is None or not low >= 0:
+        raise BadImage(f"gray levels from {low:g} to {high:g} have no known scale")
+    return np.rint(levels * (255.0 / scale)).astype(np.uint8)
+
+
+def _reason(error: Exception) -> str:
+    """A line that a person understands."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of a kind that Pillow cannot read"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused as a decompression bomb"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {os.strerror(error.errno)}"
+    text = " ".join(str(error).split())[:120]
+    return text or type(error).__name__

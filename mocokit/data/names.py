@@ -1,0 +1,45 @@
+"""File names: many at little cost, and each as a person can read it."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Names:
+    """Many file names in two arrays, so that processes share them: a list's would be copied."""
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, names: Sequence[bytes]) -> "Names":
+        lengths = np.fromiter(map(len, names), np.int64, len(names))
+        return cls(np.frombuffer(b"".join(names), np.uint8), np.cumsum(lengths, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self.ends))[index]
+        first = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.text[first : int(self.ends[index])].tobytes())
+
+
+def short_name(text: str) -> str:
+    """A text as a part of a file name on any system."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:40].strip("-._") or "images"
+
+
+def printable(text: str) -> str:
+    """A file name on one line, whatever bytes it is made of."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def show(path: str | Path) -> str:
+    """A path for a message."""
+    return printable(str(path))

@@ -1,0 +1,191 @@
+"""Loading processes: how they start, and how large things reach them and come back."""
+
+import multiprocessing
+import multiprocessing.forkserver
+import pickle
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from multiprocessing.context import BaseContext
+from types import ModuleType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from mocokit.data.batch import Batch
+from mocokit.errors import MocokitError, UserError
+
+T = TypeVar("T")
+
+_SHARED_MEMORY = "/dev/shm"
+_ALIGNMENT = 64
+
+
+def prepare_workers() -> None:
+    """Begin to start what starts loading processes, while the caller does something else."""
+    if _context().get_start_method() == "forkserver":
+        multiprocessing.forkserver.ensure_running()
+
+
+def read_in_workers(
+    read: Callable[[T], Batch], tasks: Iterable[T], workers: int, pin: bool = False
+) -> Generator[Batch, None, None]:
+    """`read(task)` for each task in order, made ahead of time by `workers` processes.
+
+    They end with the generator, after the batch that each is at.
+    """
+    arrivals = _start(Packed(read), tasks, workers, pin)
+    try:
+        for arrival in arrivals:
+            yield _receive(arrival, pin)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        end = f"a loading process ended ({error}), perhaps for lack of memory"
+        remedy = f"lower data.workers, now {workers}, or train.batch_size"
+        raise MocokitError(f"{end}: {remedy}") from error
+    finally:
+        # Left to the garbage collector, they would live as long as a traceback does.
+        arrivals._shutdown_workers()
+
+
+def _start(
+    read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int, pin: bool
+) -> Any:
+    hidden = nullcontext() if read.needs_main else _without_main()
+    with warnings.catch_warnings(), hidden:
+        # More workers than cores is what the user asked for.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            _Answers(read, workers),
+            batch_size=None,
+            sampler=tasks,  # type: ignore[arg-type]
+            num_workers=workers,
+            # Batches are large: many workers are enough of a supply.
+            prefetch_factor=2 if workers <= 4 else 1,
+            collate_fn=_as_it_is,
+            pin_memory=pin,
+            worker_init_fn=_begin,
+            multiprocessing_context=_context(),
+            # Its own, or it would draw from the generator of the whole process.
+            generator=torch.Generator(),
+        )
+        return iter(loader)
+
+
+def _context() -> BaseContext:
+    """How processes start: copied from a small server that has nothing but the imports.
+
+    A plain fork copies the training process in the middle of whatever its other threads (torch's,
+    pinning, logging) are doing, locks included, and may hang; Python 3.12 warns of it. A fresh
+    interpreter each (spawn) imports torch once per process; the server does so once.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mocokit.data.loader"])
+    return context
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes started in here do not run the user's script again.
+
+    They would, to find classes that it defines; a script that trains without the guard
+    `if __name__ == "__main__"` would then begin to train in every process.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _begin(worker: int) -> None:
+    """The first thing a loading process does."""
+    # Ctrl-C reaches every process of a terminal; the training process alone decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class _Piped(NamedTuple):
+    """A batch too large for shared memory: numpy arrays go through a pipe, slower but safely."""
+
+    batch: Batch
+    pixels: NDArray[np.uint8]
+
+
+class _Answers(Dataset[Any]):
+    """What a loading process holds: it answers a task with a batch, or with what went wrong."""
+
+    def __init__(self, read: "Packed[Callable[[Any], Batch]]", workers: int) -> None:
+        self.read, self.workers = read, workers
+
+    def __getitem__(self, task: Any) -> Batch | _Piped | UserError:
+        try:
+            batch = self.read.content(task)
+        except UserError as error:
+            # Raised here, it would reach the user wrapped in the traceback of this process.
+            return error
+        if 2 * self.workers * batch.pixels.nbytes < _free_shared_memory():
+            return batch
+        return _Piped(batch._replace(pixels=torch.empty(0)), batch.pixels.numpy())
+
+
+def _receive(arrival: Batch | _Piped | UserError, pin: bool) -> Batch:
+    if isinstance(arrival, UserError):
+        raise arrival
+    if isinstance(arrival, Batch):
+        return arrival
+    batch = arrival.batch._replace(pixels=torch.from_numpy(arrival.pixels))
+    return batch.pin_memory() if pin else batch
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _free_shared_memory() -> int:
+    """Bytes that can still be shared with other processes; containers often have only 64 MB."""
+    try:
+        return shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:
+        return sys.maxsize  # not Linux: shared memory is no file system there
+
+
+class Packed(Generic[T]):
+    """An object to send to many processes, which then share the memory of its arrays.
+
+    A million file names are 50 MB: too much for a copy in each of 16 processes.
+    """
+
+    def __init__(self, content: T) -> None:
+        buffers: list[pickle.PickleBuffer] = []
+        self._body = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
+        sizes = [buffer.raw().nbytes for buffer in buffers]
+        starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]).tolist()
+        self._parts = [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self._memory = torch.empty(starts[-1], dtype=torch.uint8)
+        for (first, last), buffer in zip(self._parts, buffers, strict=True):
+            self._memory.numpy()[first:last] = np.frombuffer(buffer.raw(), np.uint8)
+        if 0 < 2 * self._memory.nbytes < _free_shared_memory():
+            self._memory.share_memory_()  # type: ignore[no-untyped-call]
+
+    @property
+    def needs_main(self) -> bool:
+        """Whether the user's script defines a class of the content."""
+        return b"__main__" in self._body
+
+    @cached_property
+    def content(self) -> T:
+        memory = memoryview(self._memory.numpy())  # type: ignore[arg-type]
+        content: T = pickle.loads(self._body, buffers=[memory[a:b] for a, b in self._parts])
+        return content

@@ -1,0 +1,1 @@
+"""The engine: processes and devices, optimiser, checkpoints, run folders, records. No contrast."""

@@ -1,0 +1,91 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocokit.errors import UserError
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+def name_of(step: int) -> str:
+    """The file name of the checkpoint after this many steps."""
+    return f"step-{step:08d}.pt"
+
+
+def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Write folder/step-XXXXXXXX.pt whole or not at all, and point last.pt beside folder at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name_of(step)
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": FORMAT, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    _point(folder.parent / "last.pt", path)
+    return path
+
+
+def _point(link: Path, target: Path) -> None:
+    """Make `link` a relative symbolic link to target, without a moment in which there is none."""
+    temporary = link.with_name(link.name + ".partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
+
+
+def prune(folder: Path, keep: int, milestones: frozenset[int] = frozenset()) -> None:
+    """Delete all but the newest `keep` checkpoints and the milestones."""
+    for step in steps(folder)[:-keep]:
+        if step not in milestones:
+            (folder / name_of(step)).unlink(missing_ok=True)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, rising."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step-*.pt"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint. Raises UserError where it is damaged, or would need unpickling of code."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint at {path}") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as tensors ({reason}); a file that needs full unpickling could "
+            "run any code, so it is refused"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of mocokit")
+    return state
+
+
+def load_newest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, or None where there is none.
+
+    Raises UserError if there are checkpoints but every one is damaged.
+    """
+    damaged: list[str] = []
+    for step in reversed(steps(folder)):
+        try:
+            return load(folder / name_of(step), device)
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(f"no checkpoint in {folder} can be read: {damaged[0]}")
+    return None

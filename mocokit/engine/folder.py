@@ -1,0 +1,107 @@
+"""The run folder: what lies in it, whether it can be gone on with, and who holds it."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mocokit import settings as settings_
+from mocokit.config import Settings
+from mocokit.engine.record import read_metrics
+from mocokit.errors import UserError
+
+ROOT = Path("runs")
+
+
+class RunFolder:
+    """Paths of a run folder, and what can be read from them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.last = path / "last.pt"
+        self.index = path / "images.idx"
+        self.bad_images = path / "bad_images.txt"
+        self.backbone = path / "backbone.safetensors"
+        self.sheet = path / "views.png"
+        self.readme = path / "README.md"
+
+    @property
+    def is_run(self) -> bool:
+        return self.config.is_file()
+
+    def settings(self) -> Settings:
+        return settings_.load(self.config)
+
+    def result(self) -> dict[str, Any] | None:
+        """The last line of the metrics if the run is finished, else None."""
+        lines = read_metrics(self.metrics)
+        return lines[-1] if lines and lines[-1].get("finished") else None
+
+    def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
+        """Make the folder and write config.yaml; raises UserError where that is not possible."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            partial = self.config.with_suffix(".partial")
+            partial.write_text(settings_.to_yaml(settings, resolved), encoding="utf-8")
+            os.replace(partial, self.config)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {self.path} ({error.strerror}); "
+                "choose another with --out"
+            ) from None
+
+    def conflicts(self, settings: Settings) -> list[str]:
+        """Identity settings in which this folder's run differs, as `path (its value, asked)`."""
+        ours, asked = settings_.identity(self.settings()), settings_.identity(settings)
+        return [f"{k} ({ours[k]} there, {asked[k]} asked)" for k in ours if ours[k] != asked[k]]
+
+
+def next_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
+    """runs/<recipe>-<data>-NNN with the first free number after the highest."""
+    stem = _stem(recipe, data)
+    numbers = [number for number, _ in _numbered(root, stem)]
+    return RunFolder(root / f"{stem}-{max(numbers, default=0) + 1:03d}")
+
+
+def unfinished(recipe: str, data: str, root: Path = ROOT) -> list[RunFolder]:
+    """Runs of this recipe and data that are not finished, newest first."""
+    numbered = sorted(_numbered(root, _stem(recipe, data)), reverse=True)
+    folders = [RunFolder(path) for _, path in numbered]
+    return [folder for folder in folders if folder.is_run and folder.result() is None]
+
+
+def _stem(recipe: str, data: str) -> str:
+    if recipe == data:  # the demo
+        return recipe
+    return f"{recipe}-{re.sub(r'[^A-Za-z0-9._]+', '_', data).strip('._') or 'data'}"
+
+
+def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
+    pattern = re.compile(re.escape(stem) + r"-(\d{3,})")
+    if not root.is_dir():
+        return []
+    matches = ((pattern.fullmatch(path.name), path) for path in root.iterdir())
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes out of the folder; the lock dies with the process that holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where the lock is left out
+        yield
+        return
+    with open(folder.path / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"another process is running in {folder.path}; wait for it, or choose another --out"
+            ) from None
+        yield

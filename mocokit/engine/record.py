@@ -1,0 +1,168 @@
+"""What a run says: metrics.jsonl, one JSON object a line, and the progress line for a person."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mocokit.errors import UserError
+
+PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
+
+
+class Metrics:
+    """metrics.jsonl of a run folder; opening it cuts back what came after `step` steps."""
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append a line; floats are rounded to six digits, which is more than they mean."""
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        self._file.write(json.dumps(rounded) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Meter:
+    """Images per second, and the share of time spent waiting for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self._start, self._wait, self._images = time.perf_counter(), 0.0, 0
+
+    def step(self, images: int, wait: float) -> None:
+        self._images += images
+        self._wait += wait
+
+    def read(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        rates = {"images_per_s": self._images / elapsed, "data_wait": self._wait / elapsed}
+        self.__init__()  # type: ignore[misc]
+        return rates
+
+
+class Progress:
+    """One line that redraws itself on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, total_steps: int, first_step: int, steps_per_epoch: int) -> None:
+        self._total, self._first, self._per_epoch = total_steps, first_step, steps_per_epoch
+        self._start = self._last = time.monotonic()
+        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Redraw after `step` steps."""
+        line = self._line(step, values)
+        if self._live:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+        elif step >= self._total or time.monotonic() - self._last >= PLAIN_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(line)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _line(self, step: int, values: Mapping[str, Any]) -> str:
+        done = step - self._first
+        left = (time.monotonic() - self._start) / max(done, 1) * (self._total - step)
+        width = len(str(self._total))
+        parts = [
+            f"step {step:{width}d}/{self._total}",
+            f"epoch {(step - 1) // self._per_epoch + 1}",
+            f"loss {values['loss']:.3f} (chance {values['chance_loss']:.2f})",
+            f"contrast {values['contrast_top1']:4.0%}",
+            f"{values['images_per_s']:,.0f} images/s",
+            f"data wait {values['data_wait']:.0%}",
+            f"{clock(left)} left",
+        ]
+        if values.get("bad_images"):
+            parts.insert(-1, f"{values['bad_images']} bad images")
+        return " · ".join(parts)
+
+
+class Speaker:
+    """Says sentences and small tables to a person; silent on all but the first process."""
+
+    def __init__(self, on: bool = True) -> None:
+        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
+
+    def say(self, text: str, style: str | None = None) -> None:
+        self._console.print(Text(text, style=style or ""))
+
+    def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+        """A small table; all but the first column are set to the right."""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for number, name in enumerate(columns):
+            table.add_column(name, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print(table)
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:03:04."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class BadImages:
+    """bad_images.txt: each unreadable image once, with the reason; too many end the run."""
+
+    def __init__(self, path: Path, images: int, share: float, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        self.limit = max(10, int(share * images))
+        self._seen: set[str] = set()
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            self._seen = {line.split("\t", 1)[0] for line in lines}
+
+    @property
+    def count(self) -> int:
+        return len(self._seen)
+
+    def note(self, bad: tuple[tuple[int, str, str], ...]) -> None:
+        """Record (number, name, reason) of images; raises UserError past the limit."""
+        for number, name, reason in bad:
+            if str(number) in self._seen:
+                continue
+            self._seen.add(str(number))
+            if self._writes:
+                line = f"{number}\t{name!r}\t{reason}\n"
+                with open(self._path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(line)
+            if self.count > self.limit:
+                raise UserError(
+                    f"{self.count} images cannot be read, more than the limit of {self.limit}; "
+                    f"{self._path} names them; raise the limit with --set data.bad_share=0.1"
+                )

@@ -1,0 +1,126 @@
+"""Processes, device and precision: what a run is computed with."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from mocokit.chance import Slot, library_seed
+from mocokit.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this is; rank 0 alone writes."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def writes(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def joined_world(device: str) -> Iterator[World]:
+    """Join the group of processes that torchrun announces in the environment, if it does."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names) or dist.is_initialized():
+        yield World()
+        return
+    world = World(
+        int(os.environ["RANK"]),
+        int(os.environ["WORLD_SIZE"]),
+        int(os.environ.get("LOCAL_RANK", "0")),
+    )
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name, or the best there is; raises UserError if it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(
+            f"device {name!r} is not one; take auto, cpu, cuda, cuda:1 or mps"
+        ) from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = local_rank if device.index is None else device.index
+        if number >= count:
+            there = f"there are {count} CUDA devices" if count else "there is no CUDA device here"
+            raise UserError(f"device {name}: {there}; take --device auto to use what there is")
+        return torch.device("cuda", number)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device {name} is not here; take --device auto to use what there is")
+    if device.type not in ("cpu", "mps"):
+        raise UserError(f"device {name} is not supported; take auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
+    """bfloat16 where the device has it natively, float16 on older GPUs, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bfloat16" if native else "float32"
+    return "float32"
+
+
+def default_threads() -> int:
+    """The processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Run the encoders in this precision; losses and updates leave it again themselves."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
+    """Set what torch keeps globally, as a function of the settings alone."""
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = False  # it would choose by timing
+        torch.backends.cudnn.deterministic = deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def seed_libraries(seed: int, step: int, slot: int = Slot.LIBRARY) -> None:
+    """Give library randomness (dropout, initialisation) a fresh, stateless start."""
+    torch.manual_seed(library_seed(seed, step, slot))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far in GiB: of the GPU, or on a CPU of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

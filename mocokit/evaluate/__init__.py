@@ -1,0 +1,1 @@
+"""How good a backbone is. Evaluation reads weights; it never touches training state."""

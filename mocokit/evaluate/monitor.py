@@ -1,0 +1,122 @@
+"""The kNN monitor: the score of an encoder as it stands, and of what it must beat."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mocokit import chance
+from mocokit.chance import Slot
+from mocokit.data.source import Source
+from mocokit.evaluate.features import compute_features, evaluating, evaluation_batches
+from mocokit.evaluate.knn import knn_accuracy
+from mocokit.nets.batchnorm import calibrate
+from mocokit.nets.heads import Encoder
+from mocokit.views.params import ViewSpec
+
+PIXEL_LIMIT = 64  # pixels a side; above, raw pixels are no baseline worth their memory
+CALIBRATION = 8  # batches that give random weights their batch-norm statistics
+
+
+class KnnMonitor:
+    """kNN with the training images as bank; `run` yields (name, accuracy).
+
+    The queries are the validation images where there are any, else a tenth of the labelled training
+    images, drawn from chance and left out of the bank.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        validation: Source | None,
+        spec: ViewSpec,
+        device: torch.device,
+        *,
+        k: int,
+        temperature: float,
+        bank: int,
+        seed: int,
+        threads: int = 0,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        if train.labels is None:
+            raise ValueError("a kNN monitor needs labels")
+        self.spec, self.device, self.threads = spec, device, max(1, threads)
+        self.k, self.temperature, self.precision = k, temperature, precision
+        everything = np.arange(len(train))
+        order = np.argsort(chance.uniform(seed, 0, everything, 0, Slot.HOLD_OUT), kind="stable")
+        if validation is not None and validation.labels is not None:
+            self.queries, self.query_numbers = validation, np.arange(len(validation))
+            kept, self.split = order, "validation images"
+        else:
+            held = max(1, len(train) // 10)
+            self.queries, self.query_numbers = train, np.sort(order[:held])
+            kept, self.split = order[held:], "a held-out tenth of the labelled images"
+        self.train, self.bank_numbers = train, np.sort(kept[:bank])
+
+    @property
+    def protocol(self) -> str:
+        """How the numbers come about, in words."""
+        return (
+            f"kNN, k {min(self.k, len(self.bank_numbers))}, temperature {self.temperature:g}, "
+            f"{len(self.bank_numbers):,} training images as bank, "
+            f"{len(self.query_numbers):,} queries ({self.split}), centre crop, final weights"
+        )
+
+    def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
+        """Accuracy of the encoder's backbone features, and of its head's output."""
+
+        def network(views: Tensor) -> tuple[Tensor, Tensor]:
+            features = encoder.backbone(views)
+            return features, encoder.head(features)
+
+        with evaluating(encoder):
+            yield from self._scores(network, ("knn_backbone", "knn_head"))
+
+    def raw_pixels(self) -> float | None:
+        """Accuracy of the centred pixels themselves; None where the images are large."""
+        if self.spec.size > PIXEL_LIMIT:
+            return None
+        with torch.no_grad():
+            scores = dict(self._scores(lambda views: (views.flatten(1),), ("pixels",), centre=True))
+        return scores["pixels"]
+
+    def random_weights(self, encoder: Encoder) -> float:
+        """Accuracy of an untrained encoder's backbone whose batch norm fits the data."""
+        network = copy.deepcopy(encoder.backbone)
+        batches = self._batches(self.train, self.bank_numbers[: CALIBRATION * 256])
+        with torch.no_grad():
+            calibrate(network, (views for _, views in batches))
+            network.eval()
+            scores = dict(self._scores(lambda views: (network(views),), ("random",)))
+        return scores["random"]
+
+    def _batches(self, source: Source, numbers: NDArray[np.int64]):  # type: ignore[no-untyped-def]
+        return evaluation_batches(source, numbers, self.spec, self.device, self.threads)
+
+    def _scores(
+        self,
+        network: Callable[[Tensor], tuple[Tensor, ...]],
+        names: tuple[str, ...],
+        centre: bool = False,
+    ) -> Iterator[tuple[str, float]]:
+        with self.precision():
+            bank_index, banks = compute_features(
+                network, self._batches(self.train, self.bank_numbers)
+            )
+            query_index, queries = compute_features(
+                network, self._batches(self.queries, self.query_numbers)
+            )
+        labels = torch.from_numpy(self.train.labels[bank_index])  # type: ignore[index]
+        query_labels = torch.from_numpy(self.queries.labels[query_index])  # type: ignore[index]
+        for name, bank, query in zip(names, banks, queries, strict=True):
+            if centre:
+                bank, query = bank - bank.mean(0), query - bank.mean(0)
+            yield (
+                name,
+                knn_accuracy(bank, labels, query, query_labels, self.k, self.temperature),
+            )

@@ -1,0 +1,177 @@
+"""A run about to go: settings decided, folder opened, parts built, the newest checkpoint taken up."""
+
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mocokit import build, settings as settings_, sizes
+from mocokit.build import Parts
+from mocokit.config import Settings
+from mocokit.data.decode import BadImage
+from mocokit.data.index import load_index
+from mocokit.data.source import Splits
+from mocokit.engine import checkpoint
+from mocokit.engine.folder import RunFolder, next_folder, unfinished
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import World, choose_device, prepare
+from mocokit.errors import UserError
+from mocokit.views.sheet import contact_sheet
+
+SHEET_IMAGES = 8
+
+
+@dataclass
+class Job:
+    """A run with everything it needs. `step` counts finished steps."""
+
+    settings: Settings
+    effect: sizes.InEffect
+    world: World
+    device: torch.device
+    splits: Splits
+    folder: RunFolder
+    parts: Parts
+    speaker: Speaker
+    step: int = 0
+
+    def images_of(self, step: int) -> int:
+        """Images in the global batch of a step counted from 0; the last of an epoch may have fewer."""
+        batch = self.settings.train.batch_size
+        return min(batch, self.effect.images - step % self.effect.steps_per_epoch * batch)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs; numbers and text only."""
+        return {
+            "method": self.parts.method.state_dict(),
+            "optimizer": self.parts.optimizer.state_dict(),
+            "scaler": self.parts.scaler.state_dict(),
+            "settings": settings_.to_yaml(self.settings),
+            "fingerprint": self.splits.train.fingerprint,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.parts.method.load_state_dict(state["method"])
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.parts.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one, and drop the old ones."""
+        self.average_statistics()
+        path = self.folder.checkpoints / checkpoint.name_of(self.step)
+        if not self.world.writes or path.is_file():
+            return
+        checkpoint.save(self.folder.checkpoints, self.step, self.state())
+        every = self.settings.save.milestone_epochs
+        spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
+        milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
+        checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    def average_statistics(self) -> None:
+        """Make running statistics the mean over all groups of the world, before they are read."""
+        if self.world.size == 1:
+            return
+        share = build.groups_of_process(self.settings, self.world) / self.effect.groups
+        for name, tensor in self.parts.method.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                tensor.mul_(share)
+                dist.all_reduce(tensor)
+
+
+def open_job(
+    asked: Settings,
+    stated: Collection[str],
+    splits: Splits,
+    out: str | Path | None,
+    resume: bool,
+    world: World,
+) -> Job:
+    """Decide, open and build. Raises UserError for what cannot be run or gone on with."""
+    speaker = Speaker(world.writes)
+    device = choose_device(asked.engine.device, world.local_rank)
+    fitted, notices = sizes.fit(asked, len(splits.train), stated)
+    folder = _choose_folder(fitted, splits, out, resume)
+    stored = folder.settings() if folder.is_run else None
+    settings = build.settle(fitted, device, stored)
+    if stored is not None:
+        _refuse_another_identity(folder, settings, splits)
+    effect = sizes.in_effect(settings, len(splits.train))
+    prepare(device, int(settings.engine.threads), settings.engine.deterministic)
+    for notice in notices:
+        speaker.say(f"note: {notice}", "yellow")
+    parts = build.build_parts(settings, effect, device)
+    job = Job(settings, effect, world, device, splits, folder, parts, speaker)
+    if stored is None or folder.result() is None:
+        _write_start(job)
+        state = checkpoint.load_newest(folder.checkpoints, device)
+        if state is not None:
+            job.load(state)
+    return job
+
+
+def _choose_folder(
+    settings: Settings, splits: Splits, out: str | Path | None, resume: bool
+) -> RunFolder:
+    if out is not None:
+        folder = RunFolder(Path(out))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(f"--out {out} is a file; name a folder")
+        if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
+            raise UserError(f"--out {out} holds other files and no run; name a new folder")
+        return folder
+    name = splits.train.name
+    if resume:
+        for folder in unfinished(settings.recipe, name):
+            stored = folder.settings()
+            device = torch.device("cpu")  # autos take the stored values, so the device is moot
+            settled = build.settle(settings, device, stored)
+            if not folder.conflicts(settled) and _same_data(folder, splits):
+                return folder
+        raise UserError(
+            f"--resume: runs/ holds no unfinished run of {settings.recipe} on {name} with these "
+            "settings; leave --resume out to start one"
+        )
+    return next_folder(settings.recipe, name)
+
+
+def _same_data(folder: RunFolder, splits: Splits) -> bool:
+    if not folder.index.is_file():
+        return True  # killed before its first step: nothing to contradict
+    return load_index(folder.index).fingerprint == splits.train.fingerprint
+
+
+def _refuse_another_identity(folder: RunFolder, settings: Settings, splits: Splits) -> None:
+    conflicts = folder.conflicts(settings)
+    if not _same_data(folder, splits):
+        conflicts.append("the data's images")
+    if conflicts:
+        raise UserError(
+            f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
+            "name another --out, or state the same settings"
+        )
+
+
+def _write_start(job: Job) -> None:
+    """config.yaml, images.idx and views.png, before the first step."""
+    if not job.world.writes:
+        return
+    job.folder.create(job.settings, job.effect.as_dict())
+    if job.folder.index.is_file():
+        return
+    job.splits.train.save_index(job.folder.index)
+    canvases, numbers = [], []
+    for number in np.linspace(0, len(job.splits.train) - 1, 3 * SHEET_IMAGES).astype(int):
+        with contextlib.suppress(BadImage):
+            canvases.append(job.splits.train.read(int(number)))
+            numbers.append(int(number))
+        if len(canvases) == SHEET_IMAGES:
+            break
+    if canvases:
+        index = np.array(numbers)
+        contact_sheet(job.parts.spec, canvases, index, job.settings.seed, job.folder.sheet)

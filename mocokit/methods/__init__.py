@@ -1,0 +1,1 @@
+"""Methods: how queries, keys and negatives come about, and the losses between them."""

@@ -1,0 +1,65 @@
+"""What the loop asks of a method: forward computes, update changes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mocokit import chance
+
+
+class Output(NamedTuple):
+    """What a forward gives: the loss to differentiate, metrics to record, and what update needs."""
+
+    loss: Tensor  # scalar; its mean over the processes is the mean over the global batch
+    metrics: dict[str, Tensor]  # detached scalars, of this process's images
+    keep: Any  # handed to update() after the optimiser's step
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The chance numbers of a step, the same on every process."""
+
+    seed: int
+    step: int
+    images: int  # in the global batch
+
+    def __call__(self, slot: int, count: int) -> NDArray[Any]:
+        """`count` numbers in [0, 1) for this purpose."""
+        import numpy as np
+
+        return chance.uniform(self.seed, self.step, np.arange(count), 0, slot)
+
+
+class Method(nn.Module, ABC):
+    """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
+
+    encoder: nn.Module
+
+    @abstractmethod
+    def forward(self, views: tuple[Tensor, Tensor], index: Tensor, draw: Draw) -> Output:
+        """Two views of this process's images, each (n, 3, S, S), and the images' numbers (n,).
+
+        Changes no parameter, queue or bank; only running batch-norm statistics move.
+        """
+
+    @abstractmethod
+    def update(self, keep: Any, step: int, progress: float) -> None:
+        """After the optimiser's step, and only if it was taken: what follows from it."""
+
+    def health(self) -> dict[str, float]:
+        """State worth recording that is not a metric of the batch."""
+        return {}
+
+    @property
+    @abstractmethod
+    def chance_loss(self) -> float:
+        """The loss of an encoder that tells nothing apart, such as ln(1 + K)."""
+
+
+def as_float(tensor: Tensor) -> Tensor:
+    """float32 at least: double stays double, which is how the tests compare exactly."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

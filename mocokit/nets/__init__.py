@@ -1,0 +1,1 @@
+"""Networks: backbones by name, projection heads, and batch norm whose groups are our own."""

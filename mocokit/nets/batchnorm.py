@@ -1,0 +1,214 @@
+"""Batch norm over groups of images, so that one device computes what several would.
+
+Momentum contrast leaks through batch statistics: a query and its key normalised together can find
+each other by them. The authors hide this by shuffling keys over GPUs of 32 images each (MoCo v1,
+section 3.3). Here the groups are explicit, so one process with 8 groups and 8 processes with one
+group are the same computation.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def group_sizes(images: int, groups: int) -> list[int]:
+    """Cut a batch into consecutive groups that differ by at most one image, the larger ones first.
+
+    >>> group_sizes(100, 3)
+    [34, 33, 33]
+    """
+    size, larger = divmod(images, groups)
+    return [size + (number < larger) for number in range(groups)]
+
+
+def share_of_groups(groups: int, rank: int, world: int) -> slice:
+    """The groups that one of several processes holds: whole ones, consecutive, as even as can be."""
+    sizes = group_sizes(groups, world)
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+class _GroupedBatchNorm(nn.Module):
+    """What both dimensions share: grouped statistics in training, ordinary batch norm in eval.
+
+    Parameters and buffers have torch's names, so state dicts are interchangeable.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, channels: int, group_size: int, eps: float = 1e-5, momentum: float | None = 0.1
+    ) -> None:
+        super().__init__()
+        self.channels, self.group_size, self.eps, self.momentum = (
+            channels,
+            group_size,
+            eps,
+            momentum,
+        )
+        self.groups: int | None = None  # of the next batches; None follows from group_size
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, C) or (N, C, H, W) -> the same, normalised; any memory format is kept."""
+        if not self.training:
+            return F.batch_norm(
+                inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        groups = self.groups or max(1, round(len(inputs) / self.group_size))
+        self.num_batches_tracked += 1
+        momentum = self.momentum
+        if momentum is None:  # a plain average over batches, as torch's batch norm does
+            momentum = 1.0 / float(self.num_batches_tracked)
+        # Each group moves its own copy of the running statistics; their mean is kept.
+        means = self.running_mean.repeat(groups, 1)
+        variances = self.running_var.repeat(groups, 1)
+        outputs = [
+            F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
+            for part, mean, var in zip(
+                inputs.split(group_sizes(len(inputs), groups)), means, variances, strict=True
+            )
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return outputs[0] if groups == 1 else torch.cat(outputs)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, group_size={self.group_size}"
+
+
+class GroupedBatchNorm2d(_GroupedBatchNorm):
+    """Batch norm over groups of `group_size` images, or over `groups` groups where that is set.
+
+    A batch of N images makes max(1, round(N / group_size)) consecutive groups that differ by at
+    most one image. Running statistics are the mean over the groups.
+    """
+
+
+class GroupedBatchNormAct2d(_GroupedBatchNorm):
+    """The same followed by an activation, in place of timm's BatchNormAct2d."""
+
+    def __init__(
+        self,
+        channels: int,
+        group_size: int,
+        eps: float,
+        momentum: float | None,
+        drop: nn.Module,
+        act: nn.Module,
+    ) -> None:
+        super().__init__(channels, group_size, eps, momentum)
+        self.drop, self.act = drop, act
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.act(self.drop(super().forward(inputs)))
+        return outputs
+
+
+def use_groups(module: nn.Module, group_size: int) -> nn.Module:
+    """Replace every batch norm below `module` by a grouped one that holds the same tensors."""
+    for name, child in module.named_children():
+        if isinstance(child, _BatchNorm):
+            setattr(module, name, _grouped(child, group_size))
+        else:
+            use_groups(child, group_size)
+    return module
+
+
+def _grouped(norm: _BatchNorm, group_size: int) -> _GroupedBatchNorm:
+    if not norm.affine or not norm.track_running_stats:
+        raise ValueError("only batch norms with scale, shift and running statistics can be grouped")
+    new: _GroupedBatchNorm
+    if hasattr(norm, "act"):  # timm's BatchNormAct2d
+        new = GroupedBatchNormAct2d(
+            norm.num_features, group_size, norm.eps, norm.momentum, norm.drop, norm.act
+        )
+    else:
+        new = GroupedBatchNorm2d(norm.num_features, group_size, norm.eps, norm.momentum)
+    new.load_state_dict(norm.state_dict())
+    return new.train(norm.training)
+
+
+def set_groups(module: nn.Module, groups: int | None) -> None:
+    """Say into how many groups the next batches are to be cut; None follows from group_size."""
+    for layer in _layers(module):
+        layer.groups = groups
+
+
+@contextmanager
+def moving_once(module: nn.Module) -> Iterator["RunningStatistics"]:
+    """Let several forwards of parts of one batch move the running statistics as one would."""
+    statistics = RunningStatistics(module)
+    yield statistics
+    statistics.finish()
+
+
+class RunningStatistics:
+    """Collects what each part's forward would make of the running statistics, by its groups."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = list(_layers(module))
+        self._before = [t.clone() for t in self._tensors()]
+        self._counts = [layer.num_batches_tracked.clone() for layer in self._layers]
+        self._sums = [torch.zeros_like(t) for t in self._tensors()]
+        self._groups = 0
+
+    def part(self, groups: int) -> None:
+        """Take in the part just forwarded, which held this many groups."""
+        for tensor, before, total in zip(self._tensors(), self._before, self._sums, strict=True):
+            total.add_(tensor, alpha=groups)
+            tensor.copy_(before)
+        self._groups += groups
+
+    def finish(self) -> None:
+        """Move the statistics to the mean over all groups, once; without parts, not at all."""
+        if not self._groups:
+            for tensor, before in zip(self._tensors(), self._before, strict=True):
+                tensor.copy_(before)
+        else:
+            self._move()
+
+    def _move(self) -> None:
+        for tensor, total in zip(self._tensors(), self._sums, strict=True):
+            tensor.copy_(total / self._groups)
+        for layer, count in zip(self._layers, self._counts, strict=True):
+            layer.num_batches_tracked.copy_(count + 1)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        for layer in self._layers:
+            yield layer.running_mean
+            yield layer.running_var
+
+
+@torch.no_grad()
+def calibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set running statistics to their average over these batches (N, 3, H, W), as in evaluation.
+
+    Random weights can only be judged fairly once their statistics fit the data.
+    """
+    layers = list(_layers(module))
+    momenta = [layer.momentum for layer in layers]
+    was_training = module.training
+    for layer in layers:
+        layer.momentum = None
+        layer.num_batches_tracked.zero_()
+    module.train()
+    for batch in batches:
+        module(batch)
+    module.train(was_training)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _layers(module: nn.Module) -> Iterator[_GroupedBatchNorm]:
+    return (layer for layer in module.modules() if isinstance(layer, _GroupedBatchNorm))

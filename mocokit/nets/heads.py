@@ -1,0 +1,44 @@
+"""Projection heads, and the encoder: a backbone with its head."""
+
+import torch
+from torch import Tensor, nn
+
+
+def build_head(kind: str, features: int, hidden: int | None, dim: int) -> nn.Sequential:
+    """(N, features) -> (N, dim): one layer (MoCo v1), or two with a ReLU between (MoCo v2).
+
+    No batch norm, biases on, as in the authors' code.
+    """
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(features, dim))
+    width = hidden or features
+    return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, dim))
+
+
+class Encoder(nn.Module):
+    """Backbone and head: images (N, 3, H, W) -> projections (N, dim), not normalised."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        projections: Tensor = self.head(self.backbone(images))
+        return projections
+
+
+@torch.no_grad()
+def calibrate_head(encoder: Encoder, images: Tensor) -> None:
+    """Rescale the head's layers so that each output has mean 0 and deviation 1 on these images.
+
+    A data-dependent start (Krähenbühl et al. 2016, arXiv 1511.06856): a small network whose
+    features nearly coincide at first then spreads its queries from the first step.
+    """
+    outputs = encoder.backbone(images).float()
+    for layer in encoder.head.children():
+        if isinstance(layer, nn.Linear):
+            responses = nn.functional.linear(outputs, layer.weight, layer.bias)
+            scale = responses.std(0).clamp_min(1e-6)
+            layer.weight.div_(scale[:, None])
+            layer.bias.sub_(responses.mean(0)).div_(scale)
+        outputs = layer(outputs)

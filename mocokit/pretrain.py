@@ -1,0 +1,181 @@
+"""Pre-training: the loop. Read `train` first; all else prepares it or tells of it.
+
+A run is a function of its settings: every random number comes from `chance`, so stopping, resuming
+and the number of workers change nothing. Methods plug into the loop through two functions, forward
+and update (methods/method.py); they never fork it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mocokit import build, recipes, report
+from mocokit.data.batch import Batch
+from mocokit.data.loader import Loader
+from mocokit.data.source import open_data
+from mocokit.engine.folder import held
+from mocokit.engine.health import FiniteWatch, gradient_norm
+from mocokit.engine.optim import set_lr
+from mocokit.engine.runtime import autocast, joined_world, seed_libraries
+from mocokit.engine.stop import StopSignals
+from mocokit.job import Job, open_job
+from mocokit.methods.method import Draw, Output
+from mocokit.methods.parts import follow
+from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups
+from mocokit.nets.heads import calibrate_head
+from mocokit.views.params import draw_table
+from mocokit.views.views import make_views
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and its last scores by name."""
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def pretrain(
+    recipe: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Train a backbone; the same as the command `mocokit pretrain`.
+
+    `recipe` is a recipe's name, a config.yaml, or the data itself; `settings` holds
+    {"a.b": value}. Raises UserError for mistakes, Interrupted once a stopped run is saved, and
+    NonFiniteLoss.
+    """
+    flags = {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "engine.device": device,
+        "seed": seed,
+    }
+    changes = {k: v for k, v in flags.items() if v is not None} | dict(settings or {})
+    asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
+    splits = open_data(asked.data.path, asked.data.labels)
+    with joined_world(asked.engine.device) as world, StopSignals() as stop:
+        job = open_job(asked, stated, splits, out, resume, world)
+        result = job.folder.result()
+        if result is None:
+            with held(job.folder):
+                report.start(job)
+                train(job, stop)
+                result = report.finish(job)
+        report.result(job, result)
+    return Run(job.folder.path, result)
+
+
+def train(job: Job, stop: StopSignals) -> None:
+    """Go from the job's step to the last: views, loss, gradient, update; then record, score, save.
+
+    Raises Interrupted once saved, if asked to stop, and NonFiniteLoss.
+    """
+    settings, parts, device = job.settings, job.parts, job.device
+    method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
+    monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
+    loader = build.build_loader(settings, job.splits.train, job.world, device, job.step)
+    if job.step == 0 and settings.net.calibrate_head:
+        calibrate_on_first_group(job, loader)
+    model = replicated(method, job)
+    watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
+    with report.recording(job) as record:
+        for step, batch in record.waiting(loader):
+            seed_libraries(settings.seed, step)
+            set_lr(optimizer, parts.schedule(step))
+            images = job.images_of(step)
+            views = two_views(job, step, batch)
+            index = torch.from_numpy(batch.index).to(device, non_blocking=True)
+            with autocast(device, settings.engine.precision):
+                output: Output = model(views, index, Draw(settings.seed, step, images))
+            watch.note(step + 1, output.loss)
+            scaler.scale(output.loss).backward()
+            scaler.unscale_(optimizer)
+            logged = due.log(step + 1)
+            norm = gradient_norm(method.encoder.parameters()) if logged else None
+            if stepped(scaler, optimizer):
+                method.update(output.keep, step, (step + 1) / job.effect.total_steps)
+            optimizer.zero_grad(set_to_none=True)
+            job.step = step + 1
+            if logged or device.type == "cpu":
+                watch.check()
+            record.step(output, images, batch.bad, norm)
+            if due.monitor(job.step):
+                job.average_statistics()
+                if monitor is not None:
+                    record.scores(dict(monitor.run(method.encoder)))
+            save, end = due.save_or_stop(job.step, stop.asked)
+            if save:
+                watch.check()
+                job.save()
+            if end:
+                raise stop.error(job.step, job.folder.path)
+
+
+def two_views(job: Job, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Query and key view, each (n, 3, S, S), drawn from chance and made on the device."""
+    epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
+    sizes = batch.heights, batch.widths
+    pixels = batch.pixels.to(job.device, non_blocking=True)
+    query, key = (
+        make_views(
+            spec,
+            draw_table(spec, seed, epoch, batch.index, view, *sizes),
+            pixels,
+            *sizes,
+            job.device,
+        )
+        for view in (0, 1)
+    )
+    return query, key
+
+
+def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Take the optimiser's step; false if float16 gradients overflowed and it was skipped."""
+    if not scaler.is_enabled():
+        optimizer.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before
+
+
+def replicated(method: nn.Module, job: Job) -> nn.Module:
+    """The method, with gradients averaged over the processes where there are several.
+
+    Buffers are never broadcast: queues are equal by construction, running statistics are averaged
+    where they are read.
+    """
+    if job.world.size == 1:
+        return method
+    devices = [job.device] if job.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
+
+
+def calibrate_on_first_group(job: Job, loader: Loader) -> None:
+    """Scale the head's start on the first group of the first batch, which every world has alike."""
+    method = job.parts.method
+    if job.world.writes:
+        views, _ = two_views(job, 0, loader.batch_at(0))
+        first = group_sizes(job.images_of(0), job.effect.groups)[0]
+        with moving_once(method.encoder):
+            set_groups(method.encoder, 1)
+            calibrate_head(method.encoder, views[:first])
+    if job.world.size > 1:
+        for parameter in method.encoder.parameters():
+            dist.broadcast(parameter.data, 0)
+    follow(method.key_encoder, method.encoder, 0.0)

@@ -1,0 +1,231 @@
+"""What a run tells its user: before, while, and after it trains."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mocokit import build, settings as settings_
+from mocokit.data.batch import Batch
+from mocokit.engine.record import BadImages, Meter, Metrics, Progress
+from mocokit.engine.runtime import peak_memory
+from mocokit.export import write_backbone
+from mocokit.job import Job
+from mocokit.methods.method import Output
+from mocokit.recipes import RECIPES
+
+
+def start(job: Job) -> None:
+    """What runs, how it differs from its recipe, and what to expect of the loss."""
+    say, settings, effect = job.speaker.say, job.settings, job.effect
+    images, classes = len(job.splits.train), len(job.splits.train.classes)
+    say(
+        f"{settings.recipe}: {images:,} images" + (f", {classes} classes" if classes else ""),
+        "bold",
+    )
+    if settings.recipe == "demo":
+        say("A procedural demonstration on embedded textures, not a benchmark.")
+    shown = f"{settings.engine.precision} on {job.device}"
+    say(
+        f"{effect.total_steps:,} steps of {settings.train.batch_size} images in {effect.groups} "
+        f"batch-norm groups, lr {effect.lr:.3g}, key momentum {effect.key_momentum:.6g}, {shown}"
+    )
+    if settings.recipe in RECIPES:
+        changed = settings_.difference(RECIPES[settings.recipe](), settings)
+        own = {k: v for k, v in changed.items() if not k.startswith(("engine.", "data.path"))}
+        for path, (before, after) in own.items():
+            say(f"  {path}: {before} in the recipe -> {after}")
+    if job.step:
+        say(f"resumed after step {job.step} of {effect.total_steps}")
+    else:
+        level = job.parts.method.chance_loss
+        say(
+            "What to expect: the queue starts with random vectors, so the first losses are low and "
+            f"contrast near 100 %; as keys fill it the loss rises towards {level:.2f}, the level of "
+            "chance, and falls later. That is healthy."
+        )
+    say(f"run folder: {job.folder.path}")
+
+
+class Recording:
+    """Writes the health line of recorded steps, and keeps the progress line up to date."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.meter = job, Meter()
+        folder, settings, writes = job.folder, job.settings, job.world.writes
+        self.metrics = Metrics(folder.metrics, job.step) if writes else None
+        self.progress = (
+            Progress(job.effect.total_steps, job.step, job.effect.steps_per_epoch)
+            if writes
+            else None
+        )
+        self.bad = BadImages(
+            folder.bad_images, len(job.splits.train), settings.data.bad_share, writes
+        )
+        self._wait = 0.0
+
+    def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """The loader's batches, with the time spent waiting for each."""
+        batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            item = next(batches, None)
+            if item is None:
+                return
+            self._wait = time.perf_counter() - asked
+            yield item
+
+    def step(
+        self,
+        output: Output,
+        images: int,
+        bad: tuple[tuple[int, str, str], ...],
+        norm: Tensor | None,
+    ) -> None:
+        """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
+        self.meter.step(images, self._wait)
+        self.bad.note(bad)
+        if norm is None:
+            return
+        line = self._line(output, norm)
+        if self.metrics and self.progress:
+            self.metrics.write(line)
+            self.progress.show(self.job.step, line)
+
+    def scores(self, scores: dict[str, float]) -> None:
+        """The monitor's scores, at an epoch's end."""
+        epoch = self.job.step // self.job.effect.steps_per_epoch
+        if self.metrics:
+            self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
+        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        self.job.speaker.say(f"epoch {epoch}: {shown}")
+
+    def close(self) -> None:
+        if self.metrics and self.progress:
+            self.metrics.close()
+            self.progress.close()
+
+    def _line(self, output: Output, norm: Tensor) -> dict[str, Any]:
+        job, method = self.job, self.job.parts.method
+        values = {"loss": output.loss.detach(), **output.metrics, "grad_norm": norm}
+        stacked = torch.stack([value.float() for value in values.values()])
+        if job.world.size > 1:
+            dist.all_reduce(stacked)
+            stacked /= job.world.size
+        numbers = dict(zip(values, stacked.tolist(), strict=True))
+        return {
+            "step": job.step,
+            "epoch": (job.step - 1) // job.effect.steps_per_epoch,
+            **numbers,
+            "chance_loss": method.chance_loss,
+            **method.health(),
+            "lr": job.parts.optimizer.param_groups[0]["lr"],
+            **self.meter.read(),
+            "peak_memory_gib": peak_memory(job.device),
+            "bad_images": self.bad.count,
+        }
+
+
+@contextmanager
+def recording(job: Job) -> Iterator[Recording]:
+    record = Recording(job)
+    try:
+        yield record
+    finally:
+        record.close()
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Score the final weights beside what they must beat; write the backbone and the README."""
+    job.average_statistics()
+    result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
+    if not job.world.writes:
+        return result
+    method = job.parts.method
+    write_backbone(job.folder.backbone, method.encoder.backbone, job.settings)
+    monitor = build.build_monitor(job.settings, job.splits, job.device)
+    if monitor is not None:
+        job.speaker.say("scoring the final weights ...")
+        result |= dict(monitor.run(method.encoder))
+        untrained = build.build_encoder(job.settings).to(job.device)
+        result["knn_random_weights"] = monitor.random_weights(untrained)
+        pixels = monitor.raw_pixels()
+        result |= {} if pixels is None else {"knn_raw_pixels": pixels}
+        result["protocol"] = monitor.protocol
+    result["finished"] = True
+    job.folder.readme.write_text(_readme(job, result), encoding="utf-8")
+    metrics = Metrics(job.folder.metrics, job.step)
+    metrics.write(result)
+    metrics.close()
+    return result
+
+
+NAMES = {
+    "knn_raw_pixels": "raw pixels, centred",
+    "knn_random_weights": "random weights, calibrated batch norm",
+    "knn_head": "trained, head's output",
+    "knn_backbone": "trained backbone",
+}
+
+
+def result(job: Job, result: dict[str, Any]) -> None:
+    """The closing table, and where everything is."""
+    rows = [(text, f"{result[name]:.1%}") for name, text in NAMES.items() if name in result]
+    if rows:
+        job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
+        job.speaker.say(result["protocol"])
+    if job.settings.recipe == "demo":
+        job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
+    job.speaker.say(f"finished: {job.folder.path}")
+
+
+def _readme(job: Job, result: dict[str, Any]) -> str:
+    """README.md of the run folder: what it holds and how to go on."""
+    path, settings = job.folder.path, job.settings
+    rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
+    table = (
+        ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
+    )
+    lines = [
+        f"# {path.name}",
+        "",
+        f"{settings.recipe}, seed {settings.seed}, {len(job.splits.train):,} images of "
+        f"{job.splits.train.name}, {settings.train.epochs} epochs, {job.step:,} steps.",
+        "",
+        *table,
+        "",
+        "The backbone, in Python:",
+        "",
+        "```python",
+        "import mocokit",
+        "",
+        f'backbone = mocokit.load("{path}")  # eval mode; (N, 3, H, W) -> (N, {{}})'.format(
+            job.parts.method.encoder.backbone.num_features
+        ),
+        "```",
+        "",
+        f"Pixels are divided by 255, then normalised by mean {settings.views.mean} and std "
+        f"{settings.views.std}.",
+        "",
+        "The same run again:",
+        "",
+        "```sh",
+        f"mocokit pretrain {path}/config.yaml",
+        "```",
+        "",
+        "| file | what it holds |",
+        "| --- | --- |",
+        "| config.yaml | every setting, and what followed from them |",
+        "| metrics.jsonl | a line of health every few steps; the last line is the result |",
+        "| backbone.safetensors | the trained backbone, its settings in the metadata |",
+        "| last.pt, checkpoints/ | everything, to go on from |",
+        "| views.png | what the network saw |",
+        "| images.idx | which images, by number |",
+        "| bad_images.txt | images that could not be read, if there were any |",
+        "",
+    ]
+    return "\n".join(lines)

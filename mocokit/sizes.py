@@ -1,0 +1,134 @@
+"""How the sizes of a run follow from its settings and the number of its images.
+
+`fit` adapts a recipe's default sizes to small data, never what a user stated; `in_effect` gives the
+values that the settings stand for. Both are pure, and the only places where sizes are rescaled.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+from mocokit.config import Settings
+from mocokit.errors import UserError
+from mocokit.settings import replace
+
+SMALLEST = 64  # images; below, two groups of 32 cannot be filled
+
+
+@dataclass(frozen=True)
+class InEffect:
+    """What the settings come to for a number of images; printed, stored, never read back."""
+
+    images: int
+    steps_per_epoch: int
+    total_steps: int
+    groups: int
+    lr: float
+    key_momentum: float
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self)
+
+
+def in_effect(settings: Settings, images: int) -> InEffect:
+    """Learning rate, key momentum, groups and steps of a run on this number of images."""
+    batch, optim, method = settings.train.batch_size, settings.optim, settings.method
+    steps = images // batch if settings.data.last == "drop" else -(-images // batch)
+    ratio = batch / optim.lr_batch
+    factor = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[optim.scale]
+    horizon = batch / method.momentum_batch if method.momentum_batch else 1.0
+    return InEffect(
+        images=images,
+        steps_per_epoch=steps,
+        total_steps=steps * settings.train.epochs,
+        groups=count_groups(settings, batch),
+        lr=optim.lr * factor,
+        key_momentum=method.momentum**horizon,
+    )
+
+
+def count_groups(settings: Settings, batch: int) -> int:
+    """Groups that share batch-norm statistics in a batch; at least two unless stated otherwise.
+
+    With one group the key images' shuffle does nothing, and the statistics leak which key belongs
+    to which query (MoCo v1, section 3.3, "Shuffling BN").
+    """
+    method = settings.method
+    if method.groups == "auto":
+        return max(min(2, batch // 2), round(batch / method.group_size), 1)
+    share = batch / settings.train.batch_size  # a last partial batch has fewer groups
+    return max(1, min(round(method.groups * share), batch // 2))
+
+
+def fit(
+    settings: Settings, images: int, stated: Collection[str] = ()
+) -> tuple[Settings, list[str]]:
+    """Adapt default sizes to the data; returns the settings that run, and what to tell the user.
+
+    `stated` holds the dotted paths that the user set, which are kept. Raises UserError when the
+    images cannot fill what was stated.
+    """
+    if images < SMALLEST:
+        raise UserError(
+            f"{images} images are too few: momentum contrast needs at least {SMALLEST}, "
+            "and learns little from fewer than some thousands"
+        )
+    notices: list[str] = []
+    changes = _batch(settings, images, stated, notices)
+    batch = changes.get("train.batch_size", settings.train.batch_size)
+    changes |= _queue(settings, images, batch, stated, notices)
+    for value, quoted_at in (
+        ("optim.lr", "optim.lr_batch"),
+        ("method.momentum", "method.momentum_batch"),
+    ):
+        if value in stated and quoted_at not in stated:  # what a user states is what runs
+            changes[quoted_at] = batch
+    fitted = replace(settings, changes)
+    if count_groups(fitted, batch) < 2:
+        notices.append(
+            "one batch-norm group: the key shuffle cannot hide statistics, contrast accuracy may "
+            "be won by a leak"
+        )
+    return fitted, notices
+
+
+def _batch(
+    settings: Settings, images: int, stated: Collection[str], notices: list[str]
+) -> dict[str, int]:
+    batch, group = settings.train.batch_size, settings.method.group_size
+    if "train.batch_size" in stated:
+        if batch > images:
+            raise UserError(
+                f"train.batch_size {batch} exceeds the {images} images; set at most {images}"
+            )
+        return {}
+    if batch <= images / 4:
+        return {}
+    smaller = min(max(images // 4 // group, 2) * group, images, batch)
+    if smaller == batch:
+        return {}
+    notices.append(
+        f"batch size {batch} -> {smaller}: the recipe's is over a quarter of the {images} images"
+    )
+    return {"train.batch_size": smaller}
+
+
+def _queue(
+    settings: Settings, images: int, batch: int, stated: Collection[str], notices: list[str]
+) -> dict[str, int]:
+    size, limit = settings.method.queue_size, images / 10
+    if size <= limit:
+        return {}
+    if "method.queue_size" in stated:
+        notices.append(
+            f"method.queue_size {size} is over a tenth of the {images} images: the queue will hold "
+            "older keys of an image among its negatives"
+        )
+        return {}
+    smaller = min(size, max(2 ** (int(limit).bit_length() - 1), batch))
+    if smaller == size:
+        return {}
+    notices.append(
+        f"queue {size} -> {smaller}: at most a tenth of the {images} images, so that few of an "
+        "image's own older keys are among its negatives"
+    )
+    return {"method.queue_size": smaller}

@@ -1,0 +1,208 @@
+"""The random parameters of a batch of views: a table, one row per image, drawn on the host.
+
+Every number is `chance.uniform(seed, epoch, index, view, slot)`, so a row depends on nothing but
+its image, and two pipelines that differ in the order of their operations share all draws.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mocokit.chance import Slot, uniform
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_CROP_TRIES = 10
+BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its mass
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """The settings `views` of a run as plain values; `mocokit.config.Views` gives their meaning."""
+
+    size: int
+    order: tuple[str, ...]
+    crop_area: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    jitter_probability: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grayscale_probability: float
+    blur_probability: float
+    blur_sigma: tuple[float, float]
+    flip_probability: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: int
+
+
+class Table(NamedTuple):
+    """What happens to each of N images, on the host; rows belong to images."""
+
+    boxes: NDArray[np.int64]  # (N, 4) top, left, height, width
+    flip: NDArray[np.bool_]  # (N,)
+    jitter: NDArray[np.bool_]  # (N,)
+    brightness: NDArray[np.float64]  # (N,) factors
+    contrast: NDArray[np.float64]
+    saturation: NDArray[np.float64]
+    hue: NDArray[np.float64]  # (N,) turns of the colour circle
+    order: NDArray[np.int64]  # (N, 4) 0 brightness 1 contrast 2 saturation 3 hue, applied in turn
+    grayscale: NDArray[np.bool_]  # (N,)
+    sigma: NDArray[np.float64]  # (N,) pixels, 0 where not blurred
+
+    def rows(self, part: slice) -> "Table":
+        """Some of the rows, as a table."""
+        return Table._make(column[part] for column in self)
+
+
+def draw_table(
+    spec: ViewSpec,
+    seed: int,
+    epoch: int,
+    index: ArrayLike,
+    view: int,
+    heights: ArrayLike,
+    widths: ArrayLike,
+) -> Table:
+    """The rows of these images: stable numbers `index` (N,), canvases of heights x widths (N,)."""
+    numbers = np.asarray(index, np.int64)
+    tall, wide = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+
+    def draw(slot: int) -> NDArray[np.float64]:
+        return uniform(seed, epoch, numbers, view, slot)
+
+    def happens(operation: str, slot: int, probability: float) -> NDArray[np.bool_]:
+        return (draw(slot) < probability) & (operation in spec.order)
+
+    def factor(slot: int, strength: float) -> NDArray[np.float64]:
+        return _between(draw(slot), max(0.0, 1.0 - strength), 1.0 + strength)
+
+    tries = np.arange(_CROP_TRIES)
+    shapes = uniform(seed, epoch, numbers[:, None], view, Slot.CROP_AREA + tries)
+    ratios = uniform(seed, epoch, numbers[:, None], view, Slot.CROP_RATIO + tries)
+    size = _crop_size(spec, shapes, ratios, tall, wide)
+    keys = uniform(seed, epoch, numbers[:, None], view, Slot.JITTER_ORDER + np.arange(4))
+    blurred = happens("blur", Slot.BLUR, spec.blur_probability)
+    return Table(
+        boxes=_place(*size, draw(Slot.CROP_TOP), draw(Slot.CROP_LEFT), tall, wide),
+        flip=happens("flip", Slot.FLIP, spec.flip_probability),
+        jitter=happens("jitter", Slot.JITTER, spec.jitter_probability),
+        brightness=factor(Slot.BRIGHTNESS, spec.brightness),
+        contrast=factor(Slot.CONTRAST, spec.contrast),
+        saturation=factor(Slot.SATURATION, spec.saturation),
+        hue=_between(draw(Slot.HUE), -spec.hue, spec.hue),
+        order=np.argsort(keys, axis=1, kind="stable").astype(np.int64),
+        grayscale=happens("grayscale", Slot.GRAYSCALE, spec.grayscale_probability),
+        sigma=np.where(blurred, _between(draw(Slot.SIGMA), *spec.blur_sigma), 0.0),
+    )
+
+
+def _between(share: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * share
+
+
+def _crop_size(
+    spec: ViewSpec,
+    areas: NDArray[np.float64],
+    ratios: NDArray[np.float64],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Height, width and whether a try fitted, from shares (N, 10): the first try that fits.
+
+    Else the largest box in the middle with the nearest ratio allowed, as torchvision falls back.
+    """
+    area = (heights * widths)[:, None] * _between(areas, *spec.crop_area)
+    low, high = spec.crop_ratio
+    ratio = np.exp(_between(ratios, math.log(low), math.log(high)))
+    # rint and Python's round agree: halves go to the even neighbour.
+    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (width > 0) & (width <= widths[:, None]) & (height > 0) & (height <= heights[:, None])
+    first = (np.arange(len(fits)), fits.argmax(axis=1))
+    shape = widths / heights
+    tallest = np.where(shape < low, np.rint(widths / low), heights).astype(np.int64)
+    widest = np.where(shape > high, np.rint(heights * high), widths).astype(np.int64)
+    found = np.asarray(fits.any(axis=1))
+    return (
+        np.where(found, height[first], np.maximum(tallest, 1)),
+        np.where(found, width[first], np.maximum(widest, 1)),
+        found,
+    )
+
+
+def _place(
+    height: NDArray[np.int64],
+    width: NDArray[np.int64],
+    found: NDArray[np.bool_],
+    down: NDArray[np.float64],
+    across: NDArray[np.float64],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Boxes (N, 4): anywhere inside the image, or in its middle where no try fitted."""
+    spare_down, spare_across = heights - height, widths - width
+    top = np.where(found, np.floor(down * (spare_down + 1)), spare_down // 2)
+    left = np.where(found, np.floor(across * (spare_across + 1)), spare_across // 2)
+    return np.stack([top, left, height, width], axis=1).astype(np.int64)
+
+
+def canvas_bound(spec: ViewSpec) -> int:
+    """The short side in pixels beyond which no crop has more than `size` pixels to give.
+
+    The smallest crop of a square image is the narrowest of the smallest area; and the evaluation
+    view wants `resize`.
+    """
+    narrow = min(spec.crop_ratio[0], 1 / spec.crop_ratio[1])
+    return max(spec.resize, math.ceil(spec.size / math.sqrt(spec.crop_area[0] * narrow)))
+
+
+def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
+    """The augmentation as a table: (operation, probability, parameters), in applied order."""
+
+    def span(low: float, high: float) -> str:
+        return f"[{low:.4g}, {high:.4g}]"
+
+    def factor(strength: float) -> str:
+        return span(max(0.0, 1 - strength), 1 + strength)
+
+    def triple(values: tuple[float, float, float]) -> str:
+        return ", ".join(f"{value:.4g}" for value in values)
+
+    size = f"{spec.size} x {spec.size}"
+    rows = {
+        "crop": (
+            "1",
+            f"area uniform in {span(*spec.crop_area)} of the image, width/height log-uniform in "
+            f"{span(*spec.crop_ratio)}, ten tries, else the central crop; "
+            f"resized to {size}, bilinear, antialiased",
+        ),
+        "jitter": (
+            f"{spec.jitter_probability:.4g}",
+            f"factors uniform: brightness {factor(spec.brightness)}, contrast "
+            f"{factor(spec.contrast)}, saturation {factor(spec.saturation)}, hue shift "
+            f"{span(-spec.hue, spec.hue)} turns; in random order, clamped to [0, 1] after each",
+        ),
+        "grayscale": (f"{spec.grayscale_probability:.4g}", "0.2989 R + 0.587 G + 0.114 B"),
+        "blur": (
+            f"{spec.blur_probability:.4g}",
+            f"Gaussian, sigma uniform in {span(*spec.blur_sigma)} pixels of the view, "
+            f"cut at {BLUR_TAILS:g} sigma, edges repeated",
+        ),
+        "flip": (f"{spec.flip_probability:.4g}", "left to right"),
+    }
+    names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
+    return [
+        *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
+        ("normalise", "1", f"mean {triple(spec.mean)}, deviation {triple(spec.std)}"),
+        (
+            "evaluation view",
+            "1",
+            f"short side resized to {spec.resize}, bilinear, antialiased; centre crop {size}; "
+            "normalised",
+        ),
+    ]

@@ -1,0 +1,165 @@
+"""The contact sheet: what the first epoch does to a few images, drawn as a picture to look at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, Table, ViewSpec, draw_table
+from mocokit.views.views import make_views
+
+_MOST = 8
+_CELL = (128, 256)  # smallest and largest side of a picture on the sheet
+_GAP, _TITLE, _LINE, _FONT = 12, 30, 15, 12
+_PAPER, _INK, _FAINT = "#fcfcfa", "#202428", "#70767c"
+_QUERY, _KEY = "#c2410c", "#1d4ed8"
+_JITTER_LETTERS = {BRIGHTNESS: "b", CONTRAST: "c", SATURATION: "s", HUE: "h"}
+
+Levels = NDArray[np.uint8]
+
+
+def contact_sheet(
+    spec: ViewSpec,
+    canvases: Sequence[Levels],
+    index: Sequence[int],
+    seed: int,
+    path: str | Path,
+    columns: int = 2,
+) -> None:
+    """Write each image beside its query (view 0) and key (view 1) of epoch 0, at most 8 images.
+
+    canvases: (H, W, 3) each; index: their stable numbers; `columns` images stand side by side.
+    The boxes of the two crops are outlined on the image.
+    """
+    if not canvases:
+        raise ValueError("a contact sheet needs at least one image")
+    canvases, index = canvases[:_MOST], index[:_MOST]
+    tables, views = _draw(spec, canvases, index, seed)
+    sheet = _Sheet.blank(spec.size, len(canvases), columns)
+    sheet.header(f"query (view 0) and key (view 1), epoch 0, seed {seed}")
+    for place, canvas in enumerate(canvases):
+        boxes = [table.boxes[place] for table in tables]
+        original = _outlined(canvas, boxes, sheet.cell)
+        height, width = canvas.shape[:2]
+        sheet.put(place, 0, original, [f"image {index[place]}", f"{width}x{height}"], _INK)
+        for view, colour in enumerate((_QUERY, _KEY)):
+            picture = _fit(views[view][place], sheet.cell)
+            sheet.put(place, 1 + view, picture, _caption(spec, tables[view], place), colour)
+    sheet.image.save(path)
+
+
+def _draw(
+    spec: ViewSpec, canvases: Sequence[Levels], index: Sequence[int], seed: int
+) -> tuple[list[Table], list[Levels]]:
+    """For both views the table and the pictures (N, size, size, 3)."""
+    heights, widths = np.array([canvas.shape[:2] for canvas in canvases], np.int64).T
+    flat = torch.from_numpy(np.concatenate([canvas.reshape(-1) for canvas in canvases]))
+    tables = [draw_table(spec, seed, 0, index, view, heights, widths) for view in (0, 1)]
+    pictures = []
+    for table in tables:
+        views = make_views(spec, table, flat, heights, widths, "cpu")
+        levels = views.permute(0, 2, 3, 1) * torch.tensor(spec.std) + torch.tensor(spec.mean)
+        pictures.append((levels * 255).round().clamp(0, 255).to(torch.uint8).numpy())
+    return tables, pictures
+
+
+def _caption(spec: ViewSpec, table: Table, row: int) -> list[str]:
+    """What was drawn for one view, in applied order, on two lines."""
+    height, width = table.boxes[row, 2:]
+    factors = (table.brightness, table.contrast, table.saturation, table.hue)
+    steps = [f"{_JITTER_LETTERS[step]}{factors[step][row]:.2f}" for step in table.order[row]]
+    words = {
+        "crop": f"crop {width}x{height}",
+        "flip": "flip" if table.flip[row] else "",
+        "jitter": "jitter " + " ".join(steps) if table.jitter[row] else "",
+        "grayscale": "gray" if table.grayscale[row] else "",
+        "blur": f"blur {table.sigma[row]:.2f}" if table.sigma[row] else "",
+    }
+    # Jitter is as long as all others together, so it has the second line to itself.
+    others = [words[operation] for operation in spec.order if operation != "jitter"]
+    return [" | ".join(word for word in others if word), words["jitter"]]
+
+
+def _fit(levels: Levels, cell: int) -> Image.Image:
+    """A picture as large as fits the cell; small ones keep their pixels visible."""
+    picture = Image.fromarray(levels)
+    scale = cell / max(picture.size)
+    size = [max(1, round(side * scale)) for side in picture.size]
+    kind = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    return picture.resize((size[0], size[1]), kind)
+
+
+def _outlined(canvas: Levels, boxes: Sequence[NDArray[np.int64]], cell: int) -> Image.Image:
+    picture = _fit(canvas, cell)
+    draw = ImageDraw.Draw(picture)
+    scale = cell / max(canvas.shape[:2])
+    for box, colour in zip(boxes, (_QUERY, _KEY), strict=True):
+        top, left, height, width = (float(side) * scale for side in box)
+        right, bottom = left + max(width - 1, 1), top + max(height - 1, 1)
+        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+    return picture
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """Blocks of three pictures with two lines of text below each, under a title."""
+
+    image: Image.Image
+    cell: int
+    columns: int
+
+    @classmethod
+    def blank(cls, size: int, count: int, columns: int) -> "_Sheet":
+        small, large = _CELL
+        cell = size if small <= size <= large else large
+        if size < small:
+            cell = size * round(1.25 * small / size)
+        columns = max(1, min(columns, count))
+        lines = -(-count // columns)
+        across = columns * (3 * (cell + _GAP) + _GAP) + _GAP
+        down = 2 * _TITLE + lines * (cell + 2 * _LINE + _GAP)
+        return cls(Image.new("RGB", (across, down), _PAPER), cell, columns)
+
+    def header(self, title: str) -> None:
+        """The title, and over each block what its pictures are."""
+        draw = ImageDraw.Draw(self.image)
+        draw.text((_GAP, 8), title, fill=_INK, font=ImageFont.load_default(_FONT + 3))
+        for block in range(self.columns):
+            for cell, (name, colour) in enumerate(
+                (("image", _INK), ("query", _QUERY), ("key", _KEY))
+            ):
+                left, _ = self._corner(block, cell)
+                font = ImageFont.load_default(_FONT + 1)
+                draw.text((left, 2 * _TITLE - 20), name, fill=colour, font=font)
+
+    def put(
+        self, place: int, cell: int, picture: Image.Image, lines: Sequence[str], colour: str
+    ) -> None:
+        """A picture and its caption, cut where the cell ends."""
+        left, top = self._corner(place, cell)
+        self.image.paste(picture, (left, top))
+        text = Image.new("RGB", (self.cell + _GAP - 2, 2 * _LINE), _PAPER)
+        draw = ImageDraw.Draw(text)
+        for number, line in enumerate(lines):
+            shade = colour if number == 0 else _FAINT
+            font = _font(line, text.width)
+            draw.text((0, number * _LINE + 1), line, fill=shade, font=font)
+        self.image.paste(text, (left, top + self.cell + 1))
+
+    def _corner(self, place: int, cell: int) -> tuple[int, int]:
+        block = place % self.columns
+        left = _GAP + block * (3 * (self.cell + _GAP) + _GAP) + cell * (self.cell + _GAP)
+        return left, 2 * _TITLE + place // self.columns * (self.cell + 2 * _LINE + _GAP)
+
+
+def _font(line: str, width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font, down to 8 points, in which the line fits the width."""
+    for points in range(_FONT, 8, -1):
+        font = ImageFont.load_default(points)
+        if font.getlength(line) <= width:
+            return font
+    return ImageFont.load_default(8)

@@ -1,0 +1,119 @@
+"""The oracle of the views: PIL, torchvision and scipy, one image at a time."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as TF
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import correlate1d
+from torch import Tensor
+
+from mocokit.config import Views
+from mocokit.views.params import Table, ViewSpec
+
+
+def spec_of(**settings: object) -> ViewSpec:
+    return ViewSpec(**Views(**settings).model_dump())
+
+
+def v1(size: int = 224) -> ViewSpec:
+    return spec_of(
+        size=size, order=("crop", "grayscale", "jitter", "flip"), jitter_probability=1.0, hue=0.4
+    )
+
+
+def v2(size: int = 224) -> ViewSpec:
+    return spec_of(size=size)
+
+
+def cifar(size: int = 32) -> ViewSpec:
+    return spec_of(
+        size=size,
+        resize=size,
+        order=("crop", "flip", "jitter", "grayscale"),
+        crop_area=(0.08, 1.0),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+    )
+
+
+def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    """(H, W, 3): a smooth coloured field with noise, so that all frequencies occur."""
+    draw = np.random.default_rng(seed)
+    down, across = np.mgrid[0:height, 0:width]
+    phase = draw.uniform(0, 6.3, 3)
+    waves = np.sin(down[..., None] / draw.uniform(3, 40) + phase) + np.cos(
+        across[..., None] / draw.uniform(3, 40) + 2 * phase
+    )
+    levels = 128 + 50 * waves + draw.normal(0, 25, (height, width, 3))
+    return levels.clip(0, 255).astype(np.uint8)
+
+
+def flat(canvases: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, NDArray, NDArray]:
+    heights, widths = np.array([canvas.shape[:2] for canvas in canvases], np.int64).T
+    pixels = np.concatenate([canvas.reshape(-1) for canvas in canvases])
+    return torch.from_numpy(pixels), heights, widths
+
+
+def crop_levels(canvas: NDArray[np.uint8], box: Sequence[int], size: int) -> Tensor:
+    """(3, size, size) in [0, 1]: PIL's own crop and resize in whole levels."""
+    top, left, height, width = (int(side) for side in box)
+    part = Image.fromarray(canvas).crop((left, top, left + width, top + height))
+    return TF.to_tensor(part.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def crop_exact(canvas: NDArray[np.uint8], box: Sequence[int], size: int) -> Tensor:
+    """As `crop_levels`, unrounded: PIL's floating-point mode, channel by channel."""
+    top, left, height, width = (int(side) for side in box)
+    part = canvas[top : top + height, left : left + width].astype(np.float32)
+    planes = [
+        np.asarray(Image.fromarray(part[..., c]).resize((size, size), Image.Resampling.BILINEAR))
+        for c in range(3)
+    ]
+    return torch.from_numpy(np.stack(planes)) / 255
+
+
+def jitter(image: Tensor, factors: Sequence[float], order: Sequence[int]) -> Tensor:
+    steps = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for step in order:
+        image = steps[step](image, float(factors[step]))
+    return image
+
+
+def gaussian(image: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """(3, H, W) in float64; to eight sigma, edges repeated."""
+    reach = int(np.ceil(8 * sigma))
+    weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    weights /= weights.sum()
+    rows = correlate1d(image, weights, axis=1, mode="nearest")
+    return correlate1d(rows, weights, axis=2, mode="nearest")
+
+
+def replay(
+    spec: ViewSpec, table: Table, canvases: Sequence[NDArray[np.uint8]], exact: bool
+) -> Tensor:
+    """(N, 3, size, size) in [0, 1]: every row of the table, step by step in the spec's order."""
+    crop = crop_exact if exact else crop_levels
+    views = []
+    for row, canvas in enumerate(canvases):
+        view = crop(canvas, table.boxes[row], spec.size)
+        for operation in spec.order:
+            if operation == "flip" and table.flip[row]:
+                view = TF.hflip(view)
+            elif operation == "jitter" and table.jitter[row]:
+                columns = (table.brightness, table.contrast, table.saturation, table.hue)
+                view = jitter(view, [column[row] for column in columns], table.order[row])
+            elif operation == "grayscale" and table.grayscale[row]:
+                view = TF.rgb_to_grayscale(view, num_output_channels=3)
+            elif operation == "blur" and table.sigma[row]:
+                view = torch.from_numpy(gaussian(view.double().numpy(), table.sigma[row])).float()
+        views.append(view)
+    return torch.stack(views)
+
+
+def levels(spec: ViewSpec, views: Tensor) -> Tensor:
+    """Normalised views back to levels in 0..255."""
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (spec.mean, spec.std))
+    return (views * std + mean) * 255

@@ -1,0 +1,179 @@
+"""Crops against PIL, blur against a Gaussian in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+from reference_views import crop_exact, crop_levels, gaussian, picture
+
+from mocokit.views import separable
+from mocokit.views.separable import crop_resize, gaussian_blur, resize_window
+
+LEVEL = 1 / 255
+
+
+def planes(canvas):
+    return torch.from_numpy(canvas).permute(2, 0, 1)
+
+
+def check_crops(canvas, boxes, size):
+    boxes = np.array(boxes)
+    images = planes(canvas)[None].expand(len(boxes), -1, -1, -1)
+    ours = crop_resize(images, torch.from_numpy(boxes), size, torch.zeros(len(boxes), dtype=bool))
+    exact = torch.stack([crop_exact(canvas, box, size) for box in boxes])
+    rounded = torch.stack([crop_levels(canvas, box, size) for box in boxes])
+    assert ours.shape == (len(boxes), 3, size, size) and ours.dtype == torch.float32
+    assert (ours - exact).abs().max() < 2e-6
+    difference = (ours - rounded).abs()
+    # PIL rounds twice, after the columns and after the rows.
+    assert difference.max() <= 1.001 * LEVEL and difference.mean() < 0.3 * LEVEL
+
+
+@pytest.mark.parametrize("size", [8, 32, 224])
+def test_crops_are_pils_enlarging_and_shrinking(size):
+    height, width = 150, 260
+    boxes = [
+        (0, 0, height, width),
+        (10, 20, 32, 32),
+        (10, 20, 130, 17),
+        (0, 0, 40, 60),
+        (height - 40, width - 60, 40, 60),
+        (0, width - 1, height, 1),
+        (height - 1, 0, 1, width),
+        (0, 0, 1, 1),
+        (height - 1, width - 1, 1, 1),
+        (70, 90, 2, 3),
+        (3, 5, 8, 224),
+    ]
+    check_crops(picture(height, width), boxes, size)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_any_box_of_any_image(data):
+    height, width = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    tall = data.draw(st.integers(1, height - top))
+    wide = data.draw(st.integers(1, width - left))
+    size = data.draw(st.integers(1, 70))
+    canvas = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    check_crops(canvas, [(top, left, tall, wide)], size)
+
+
+def test_flip_mirrors_the_crop():
+    images = planes(picture(40, 50))[None].expand(2, -1, -1, -1)
+    boxes = np.array([[3, 4, 30, 20]] * 2)
+    straight, mirrored = crop_resize(images, boxes, 16, np.array([False, True]))
+    assert torch.equal(mirrored, straight.flip(-1))
+    assert not torch.equal(mirrored, straight)
+
+
+def test_nothing_beyond_the_box_is_seen():
+    box = np.array([[5, 6, 12, 9]])
+    canvas = picture(30, 30)
+    other = 255 - canvas
+    other[5:17, 6:15] = canvas[5:17, 6:15]
+    crops = [
+        crop_resize(planes(image)[None], box, 16, np.array([False])) for image in (canvas, other)
+    ]
+    assert torch.equal(*crops)
+
+
+def test_kinds_of_images_and_of_numbers_agree():
+    canvas = picture(40, 50)
+    boxes, flip = np.array([[3, 4, 30, 20]]), np.array([True])
+    levels = planes(canvas)[None]
+    ours = crop_resize(levels, boxes, 16, flip)
+    single = crop_resize(levels.float() / 255, boxes, 16, flip)
+    double = crop_resize(levels.double() / 255, torch.from_numpy(boxes), 16, torch.tensor(flip))
+    half = crop_resize(levels.bfloat16() / 255, boxes, 16, flip)
+    assert (ours.dtype, single.dtype, half.dtype) == (torch.float32,) * 3
+    assert double.dtype == torch.float64
+    assert (ours - double).abs().max() < 1e-6 and (single - double).abs().max() < 1e-6
+    assert (half - double).abs().max() < 1e-2
+    # A whole image at its own size is itself, in double precision to the bit.
+    whole = np.array([[0, 0, 40, 40]])
+    square = levels[..., :40].double()
+    assert torch.equal(crop_resize(square, whole, 40, np.array([False])), square)
+
+
+def test_wrong_shapes_are_refused():
+    images, boxes, flip = torch.zeros(2, 3, 8, 8), np.zeros((2, 4)), np.zeros(2, bool)
+    with pytest.raises(ValueError, match="boxes"):
+        crop_resize(images, boxes[:1], 4, flip)
+    with pytest.raises(ValueError, match="flip"):
+        crop_resize(images, boxes, 4, flip[:1])
+    with pytest.raises(ValueError, match="images"):
+        crop_resize(images[0], boxes, 4, flip)
+    with pytest.raises(ValueError, match="sigma"):
+        gaussian_blur(images, np.zeros(1))
+
+
+def test_window_of_a_full_resize():
+    canvas = picture(60, 90)
+    padded = np.zeros((70, 95, 3), np.uint8)
+    padded[:60, :90] = canvas
+    whole = np.asarray(Image.fromarray(canvas).resize((48, 32), Image.Resampling.BILINEAR))
+    ours = resize_window(
+        planes(padded)[None],
+        np.array([[60, 90]]), np.array([[32, 48]]), np.array([[5, 11]]), 24,
+    )  # fmt: skip
+    expected = planes(whole[5:29, 11:35].astype(np.float32)) / 255
+    assert (ours[0] - expected).abs().max() <= 1.001 * LEVEL
+
+
+SIGMAS = np.array([0.0, 0.1, 0.3, 0.5, 1.0, 1.37, 2.0, 3.5])
+
+
+def both_ways(images, sigma, monkeypatch):
+    for side in (0, 10**6):
+        monkeypatch.setattr(separable, "DENSE_SIDE", side)
+        yield gaussian_blur(images, sigma)
+
+
+@pytest.mark.parametrize("height, width", [(96, 70), (32, 32), (5, 9), (1, 3)])
+def test_blur_is_a_gaussian(height, width, monkeypatch):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 2, (len(SIGMAS), 3, height, width)).astype(np.float64)
+    expected = np.stack(
+        [gaussian(image, sigma) if sigma else image for image, sigma in zip(images, SIGMAS)]
+    )
+    for single in both_ways(torch.from_numpy(images).float(), SIGMAS, monkeypatch):
+        # Cutting at four sigma is what remains; black-and-white noise is the worst case.
+        assert np.abs(single.numpy() - expected).max() < 0.05 * LEVEL
+        assert torch.equal(single[0], torch.from_numpy(images[0]).float())
+    one, other = both_ways(torch.from_numpy(images), torch.from_numpy(SIGMAS), monkeypatch)
+    assert one.dtype == other.dtype == torch.float64
+    assert (one - other).abs().max() < 1e-12
+
+
+def test_blur_of_one_image_does_not_depend_on_its_neighbours(monkeypatch):
+    images = torch.rand(len(SIGMAS), 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    for together in both_ways(images, SIGMAS, monkeypatch):
+        for row, sigma in enumerate(SIGMAS):
+            alone = gaussian_blur(images[row : row + 1], np.array([sigma]))
+            assert (alone[0] - together[row]).abs().max() < 1e-6
+    before = images.clone()
+    gaussian_blur(images, SIGMAS)
+    assert torch.equal(images, before)
+
+
+def test_blur_beside_pils():
+    # PIL stands a Gaussian in by three box blurs on whole levels: close, not equal.
+    canvas = picture(96, 96)
+    for sigma, bound in ((0.1, 2), (0.5, 12), (1.0, 6), (1.5, 5), (2.0, 4)):
+        theirs = np.asarray(Image.fromarray(canvas).filter(ImageFilter.GaussianBlur(sigma)))
+        ours = gaussian_blur(planes(canvas)[None].float(), np.array([sigma]))[0]
+        difference = (ours - planes(theirs.astype(np.float32))).abs()
+        assert difference.max() < bound and difference.mean() < 1.5, sigma
+
+
+@pytest.mark.parametrize("level", [0, 1, 77, 255])
+def test_uniform_images_stay_uniform(level):
+    images = torch.full((2, 3, 70, 80), level, dtype=torch.uint8)
+    boxes = np.array([[3, 60, 67, 11], [0, 0, 1, 1]])
+    crops = crop_resize(images, boxes, 100, np.array([True, False]))
+    assert (crops - level / 255).abs().max() < 1e-6
+    assert (gaussian_blur(crops, np.array([2.0, 0.3])) - level / 255).abs().max() < 1e-6
