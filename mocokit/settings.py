@@ -71,7 +71,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def difference(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
-    """{dotted path: (value in a, value in b)} where the two differ; the recipe's name is left out."""
+    """{dotted path: (value in a, value in b)} where two differ; the recipe's name is left out."""
     left, right = flatten(a), flatten(b)
     return {
         path: (left[path], right[path])
@@ -145,22 +145,26 @@ def _validate(tree: Mapping[str, Any], origin: str) -> Settings:
 
 def _sentence(error: ValidationError, origin: str) -> str:
     """The first problem in one sentence, with the number of others."""
-    first, *others = error.errors()
-    known = [path for path, _ in fields()]
-    path = ".".join(str(part) for part in first["loc"])
-    match = max((name for name in known if path.startswith(name)), key=len, default=path)
+    errors, known = error.errors(), [path for path, _ in fields()]
+
+    def named(path: str) -> str:  # pydantic adds which member of a union it tried
+        return max((name for name in known if path.startswith(name)), key=len, default=path)
+
+    paths = [".".join(str(part) for part in one["loc"]) for one in errors]
+    first, path = errors[0], paths[0]
     if first["type"] == "extra_forbidden":
         text = f"{origin}: {path} does not exist{_did_you_mean(path, known)}"
     else:
         reason = first["msg"].removeprefix("Value error, ")
         reason = reason[:1].lower() + reason[1:]
         shown = "" if isinstance(first["input"], (dict, BaseModel)) else f" = {first['input']!r}"
-        text = f"{origin}: {match}{shown}: {reason}"
-    return text + (f" (and {len(others)} more)" if others else "")
+        text = f"{origin}: {named(path)}{shown}: {reason}"
+    others = len({named(path) for path in paths}) - 1
+    return text + (f" (and {others} more)" if others else "")
 
 
 def _did_you_mean(path: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     if not close:  # the right name in the wrong section
         last = path.rsplit(".", 1)[-1]
         names = {name.rsplit(".", 1)[-1]: name for name in known}

@@ -1,6 +1,7 @@
 """The oracle of the views: PIL, torchvision and scipy, one image at a time."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ def cifar(size: int = 32) -> ViewSpec:
     )
 
 
+@cache
 def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     """(H, W, 3): a smooth coloured field with noise, so that all frequencies occur."""
     draw = np.random.default_rng(seed)

@@ -103,9 +103,8 @@ def test_area_and_log_ratio_are_uniform_where_every_try_fits():
     log_ratio = np.log(boxes[:, 3] / boxes[:, 2])
     assert_uniform(log_ratio.clip(math.log(0.75), -math.log(0.75)), math.log(0.75), -math.log(0.75))
     assert abs(stats.spearmanr(area, log_ratio).statistic) < 0.03
-    spare = 4000 - boxes[:, 2:]
-    assert_uniform((boxes[:, 0] + 0.5) / (spare[:, 0] + 1), 0, 1)
-    assert_uniform((boxes[:, 1] + 0.5) / (spare[:, 1] + 1), 0, 1)
+    for place in places(boxes, 4000, 4000).T:
+        assert_uniform(place, 0, 1)
 
 
 def test_factors_shares_and_orders():
@@ -125,6 +124,11 @@ def test_factors_shares_and_orders():
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3
 
 
+def places(boxes, height=300, width=400):
+    """Where a box lies of where it could, (N, 2) in (0, 1)."""
+    return (boxes[:, :2] + 0.5) / (np.array([height, width]) - boxes[:, 2:] + 1)
+
+
 def test_columns_views_and_epochs_are_independent():
     spec = v2()
     one, other, later = draw(spec), draw(spec, view=1), draw(spec, epoch=3)
@@ -134,8 +138,8 @@ def test_columns_views_and_epochs_are_independent():
             *(part.astype(float) for part in (one.hue, one.grayscale, one.sigma)),
             *(np.asarray(getattr(other, name), float) for name in one._fields[1:6]),
             *(np.asarray(getattr(later, name), float) for name in one._fields[1:6]),
-            *one.boxes[:, :2].T.astype(float),
-            *other.boxes[:, :2].T.astype(float),
+            *places(one.boxes).T,
+            *places(other.boxes).T,
         ]
     )
     correlation = np.corrcoef(columns)
@@ -181,6 +185,16 @@ def test_rows_depend_on_their_image_alone():
     ):
         assert not (changed.brightness == whole.brightness).any()
         assert not np.array_equal(changed.boxes, whole.boxes)
+
+
+def test_golden_rows():
+    """A change of these numbers changes every recorded run."""
+    table = draw_table(v2(), 0, 0, [0, 1, 2], 1, [300, 32, 10], [400, 32, 100])
+    assert table.boxes.tolist() == [[42, 54, 246, 189], [10, 13, 20, 19], [0, 43, 10, 13]]
+    assert table.brightness == pytest.approx([1.22004085, 1.36945498, 0.77499658], abs=1e-8)
+    assert table.hue == pytest.approx([0.00942578, 0.07637327, -0.04830569], abs=1e-8)
+    assert table.sigma == pytest.approx([0, 0.18072078, 0.25437295], abs=1e-8)
+    assert table.order.tolist() == [[2, 0, 1, 3], [1, 0, 3, 2], [2, 0, 1, 3]]
 
 
 def test_types_and_shapes_also_without_images():

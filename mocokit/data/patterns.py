@@ -160,9 +160,10 @@ def _waves(dice: Dice, u: Field, v: Field, frequency: Field) -> Field:
 
 def _bricks(dice: Dice, u: Field, v: Field, frequency: Field) -> Field:
     row = np.floor(1.25 * v)
-    joint_u = 1 - np.abs(_from_centre(u + row, 2.0))
-    joint_v = (0.5 - np.abs(_from_centre(1.25 * v))) / 1.25
-    return 4 * (np.minimum(joint_u, joint_v) - _duty(dice, 0.08, 0.16))
+    joint_u: Field = 1 - np.abs(_from_centre(u + row, 2.0))
+    joint_v: Field = 0.4 - 0.8 * np.abs(_from_centre(1.25 * v))
+    nearest: Field = np.minimum(joint_u, joint_v)
+    return 4 * (nearest - _duty(dice, 0.08, 0.16))
 
 
 def _triangles(dice: Dice, u: Field, v: Field, frequency: Field) -> Field:

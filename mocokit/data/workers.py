@@ -2,10 +2,12 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import os
 import pickle
 import shutil
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -114,6 +116,18 @@ def _begin(worker: int) -> None:
     # Ctrl-C reaches every process of a terminal; the training process alone decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch's own watch looks at the parent by number, which here is the server that started us.
+
+    The server lives as long as we do: a killed training process would leave both for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Piped(NamedTuple):

@@ -164,33 +164,27 @@ def canvas_bound(spec: ViewSpec) -> int:
 def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
     """The augmentation as a table: (operation, probability, parameters), in applied order."""
 
-    def span(low: float, high: float) -> str:
-        return f"[{low:.4g}, {high:.4g}]"
-
     def factor(strength: float) -> str:
-        return span(max(0.0, 1 - strength), 1 + strength)
-
-    def triple(values: tuple[float, float, float]) -> str:
-        return ", ".join(f"{value:.4g}" for value in values)
+        return _span(max(0.0, 1 - strength), 1 + strength)
 
     size = f"{spec.size} x {spec.size}"
     rows = {
         "crop": (
             "1",
-            f"area uniform in {span(*spec.crop_area)} of the image, width/height log-uniform in "
-            f"{span(*spec.crop_ratio)}, ten tries, else the central crop; "
+            f"area uniform in {_span(*spec.crop_area)} of the image, width/height log-uniform in "
+            f"{_span(*spec.crop_ratio)}, ten tries, else the central crop; "
             f"resized to {size}, bilinear, antialiased",
         ),
         "jitter": (
             f"{spec.jitter_probability:.4g}",
             f"factors uniform: brightness {factor(spec.brightness)}, contrast "
             f"{factor(spec.contrast)}, saturation {factor(spec.saturation)}, hue shift "
-            f"{span(-spec.hue, spec.hue)} turns; in random order, clamped to [0, 1] after each",
+            f"{_span(-spec.hue, spec.hue)} turns; in random order, clamped to [0, 1] after each",
         ),
         "grayscale": (f"{spec.grayscale_probability:.4g}", "0.2989 R + 0.587 G + 0.114 B"),
         "blur": (
             f"{spec.blur_probability:.4g}",
-            f"Gaussian, sigma uniform in {span(*spec.blur_sigma)} pixels of the view, "
+            f"Gaussian, sigma uniform in {_span(*spec.blur_sigma)} pixels of the view, "
             f"cut at {BLUR_TAILS:g} sigma, edges repeated",
         ),
         "flip": (f"{spec.flip_probability:.4g}", "left to right"),
@@ -198,7 +192,7 @@ def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
     names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
     return [
         *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
-        ("normalise", "1", f"mean {triple(spec.mean)}, deviation {triple(spec.std)}"),
+        ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
         (
             "evaluation view",
             "1",
@@ -206,3 +200,11 @@ def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
             "normalised",
         ),
     ]
+
+
+def _span(low: float, high: float) -> str:
+    return f"[{low:.4g}, {high:.4g}]"
+
+
+def _listed(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)

@@ -95,7 +95,9 @@ def _product(rows: Tensor, images: Tensor, cols: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         rows = rows / 255
     images = images.to(rows.dtype, memory_format=torch.contiguous_format)
-    return rows.unsqueeze(1) @ images @ cols.unsqueeze(1).transpose(2, 3)
+    # Plane by plane, or matmul would copy `rows` for each of the three.
+    planes = (images.flatten(1, 2) @ cols.mT).view(*images.shape[:3], -1).unbind(1)
+    return torch.stack([rows @ plane for plane in planes], dim=1)
 
 
 def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
@@ -109,26 +111,33 @@ def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
             f"gaussian_blur wants images (B, 3, H, W) and sigma (B,), not "
             f"{tuple(images.shape)} and {tuple(sigma.shape)}"
         )
-    deviations = host(sigma).astype(np.float64)
+    blurred = images.clone(memory_format=torch.contiguous_format)
+    blur_rows(blurred, host(sigma).astype(np.float64))
+    return blurred
+
+
+def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
+    """`gaussian_blur` in place; planes of the images (B, 3, H, W) contiguous."""
+    rows = np.flatnonzero(sigma)
     if images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE:
-        return _blur_shifted(images, deviations)
-    return _blur_dense(images, deviations)
+        for row in rows:
+            weights = _gaussian(sigma[row : row + 1])[0].tolist()
+            image = images[row : row + 1]
+            _convolve(_convolve(image, weights, 2), weights, 3, out=image)
+    elif rows.size:
+        pick = upload(rows, images.device)
+        weights = upload(_gaussian(sigma[rows]), images.device, images.dtype)
+        down, across = (_band(weights, extent) for extent in images.shape[2:])
+        images.index_copy_(0, pick, _product(down, images.index_select(0, pick), across))
 
 
 def _gaussian(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights (B, 2R + 1) at pixels -R..R, R the widest of the batch; each row sums to 1."""
     radius = np.ceil(BLUR_TAILS * sigma)[:, None]
     pixels = np.arange(-radius.max(initial=0), radius.max(initial=0) + 1)
-    # A vanishing sigma stands for 0: all weight on the pixel itself.
-    weights = np.exp(-0.5 * (pixels / np.maximum(sigma, 1e-3)[:, None]) ** 2)
+    weights = np.exp(-0.5 * (pixels / sigma[:, None]) ** 2)
     weights *= np.abs(pixels) <= radius
     return np.asarray(weights / weights.sum(1, keepdims=True))
-
-
-def _blur_dense(images: Tensor, sigma: NDArray[np.float64]) -> Tensor:
-    weights = upload(_gaussian(sigma), images.device, images.dtype)
-    rows, cols = (_band(weights, extent) for extent in images.shape[2:])
-    return rows.unsqueeze(1) @ images @ cols.unsqueeze(1).transpose(2, 3)
 
 
 def _band(weights: Tensor, extent: int) -> Tensor:
@@ -144,15 +153,6 @@ def _band(weights: Tensor, extent: int) -> Tensor:
     inner[:, :, 0] += band[:, :, :radius].sum(2)
     inner[:, :, -1] += band[:, :, radius + extent :].sum(2)
     return inner
-
-
-def _blur_shifted(images: Tensor, sigma: NDArray[np.float64]) -> Tensor:
-    blurred = images.clone(memory_format=torch.contiguous_format)
-    for number in np.flatnonzero(sigma):
-        weights = _gaussian(sigma[number : number + 1])[0].tolist()
-        image = blurred[number : number + 1]
-        _convolve(_convolve(image, weights, 2), weights, 3, out=image)
-    return blurred
 
 
 def _convolve(image: Tensor, weights: list[float], dim: int, out: Tensor | None = None) -> Tensor:

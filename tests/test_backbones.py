@@ -1,0 +1,95 @@
+"""Backbones by name: sizes, stems, initialisation as torchvision's."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from mocokit.errors import UserError
+from mocokit.nets.backbones import build_backbone
+from mocokit.nets.heads import Encoder, build_head, calibrate_head
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_resnet50_has_the_published_size():
+    backbone = build_backbone("resnet50")
+    assert count(backbone) == 23_508_032  # counted on the authors' trunk
+    encoder = Encoder(backbone, build_head("mlp", backbone.num_features, None, 128))
+    assert count(encoder) == 27_966_656  # and on their whole v2 encoder
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_initialisation_is_torchvisions(name):
+    torch.manual_seed(0)
+    ours = dict(build_backbone(name).named_parameters())
+    theirs = dict(getattr(torchvision.models, name)().named_parameters())
+    for path, parameter in ours.items():
+        expected = theirs[path]
+        assert parameter.shape == expected.shape
+        error = (
+            5 * float(expected.std() if expected.numel() > 1 else 0) / math.sqrt(expected.numel())
+        )
+        assert float(parameter.mean()) == pytest.approx(
+            float(expected.mean()), abs=error * 2 + 1e-6
+        )
+        if expected.dim() == 4:
+            assert float(parameter.std()) == pytest.approx(float(expected.std()), rel=0.1)
+        else:
+            assert torch.equal(parameter, expected)
+
+
+def test_zero_init_last_starts_blocks_as_identities():
+    assert float(build_backbone("resnet18").layer1[0].bn2.weight.sum()) == 64
+    assert float(build_backbone("resnet18", zero_init_last=True).layer1[0].bn2.weight.sum()) == 0
+
+
+def test_small_stem_keeps_the_resolution():
+    backbone = build_backbone("resnet18", "small")
+    assert backbone.conv1.kernel_size == (3, 3) and backbone.conv1.stride == (1, 1)
+    assert isinstance(backbone.maxpool, nn.Identity)
+    seen = []
+    backbone.layer1.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
+    assert backbone(torch.randn(4, 3, 32, 32)).shape == (4, 512)
+    assert seen == [(4, 64, 32, 32)]
+
+
+def test_resnet_tiny():
+    backbone = build_backbone("resnet_tiny")
+    assert backbone(torch.randn(4, 3, 32, 32)).shape == (4, backbone.num_features)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "sentence"),
+    [
+        ("resnet19", "imagenet", "did you mean resnet18"),
+        ("vit_tiny_patch16_224", "small", "no stem that can be made small"),
+    ],
+)
+def test_what_cannot_be_built_says_so(name, stem, sentence):
+    with pytest.raises(UserError, match=sentence):
+        build_backbone(name, stem)
+
+
+def test_heads_are_the_papers():
+    linear, mlp = build_head("linear", 20, None, 8), build_head("mlp", 20, None, 8)
+    assert [type(m) for m in linear] == [nn.Linear]
+    assert [type(m) for m in mlp] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert mlp[0].weight.shape == (20, 20) and mlp[2].weight.shape == (8, 20)
+    assert mlp[0].bias is not None and mlp[2].bias is not None
+    assert build_head("mlp", 20, 12, 8)[0].weight.shape == (12, 20)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_calibrated_head_spreads_its_outputs(kind):
+    torch.manual_seed(0)
+    encoder = Encoder(nn.Flatten(), build_head(kind, 48, None, 8))
+    images = torch.rand(256, 3, 4, 4) * 0.01 + 5
+    calibrate_head(encoder, images)
+    outputs = encoder(images)
+    torch.testing.assert_close(outputs.mean(0), torch.zeros(8), atol=1e-2, rtol=0)
+    torch.testing.assert_close(outputs.std(0), torch.ones(8), atol=1e-2, rtol=0)

@@ -1,0 +1,158 @@
+"""Grouped batch norm against torch's own, one group at a time."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, strategies as st
+from torch import nn
+
+from mocokit.nets.batchnorm import (
+    GroupedBatchNorm2d,
+    calibrate,
+    group_sizes,
+    moving_once,
+    set_groups,
+    share_of_groups,
+    use_groups,
+)
+
+
+def filled(layer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        layer.weight.copy_(torch.rand(layer.weight.shape, generator=generator) + 0.5)
+        layer.bias.copy_(torch.randn(layer.bias.shape, generator=generator))
+    return layer.double()
+
+
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_groups_are_even_and_complete(images, groups):
+    sizes = group_sizes(images, groups)
+    assert sum(sizes) == images and len(sizes) == groups
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@given(st.integers(1, 64), st.integers(1, 16))
+def test_processes_share_all_groups(groups, world):
+    shares = [share_of_groups(groups, rank, world) for rank in range(world)]
+    assert [g for share in shares for g in range(groups)[share]] == list(range(groups))
+
+
+def test_eight_groups_on_three_processes():
+    shares = [share_of_groups(8, rank, 3) for rank in range(3)]
+    assert [share.stop - share.start for share in shares] == [3, 3, 2]
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 4, 6)], ids=["NC", "NCHW"])
+@pytest.mark.parametrize(("images", "groups"), [(8, 2), (10, 3), (7, 2), (3, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_equals_torch_group_by_group(shape, images, groups, layout):
+    if len(shape) == 1 and layout == torch.channels_last:
+        pytest.skip("channels-last is a layout of images")
+    torch.manual_seed(0)
+    ours = filled(GroupedBatchNorm2d(5, images // groups))
+    inputs = torch.randn(images, *shape, dtype=torch.float64)
+    inputs = (
+        inputs.to(memory_format=layout).requires_grad_()
+        if len(shape) == 3
+        else inputs.requires_grad_()
+    )
+    outputs = ours(inputs)
+    if len(shape) == 3:
+        assert outputs.is_contiguous(memory_format=layout)
+    gradient = torch.randn_like(outputs)
+    outputs.backward(gradient)
+    means, variances = [], []
+    other = inputs.detach().clone().requires_grad_()
+    for part, g, result in zip(
+        other.tensor_split(groups),
+        gradient.tensor_split(groups),
+        outputs.tensor_split(groups),
+        strict=True,
+    ):
+        norm = filled(nn.BatchNorm2d(5) if len(shape) == 3 else nn.BatchNorm1d(5))
+        expected = norm(part)
+        torch.testing.assert_close(result, expected)
+        expected.backward(g)
+        means.append(norm.running_mean)
+        variances.append(norm.running_var)
+    torch.testing.assert_close(inputs.grad, other.grad)
+    torch.testing.assert_close(ours.running_mean, torch.stack(means).mean(0))
+    torch.testing.assert_close(ours.running_var, torch.stack(variances).mean(0))
+    assert int(ours.num_batches_tracked) == 1
+
+
+def test_number_of_groups_follows_from_the_batch_or_is_set():
+    layer = GroupedBatchNorm2d(3, group_size=4).double()
+    inputs = torch.randn(10, 3, 2, 2, dtype=torch.float64)
+    by_size = layer(inputs)  # round(10 / 4) = 2 groups of five
+    torch.testing.assert_close(
+        by_size[:5].mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-9, rtol=0
+    )
+    set_groups(layer, 1)
+    assert float(layer(inputs)[:5].detach().mean((0, 2, 3)).abs().max()) > 1e-3
+
+
+def test_eval_is_ordinary_batch_norm():
+    layer = filled(GroupedBatchNorm2d(3, 2))
+    layer(torch.randn(6, 3, 2, 2, dtype=torch.float64))
+    plain = nn.BatchNorm2d(3).double()
+    plain.load_state_dict(layer.state_dict())
+    inputs = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+    before = layer.running_mean.clone()
+    torch.testing.assert_close(layer.eval()(inputs), plain.eval()(inputs))
+    assert torch.equal(before, layer.running_mean)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0"])
+def test_every_batch_norm_of_timm_is_replaced_and_keeps_its_keys(name):
+    """efficientnet has BatchNormAct2d, which also applies the activation."""
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=0, drop_rate=0.0, drop_path_rate=0.0)
+    ours = use_groups(copy.deepcopy(plain), 2)
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in ours.modules())
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    inputs = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(ours.eval()(inputs), plain.eval()(inputs))
+    expected = torch.cat([plain.train()(part) for part in inputs.split(2)])
+    torch.testing.assert_close(ours.train()(inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_parts_of_a_batch_move_the_statistics_once():
+    whole, parts = GroupedBatchNorm2d(3, 2).double(), GroupedBatchNorm2d(3, 2).double()
+    inputs = torch.randn(10, 3, 2, 2, dtype=torch.float64)
+    set_groups(whole, 5)
+    whole(inputs)
+    with moving_once(parts) as statistics:
+        for piece, groups in ((slice(0, 4), 2), (slice(4, 10), 3)):
+            set_groups(parts, groups)
+            parts(inputs[piece])
+            statistics.part(groups)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_statistics_without_parts_stay():
+    layer = GroupedBatchNorm2d(3, 2)
+    with moving_once(layer):
+        layer(torch.randn(4, 3, 2, 2))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+def test_calibrate_gives_the_plain_average_and_keeps_the_mode():
+    net = use_groups(nn.Sequential(nn.BatchNorm2d(3, momentum=0.3)), 4).double()
+    net.eval()
+    batches = [torch.randn(4, 3, 5, 5, dtype=torch.float64) * s + s for s in (1, 2, 3)]
+    calibrate(net, batches)
+    expected = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
+    torch.testing.assert_close(net[0].running_mean, expected)
+    assert not net.training and net[0].momentum == 0.3
+
+
+def test_bfloat16_inputs_keep_float32_statistics():
+    layer = GroupedBatchNorm2d(3, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = layer(torch.randn(4, 3, 2, 2).bfloat16())
+    assert outputs.dtype == torch.bfloat16 and layer.running_mean.dtype == torch.float32

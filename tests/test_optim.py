@@ -1,0 +1,114 @@
+"""The learning rate of every epoch against the authors' formulas, and the optimisers."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mocokit import recipes
+from mocokit.build import build_parts
+from mocokit.engine.optim import Schedule, build_optimizer, set_lr
+from mocokit.settings import replace
+from mocokit.sizes import in_effect
+
+
+def schedule(recipe, images=None, **changes):
+    settings = replace(recipe, {k.replace("__", "."): v for k, v in changes.items()})
+    effect = in_effect(settings, images or settings.train.batch_size * 10)
+    o = settings.optim
+    return Schedule(
+        lr=effect.lr,
+        kind=o.schedule,
+        per=o.per,
+        epochs=settings.train.epochs,
+        steps_per_epoch=effect.steps_per_epoch,
+        first_epoch=o.first_epoch,
+        drops=o.drops,
+        drop_factor=o.drop_factor,
+        warmup_epochs=o.warmup_epochs,
+    )
+
+
+def test_v1_drops_at_epochs_120_and_160():
+    lr = schedule(recipes.mocov1())
+    for epoch in range(200):
+        expected = 0.03 * (0.1 if epoch >= 120 else 1) * (0.1 if epoch >= 160 else 1)
+        for step in (10 * epoch, 10 * epoch + 9):
+            assert lr(step) == pytest.approx(expected, rel=1e-12)
+
+
+def test_v2_is_a_cosine_by_epoch_from_0():
+    lr = schedule(recipes.mocov2())
+    for epoch in range(200):
+        expected = 0.03 * 0.5 * (1 + math.cos(math.pi * epoch / 200))
+        for step in (10 * epoch, 10 * epoch + 9):
+            assert lr(step) == pytest.approx(expected, rel=1e-12)
+    assert lr(1999) == pytest.approx(1.85e-6, rel=1e-2)  # the authors' last rate, never 0
+
+
+def test_the_notebooks_cosine_counts_from_1_and_ends_at_0():
+    lr = schedule(recipes.mocov2_cifar10())
+    assert lr(0) == pytest.approx(0.059996, abs=1e-6)
+    assert lr(1999) == 0.0
+
+
+def test_smooth_cosine_with_warm_up():
+    lr = schedule(
+        recipes.mocov2(), optim__per="step", optim__warmup_epochs=2.0, train__epochs=10
+    )
+    rates = [lr(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.03 / 21) and rates[19] == pytest.approx(0.03 * 20 / 21)
+    assert max(rates) == rates[20] == pytest.approx(0.03)
+    assert rates[60] == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False)) and rates[-1] > 0
+
+
+@pytest.mark.parametrize("epochs", [7, 33, 100])
+def test_drops_are_shares_of_the_run(epochs):
+    lr = schedule(recipes.mocov1(), train__epochs=epochs)
+    first = next(s for s in range(epochs * 10) if lr(s) < 0.02)
+    assert first == 10 * math.ceil(round(0.6 * epochs, 9))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_all_parameters_decay_alike(name):
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = build_optimizer(name, net.parameters(), 0.1, 0.9, 1e-2)
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    before = [p.detach().clone() for p in net.parameters()]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, old in zip(net.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 1e-2))
+    set_lr(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_sgd_is_the_textbooks_without_nesterov():
+    net = nn.Linear(2, 1, bias=False)
+    weight, velocity = net.weight.detach().clone(), torch.zeros(1, 2)
+    optimizer = build_optimizer("sgd", net.parameters(), 0.1, 0.9, 0.01)
+    for step in range(4):
+        gradient = torch.tensor([[1.0, -2.0]]) * (step + 1)
+        net.weight.grad = gradient.clone()
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient + 0.01 * weight
+        weight = weight - 0.1 * velocity
+    torch.testing.assert_close(net.weight.detach(), weight)
+
+
+def test_only_the_query_encoder_is_optimised():
+    settings = replace(
+        recipes.demo(),
+        {"engine.precision": "float32", "engine.memory_format": "contiguous", "engine.compile": False},
+    )
+    parts = build_parts(settings, in_effect(settings, 6000), torch.device("cpu"))
+    optimised = {id(p) for p in parts.optimizer.param_groups[0]["params"]}
+    assert optimised == {id(p) for p in parts.method.encoder.parameters()}
+    for p, q in zip(
+        parts.method.encoder.parameters(), parts.method.key_encoder.parameters(), strict=True
+    ):
+        assert torch.equal(p, q)

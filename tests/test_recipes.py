@@ -1,0 +1,150 @@
+"""Recipes hold the papers' settings, and differ by exactly what the papers changed."""
+
+import re
+
+import pytest
+
+from mocokit import recipes
+from mocokit.errors import UserError
+from mocokit.settings import difference, get
+
+V1_TO_V2 = {
+    "net.head": ("linear", "mlp"),
+    "method.temperature": (0.07, 0.2),
+    "views.order": (
+        ("crop", "grayscale", "jitter", "flip"),
+        ("crop", "jitter", "grayscale", "blur", "flip"),
+    ),
+    "views.jitter_probability": (1.0, 0.8),
+    "views.hue": (0.4, 0.1),
+    "views.blur_probability": (0.0, 0.5),
+    "optim.schedule": ("steps", "cosine"),
+}
+
+
+def test_v2_is_v1_with_the_papers_changes():
+    assert difference(recipes.mocov1(), recipes.mocov2()) == V1_TO_V2
+
+
+HEAD = {"net.head", "method.temperature"}
+AUG = {p for p in V1_TO_V2 if p.startswith("views.")}
+COS = {"optim.schedule"}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [("ablation_a", HEAD), ("ablation_b", AUG), ("ablation_c", HEAD | AUG)],
+)
+def test_ablation_rows_are_table_1(row, parts):
+    changed = difference(recipes.mocov1(), recipes.RECIPES[row]())
+    assert changed == {path: V1_TO_V2[path] for path in parts}
+
+
+def test_800_epochs_differ_in_nothing_else():
+    assert difference(recipes.mocov2(), recipes.mocov2_800()) == {"train.epochs": (200, 800)}
+    assert difference(recipes.mocov2_cifar10(), recipes.mocov2_cifar10_symmetric()) == {
+        "method.symmetric": (False, True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("net.backbone", "resnet50"),
+        ("net.dim", 128),
+        ("net.zero_init_last", False),
+        ("method.queue_size", 65536),
+        ("method.momentum", 0.999),
+        ("method.group_size", 32),
+        ("optim.lr", 0.03),
+        ("optim.lr_batch", 256),
+        ("optim.momentum", 0.9),
+        ("optim.weight_decay", 1e-4),
+        ("optim.drops", (0.6, 0.8)),
+        ("optim.per", "epoch"),
+        ("optim.warmup_epochs", 0),
+        ("train.epochs", 200),
+        ("train.batch_size", 256),
+        ("data.last", "drop"),
+        ("views.crop_area", (0.2, 1.0)),
+        ("views.grayscale_probability", 0.2),
+        ("views.flip_probability", 0.5),
+        ("views.brightness", 0.4),
+        ("views.mean", (0.485, 0.456, 0.406)),
+    ],
+)
+def test_v1_and_v2_share_the_authors_settings(path, value):
+    assert get(recipes.mocov1(), path) == get(recipes.mocov2(), path) == value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("net.backbone", "resnet18"),
+        ("net.stem", "small"),
+        ("net.head", "linear"),
+        ("method.temperature", 0.1),
+        ("method.queue_size", 4096),
+        ("method.momentum", 0.99),
+        ("method.group_size", 64),
+        ("optim.lr", 0.06),
+        ("optim.lr_batch", 512),
+        ("optim.weight_decay", 5e-4),
+        ("optim.first_epoch", 1),
+        ("train.batch_size", 512),
+        ("train.epochs", 200),
+        ("views.order", ("crop", "flip", "jitter", "grayscale")),
+        ("views.crop_area", (0.08, 1.0)),
+        ("views.std", (0.2023, 0.1994, 0.2010)),
+        ("monitor.k", 200),
+        ("monitor.temperature", 0.1),
+    ],
+)
+def test_the_cifar_recipe_is_the_notebooks(path, value):
+    assert get(recipes.mocov2_cifar10(), path) == value
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_documents_itself(name):
+    text = recipes.RECIPES[name].__doc__
+    for line in ("Command: mocokit pretrain", "Cost: ", "Published: ", "Measured: "):
+        assert re.search(rf"^\s+{line}", text, re.M), line
+    assert recipes.by_name(name).recipe == name
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(UserError, match="did you mean mocov2"):
+        recipes.by_name("mocov3x")
+    with pytest.raises(UserError, match="there are demo, mocov1"):
+        recipes.by_name("zzz")
+
+
+class TestAsked:
+    def test_nothing_is_the_demo(self):
+        settings, stated = recipes.asked(None, None, {})
+        assert settings == recipes.demo() and not stated
+
+    def test_a_path_alone_is_the_data_of_mocov2(self, tmp_path):
+        settings, stated = recipes.asked(str(tmp_path), None, {"seed": 3})
+        assert settings.recipe == "mocov2" and settings.data.path == str(tmp_path)
+        assert settings.seed == 3 and stated == {"seed"}
+
+    def test_a_recipe_without_data_is_refused(self):
+        with pytest.raises(UserError, match="mocov1 needs images: mocokit pretrain mocov1 FOLDER"):
+            recipes.asked("mocov1", None, {})
+        assert recipes.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
+
+    @pytest.mark.parametrize("arguments", [("none/", None), ("mocov2", "none"), ("a.jpg", None)])
+    def test_a_missing_path_is_named(self, arguments):
+        with pytest.raises(UserError, match="there is no file or folder (none|a.jpg)"):
+            recipes.asked(*arguments, {})
+
+    def test_a_misspelt_recipe_is_no_path(self):
+        with pytest.raises(UserError, match="did you mean mocov2"):
+            recipes.asked("mocv2", None, {})
+
+    def test_a_file_states_what_it_holds(self, tmp_path):
+        (tmp_path / "c.yaml").write_text(f"method: {{queue_size: 99}}\ndata: {{path: {tmp_path}}}\n")
+        settings, stated = recipes.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
+        assert settings.method.queue_size == 99
+        assert stated == {"method.queue_size", "data.path", "seed"}

@@ -1,0 +1,121 @@
+"""Settings: round trips, sentences for mistakes, identity."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from mocokit import recipes, settings
+from mocokit.config import Settings
+from mocokit.errors import UserError
+
+EVERY = dict(settings.fields())
+
+
+def test_every_setting_has_a_meaning_and_a_default():
+    for path, field in EVERY.items():
+        assert field.description, path
+        assert not field.is_required(), path
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_yaml_round_trip(name):
+    ours = recipes.by_name(name)
+    text = settings.to_yaml(ours, {"lr": 0.1})
+    assert settings.from_yaml(text) == ours
+    assert "resolved:\n  lr: 0.1" in text
+
+
+@given(st.floats(1e-6, 1e3), st.integers(1, 10**7), st.booleans(), st.sampled_from([None, 7]))
+def test_any_value_survives_the_file(temperature, queue, symmetric, micro):
+    changes = {
+        "method.temperature": temperature,
+        "method.queue_size": queue,
+        "method.symmetric": symmetric,
+        "train.micro_batch": micro,
+    }
+    ours = settings.replace(Settings(), changes)
+    assert settings.from_yaml(settings.to_yaml(ours)) == ours
+    assert {p: settings.get(ours, p) for p in changes} == changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method.temprature": 1}, r"method.temprature does not exist; did you mean method.temp"),
+        ({"temperature": 1}, r"did you mean method.temperature"),
+        ({"nonsense": 1}, r"--show"),
+        ({"method.temperature": -1}, r"method.temperature = -1: input should be greater than 0"),
+        ({"method.temperature": float("nan")}, r"method.temperature = nan: .*finite"),
+        ({"train.epochs": "many"}, r"train.epochs = 'many': input should be a valid integer"),
+        ({"train.epochs": 1.5}, r"train.epochs = 1.5"),
+        ({"views.order": ["crop", "blr"]}, r"views.order = 'blr': input should be 'crop'"),
+        ({"views.order": ["flip", "crop"]}, r"must begin with crop"),
+        ({"views.order": ["crop", "flip", "flip"]}, r"twice"),
+        ({"views.crop_area": [0.5, 0.1]}, r"crop_area must be two numbers, 0 < low <= high"),
+        ({"views.crop_area": [0.5, 2.0]}, r"crop_area cannot exceed 1"),
+        ({"views.resize": 100}, r"resize cannot be smaller than size"),
+        ({"views.std": [0, 1, 1]}, r"std must be positive"),
+        ({"optim.drops": [0.8, 0.6]}, r"drops must be rising"),
+        ({"data.workers": -1}, r"data.workers = -1: input should be greater than or equal to 0$"),
+        ({"engine.compile": "maybe"}, r"engine.compile = 'maybe'"),
+        ({"seed": -1}, r"seed = -1"),
+    ],
+)
+def test_a_mistake_is_one_sentence(changes, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        settings.replace(Settings(), changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: {epoch: 3}", "train.epoch does not exist; did you mean train.epochs"),
+        ("[1, 2]", "must hold settings by name"),
+        ("a: [", "is not YAML"),
+        ("train: 3", "train = 3"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path, text, sentence):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=sentence) as caught:
+        settings.load(path)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*none.yaml"):
+        settings.load(tmp_path / "none.yaml")
+
+
+def test_assignments_are_read_as_yaml():
+    got = settings.parse_assignments(
+        ["a.b=1e-3", "c=[1, 2]", "d=null", "e=text", "f=true", "g=a=b", "h="]
+    )
+    assert got == {
+        "a.b": "1e-3",  # YAML 1.1 takes it for text; the field's type makes it a number
+        "c": [1, 2],
+        "d": None,
+        "e": "text",
+        "f": True,
+        "g": "a=b",
+        "h": None,
+    }
+    assert settings.replace(Settings(), {"optim.lr": "1e-3"}).optim.lr == 1e-3
+    for bad in ("epochs", "=3", "a=["):
+        with pytest.raises(UserError, match="--set"):
+            settings.parse_assignments([bad])
+
+
+def test_places_are_not_identity():
+    identity = settings.identity(Settings())
+    places = {path for path, field in EVERY.items() if settings.is_place(field)}
+    assert identity.keys() == EVERY.keys() - places - settings.LABELS
+    assert {"engine.device", "data.path", "data.workers", "save.keep", "recipe"}.isdisjoint(identity)
+    assert {"seed", "engine.precision", "method.queue_size", "data.last"} <= identity.keys()
+
+
+def test_stated_in_lists_the_paths_of_a_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\ntrain: {epochs: 2}\nresolved: {lr: 3}\n")
+    assert settings.stated_in(path) == {"seed", "train.epochs"}

@@ -1,0 +1,127 @@
+"""Sizes: what is adapted to small data, what is kept, and what the settings come to."""
+
+import pytest
+from hypothesis import given, strategies as st
+
+from mocokit import recipes
+from mocokit.config import Settings
+from mocokit.errors import UserError
+from mocokit.settings import replace
+from mocokit.sizes import count_groups, fit, in_effect
+
+
+def test_published_sizes_stay_on_the_published_data():
+    assert fit(recipes.mocov2(), 1_281_167) == (recipes.mocov2(), [])
+    assert fit(recipes.mocov2_cifar10(), 50_000) == (recipes.mocov2_cifar10(), [])
+    effect = in_effect(recipes.mocov2(), 1_281_167)
+    assert (effect.steps_per_epoch, effect.total_steps) == (5004, 1_000_800)
+    assert (effect.groups, effect.lr, effect.key_momentum) == (8, 0.03, 0.999)
+    assert in_effect(recipes.mocov2_cifar10(), 50_000).groups == 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "lr", "momentum"),
+    [(64, 0.0075, 0.9997498), (128, 0.015, 0.9995), (512, 0.06, 0.998001), (1024, 0.12, 0.996006)],
+)
+def test_rates_follow_the_batch(batch, lr, momentum):
+    settings = replace(recipes.mocov2(), {"train.batch_size": batch})
+    effect = in_effect(settings, 10**6)
+    assert effect.lr == pytest.approx(lr)
+    assert effect.key_momentum == pytest.approx(momentum, abs=1e-6)
+
+
+def test_null_keeps_the_momentum_as_the_authors_do():
+    settings = replace(
+        recipes.mocov2(), {"train.batch_size": 128, "method.momentum_batch": None}
+    )
+    assert in_effect(settings, 10**6).key_momentum == 0.999
+
+
+@pytest.mark.parametrize(("scale", "lr"), [("linear", 0.12), ("sqrt", 0.06), ("none", 0.03)])
+def test_scales(scale, lr):
+    settings = replace(recipes.mocov2(), {"train.batch_size": 1024, "optim.scale": scale})
+    assert in_effect(settings, 10**6).lr == pytest.approx(lr)
+
+
+def test_what_a_user_states_is_what_runs():
+    stated = {"optim.lr": 0.5, "method.momentum": 0.9, "train.batch_size": 64}
+    settings, _ = fit(replace(recipes.mocov2(), stated), 10_000, stated)
+    effect = in_effect(settings, 10_000)
+    assert (effect.lr, effect.key_momentum) == (0.5, 0.9)
+    stated |= {"optim.lr_batch": 128, "method.momentum_batch": 32}  # both halves of a quotation
+    settings, _ = fit(replace(recipes.mocov2(), stated), 10_000, stated)
+    effect = in_effect(settings, 10_000)
+    assert (effect.lr, effect.key_momentum) == (0.25, pytest.approx(0.81))
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "queue"),
+    [
+        (64, 64, 64),
+        (300, 64, 64),
+        (600, 128, 128),
+        (5_000, 256, 256),
+        (10_000, 256, 512),
+        (100_000, 256, 8192),
+        (1_000_000, 256, 65536),
+    ],
+)
+def test_default_sizes_shrink_to_small_data(images, batch, queue):
+    settings, notices = fit(recipes.mocov2(), images)
+    assert (settings.train.batch_size, settings.method.queue_size) == (batch, queue)
+    assert any("queue" in notice for notice in notices) == (queue < 65536)
+    assert any("batch size" in notice for notice in notices) == (batch < 256)
+
+
+@given(st.integers(64, 10**7), st.sampled_from(sorted(recipes.RECIPES)))
+def test_fitted_sizes_are_possible(images, recipe):
+    settings, _ = fit(recipes.by_name(recipe), images)
+    batch, queue = settings.train.batch_size, settings.method.queue_size
+    assert 2 <= batch <= images
+    assert batch <= max(images / 4, 2 * settings.method.group_size)
+    default = recipes.by_name(recipe).method.queue_size
+    assert queue == default or (queue >= batch and (queue <= images / 10 or queue == batch))
+    assert count_groups(settings, batch) >= 2
+    assert fit(settings, images)[0] == settings  # nothing left to adapt
+    assert in_effect(settings, images).steps_per_epoch >= 1
+
+
+def test_a_stated_queue_is_kept_with_a_warning():
+    stated = {"method.queue_size": 4096}
+    settings, notices = fit(replace(recipes.mocov2(), stated), 10_000, stated)
+    assert settings.method.queue_size == 4096
+    assert any("over a tenth of the 10000 images" in notice for notice in notices)
+
+
+def test_a_stated_batch_is_kept_or_refused():
+    stated = {"train.batch_size": 100}
+    assert fit(replace(recipes.mocov2(), stated), 120, stated)[0].train.batch_size == 100
+    with pytest.raises(UserError, match="batch_size 100 exceeds the 99 images; set at most 99"):
+        fit(replace(recipes.mocov2(), stated), 99, stated)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(UserError, match="63 images are too few: .* at least 64"):
+        fit(recipes.mocov2(), 63)
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups"), [(256, 8), (128, 4), (64, 2), (32, 2), (16, 2), (100, 3), (4, 2), (2, 1)]
+)
+def test_groups(batch, groups):
+    settings = replace(recipes.mocov2(), {"train.batch_size": batch})
+    assert count_groups(settings, batch) == groups
+
+
+def test_one_group_needs_an_explicit_setting_and_is_noted():
+    stated = {"method.groups": 1}
+    settings, notices = fit(replace(recipes.mocov2(), stated), 10**6, stated)
+    assert count_groups(settings, 256) == 1
+    assert any("one batch-norm group" in notice for notice in notices)
+
+
+def test_last_partial_batch():
+    keep = replace(Settings(), {"data.last": "keep"})
+    assert in_effect(Settings(), 1000).steps_per_epoch == 3
+    assert in_effect(keep, 1000).steps_per_epoch == 4
+    assert in_effect(keep, 1024).steps_per_epoch == 4

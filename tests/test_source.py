@@ -1,0 +1,448 @@
+"""Sources: what is found where, under which number, and what is said when it is not."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocokit.data.decode import BadImage
+from mocokit.data.folder import EXTENSIONS
+from mocokit.data.names import Names
+from mocokit.data.source import ArraySource, FolderSource, load_index, open_data
+from mocokit.errors import UserError
+
+SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
+
+
+def make(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4), (number, 0, 0)).save(path, "PNG")
+    return root
+
+
+def names_of(source: Any) -> list[str]:
+    return [source.describe(index) for index in range(len(source))]
+
+
+def refusal(path: str | Path | None, labels: Any = "auto") -> str:
+    """The sentence with which a path is refused: one line without a full stop inside."""
+    with pytest.raises(UserError) as caught:
+        open_data(path, labels)
+    text = str(caught.value)
+    assert "\n" not in text and ": " in text
+    return text
+
+
+# Folders
+
+
+def test_images_are_found_nested_or_flat_in_the_order_of_bytes(tmp_path: Path) -> None:
+    make(tmp_path, "b.png", "a/z.PNG", "a-b/x.Jpg", "Z.tif", "a/y/deep.webp", "notes.txt", "ä.gif")
+    source, validation = open_data(tmp_path)
+    expected = ["Z.tif", "a-b/x.Jpg", "a/y/deep.webp", "a/z.PNG", "b.png", "ä.gif"]
+    assert names_of(source) == expected == sorted(expected, key=os.fsencode)
+    assert validation is None and source.labels is None and source.classes == ()
+    assert source.read(4).tolist() == np.full((4, 6, 3), (0, 0, 0)).tolist()
+    assert source.read(3)[0, 0, 0] == 1 and len(source) == 6
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_every_extension_counts_in_any_case(tmp_path: Path, extension: str) -> None:
+    make(tmp_path, f"a.{extension}", f"b.{extension.upper()}", extension)
+    assert names_of(open_data(tmp_path).train) == sorted(
+        [f"a.{extension}", f"b.{extension.upper()}"]
+    )
+
+
+def test_hidden_things_and_lost_and_found_are_skipped(tmp_path: Path) -> None:
+    make(tmp_path, "a.png", ".b.png", ".git/c.png", "d/.e/f.png", "d/._g.png", "lost+found/h.png")
+    make(tmp_path, ".png")
+    assert names_of(open_data(tmp_path).train) == ["a.png"]
+
+
+def test_links_are_followed_and_loops_survived(tmp_path: Path) -> None:
+    elsewhere = make(tmp_path / "elsewhere", "x.png", "sub/y.png")
+    root = make(tmp_path / "root", "a/1.png")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "a/up").symlink_to(root)
+    (root / "a/self").symlink_to("self")
+    (elsewhere / "back").symlink_to(root)
+    (root / "file.png").symlink_to(elsewhere / "x.png")
+    (root / "gone.png").symlink_to(tmp_path / "nowhere")
+    source = open_data(root).train
+    expected = ["a/1.png", "file.png", "gone.png", "linked/sub/y.png", "linked/x.png"]
+    assert names_of(source) == expected
+    with pytest.raises(BadImage, match="No such file"):
+        source.read(2)
+
+
+def test_two_links_to_each_other_end(tmp_path: Path) -> None:
+    make(tmp_path, "a/1.png", "b/2.png")
+    (tmp_path / "a/to_b").symlink_to(tmp_path / "b")
+    (tmp_path / "b/to_a").symlink_to(tmp_path / "a")
+    found = names_of(open_data(tmp_path).train)
+    assert found == ["a/1.png", "a/to_b/2.png", "b/2.png", "b/to_a/1.png"]
+
+
+def test_pipes_are_not_images(tmp_path: Path) -> None:
+    make(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert len(open_data(tmp_path).train) == 1
+
+
+def test_strange_names_work_and_are_described_on_one_line(tmp_path: Path) -> None:
+    strange = [b"new\nline.png", b"\xff\xfe.png", b"tab\there.png", "ü.png".encode()]
+    plain = make(tmp_path, "plain.png") / "plain.png"
+    for name in strange:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(plain.read_bytes())
+    plain.unlink()
+    source = open_data(tmp_path).train
+    assert names_of(source) == ["new\\nline.png", "tab\\there.png", "ü.png", "\\udcff\\udcfe.png"]
+    for index in range(4):
+        assert source.read(index).shape == (4, 6, 3)
+        source.describe(index).encode()
+    source.save_index(tmp_path / "images.idx")
+    again = FolderSource.of_index(tmp_path, load_index(tmp_path / "images.idx"))
+    assert [again.names[i] for i in range(4)] == [source.names[i] for i in range(4)]  # type: ignore[attr-defined]
+
+
+def test_names_are_compact_and_exact() -> None:
+    names = [f"{'x' * (i % 7)}é{i}".encode() for i in range(1000)] + [b""]
+    packed = Names.of(names)
+    assert len(packed) == 1001 and [os.fsencode(packed[i]) for i in range(1001)] == names
+    assert packed[-2] == packed[999] and packed.text.nbytes == sum(map(len, names))
+    with pytest.raises(IndexError):
+        packed[1001]
+
+
+def test_train_alone_is_trained_on_and_val_is_preferred(tmp_path: Path) -> None:
+    make(tmp_path, "train/cat/1.png", "train/cat/x/2.png", "train/ant/3.png", "extra/no.png")
+    make(tmp_path, "test/cat/9.png", "val/cat/8.png")
+    train, validation = open_data(tmp_path)
+    assert names_of(train) == ["ant/3.png", "cat/1.png", "cat/x/2.png"]
+    assert train.classes == ("ant", "cat") and train.labels is not None
+    assert train.labels.dtype == np.int64 and train.labels.tolist() == [0, 1, 1]
+    assert validation is not None and validation.labels is not None
+    assert names_of(validation) == ["cat/8.png"] and validation.labels.tolist() == [1]
+    assert validation.classes == train.classes and train.name == validation.name
+    dropped = open_data(tmp_path, "none")
+    assert dropped.train.labels is None and dropped.train.classes == ()
+    assert dropped.validation is not None and dropped.validation.labels is None
+
+
+@pytest.mark.parametrize("beside", ["val", "valid", "validation", "test"])
+def test_the_names_of_validation(tmp_path: Path, beside: str) -> None:
+    make(tmp_path, "train/cat/1.png", f"{beside}/cat/8.png")
+    assert open_data(tmp_path).validation is not None
+
+
+def test_a_split_without_classes_has_no_labels(tmp_path: Path) -> None:
+    make(tmp_path, "train/1.png", "val/2.png")
+    train, validation = open_data(tmp_path)
+    assert train.labels is None and validation is not None and validation.labels is None
+
+
+def test_validation_may_be_absent_empty_or_unlabelled(tmp_path: Path) -> None:
+    make(tmp_path, "train/cat/1.png")
+    assert open_data(tmp_path).validation is None
+    (tmp_path / "val").mkdir()
+    assert open_data(tmp_path).validation is None
+    make(tmp_path, "val/2.png")
+    validation = open_data(tmp_path).validation
+    assert validation is not None and validation.labels is None and len(validation) == 1
+
+
+def test_folders_are_classes_when_asked(tmp_path: Path) -> None:
+    make(tmp_path, "b/1.png", "a/deep/2.png", "a/3.png")
+    source = open_data(tmp_path, "folders").train
+    assert source.classes == ("a", "b") and source.labels is not None
+    assert source.labels.tolist() == [0, 0, 1]
+    make(tmp_path, "loose.png")
+    text = refusal(tmp_path, "folders")
+    assert "loose.png" in text and str(tmp_path) in text and "data.labels=none" in text
+
+
+def test_mistakes_in_splits(tmp_path: Path) -> None:
+    make(tmp_path / "a", "train/cat/1.png", "train/loose.png")
+    assert "loose.png" in refusal(tmp_path / "a")
+    make(tmp_path / "b", "train/cat/1.png", "val/dog/2.png")
+    assert "dog" in refusal(tmp_path / "b") and len(open_data(tmp_path / "b", "none").train) == 1
+    make(tmp_path / "c", "train/1.png", "bus/2.png", "plane/3.png")
+    assert "bus/" in refusal(tmp_path / "c")
+    make(tmp_path / "d/train/empty", "x.txt")
+    assert "train" in refusal(tmp_path / "d")
+
+
+def test_places_without_images(tmp_path: Path) -> None:
+    assert "gone" in refusal(tmp_path / "gone")
+    text = refusal(tmp_path)
+    assert str(tmp_path) in text and all(extension in text for extension in EXTENSIONS)
+    (tmp_path / "a.tar").write_bytes(b"x")
+    assert "a.tar" in refusal(tmp_path / "a.tar")
+    assert "data.path" in refusal(tmp_path / "a.tar" / "below")
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.png", "closed/b.png")
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if os.fsdecode(path) == str(closed):
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for closed in (tmp_path, tmp_path / "closed"):
+        text = refusal(tmp_path)
+        assert "Permission denied" in text and str(closed) in text
+
+
+def test_fingerprints_follow_names_and_labels_and_nothing_else(tmp_path: Path) -> None:
+    make(tmp_path / "one", "a/1.png", "b/2.png")
+    make(tmp_path / "two", "a/1.png", "b/2.png")
+    os.utime(tmp_path / "two/a/1.png", (1, 1))
+    one, two = (open_data(tmp_path / name).train for name in ("one", "two"))
+    assert one.fingerprint == two.fingerprint and int(one.fingerprint, 16) >= 0
+    assert open_data(tmp_path / "one", "folders").train.fingerprint != one.fingerprint
+    make(tmp_path / "two", "b/3.png")
+    assert open_data(tmp_path / "two").train.fingerprint != one.fingerprint
+    parts = (FolderSource(tmp_path, names, None, (), "x") for names in (["ab", "c"], ["a", "bc"]))
+    assert len({part.fingerprint for part in parts}) == 2
+
+
+def test_names_given_in_any_order_keep_their_labels(tmp_path: Path) -> None:
+    labels = np.array([5, 6, 7])
+    source = FolderSource(tmp_path, ["c", "a", "b"], labels, (), "x")
+    assert names_of(source) == ["a", "b", "c"]
+    assert source.labels is not None and source.labels.tolist() == [6, 7, 5]
+
+
+@pytest.mark.parametrize("folder", ["My Photos (2024)", "ünï", "x" * 90, "..."])
+def test_names_of_sources_fit_into_a_folder_name(tmp_path: Path, folder: str) -> None:
+    name = open_data(make(tmp_path / folder, "a.png")).train.name
+    assert 0 < len(name) <= 40 and name.isascii() and not set(name) & set("/\\ :()*?\"'")
+    assert not name.startswith(".")
+
+
+def test_a_relative_path_gets_the_folder_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make(tmp_path / "flowers", "a.png"))
+    assert open_data(".").train.name == "flowers"
+
+
+def test_caltech() -> None:
+    if not (SHARED / "caltech_a").is_dir():
+        pytest.skip("../shared/data/caltech_a is not on this machine")
+    train, validation = open_data(SHARED / "caltech_a")
+    assert validation is not None and train.labels is not None and validation.labels is not None
+    assert (len(train), len(validation), len(train.classes)) == (1500, 557, 50)
+    assert np.bincount(train.labels).tolist() == [30] * 50
+    assert np.bincount(validation.labels, minlength=50).min() >= 1
+    folders = [train.describe(index).split("/")[0] for index in range(0, 1500, 30)]
+    assert tuple(folders) == train.classes == validation.classes
+
+
+# Arrays
+
+
+def save(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def random_images(count: int = 10, *rest: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 256, (count, *(rest or (6, 5, 3))), np.uint8)
+
+
+def test_an_archive_as_medmnist_publishes_them(tmp_path: Path) -> None:
+    images, tests = random_images(10), random_images(4)
+    path = save(
+        tmp_path / "blood.npz",
+        train_images=images,
+        train_labels=np.arange(10, dtype=np.uint8)[:, None] % 3,
+        val_images=random_images(3),
+        val_labels=np.zeros((3, 1)),
+        test_images=tests,
+        test_labels=np.array([0, 4, 1, 2]),
+    )
+    train, validation = open_data(path)
+    assert train.name == "blood" and train.labels is not None and validation is not None
+    assert train.labels.dtype == np.int64 and train.labels.tolist() == [i % 3 for i in range(10)]
+    assert train.classes == validation.classes == ("0", "1", "2", "3", "4")
+    np.testing.assert_array_equal(validation.read(2), tests[2])
+    np.testing.assert_array_equal(train.read(7, 2), images[7])
+    assert train.describe(7) == "image 7 of blood"
+    dropped = open_data(path, "none")
+    assert dropped.train.labels is None and dropped.train.classes == ()
+
+
+def test_images_alone_are_enough(tmp_path: Path) -> None:
+    train, validation = open_data(save(tmp_path / "x.npz", train_images=random_images()))
+    assert validation is None and train.labels is None and len(train) == 10
+
+
+@pytest.mark.parametrize("shape", [(7, 6, 5), (7, 6, 5, 1)])
+def test_gray_arrays_become_rgb(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    images = random_images(*shape)
+    source = open_data(save(tmp_path / "x.npz", train_images=images)).train
+    assert isinstance(source, ArraySource)
+    gathered = source.gather(np.array([3, 0, 3]))
+    assert gathered.shape == (3, 6, 5, 3) and gathered.flags.c_contiguous
+    for channel in range(3):
+        np.testing.assert_array_equal(gathered[..., channel], images.reshape(7, 6, 5)[[3, 0, 3]])
+    np.testing.assert_array_equal(source.read(3), gathered[0])
+
+
+def test_an_npy_is_mapped_and_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", random_images())
+    source = open_data(tmp_path / "x.npy").train
+    assert isinstance(source, ArraySource) and isinstance(source.images, np.memmap)
+    np.testing.assert_array_equal(source.read(9), random_images()[9])
+    assert source.fingerprint == ArraySource(random_images(), None, "other name").fingerprint
+
+
+def test_fingerprints_of_arrays_follow_pixels_and_labels() -> None:
+    images, labels = random_images(), np.zeros(10, np.int64)
+    one = ArraySource(images, labels, "x").fingerprint
+    assert one == ArraySource(images.copy(), labels[:, None], "y").fingerprint
+    changed = images.copy()
+    changed[9, 5, 4, 2] ^= 1
+    others = [
+        ArraySource(changed, labels, "x"),
+        ArraySource(images, labels + 1, "x"),
+        ArraySource(images, None, "x"),
+        ArraySource(images.reshape(10, 5, 6, 3), labels, "x"),
+    ]
+    assert len({one, *(other.fingerprint for other in others)}) == 5
+
+
+class Touch:
+    """Unpickled, it would create a file: what the refusal of pickles prevents."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "pickle"])
+def test_pickles_are_refused_unopened(tmp_path: Path, ending: str) -> None:
+    trap, path = np.array([Touch(tmp_path / "touched")], object), tmp_path / f"x.{ending}"
+    if ending == "npz":
+        np.savez(path, train_images=trap)
+    elif ending == "npy":
+        np.save(path, trap)
+    else:
+        path = tmp_path / "x.npz"
+        trap.dump(path)
+    text = refusal(path)
+    assert "pickle" in text and "run any program" in text
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "arrays, said",
+    [
+        ({"images": random_images(), "y": np.zeros(10)}, "images, y"),
+        ({"train_images": random_images().astype(np.float32)}, "float32"),
+        ({"train_images": random_images(10, 3, 6, 5)}, "(10, 3, 6, 5)"),
+        ({"train_images": random_images(10, 6, 5, 4)}, "(10, 6, 5, 4)"),
+        ({"train_images": random_images(6, 5, 3)}, "(6, 5, 3)"),
+        ({"train_images": random_images(30, 30)}, "(30, 30)"),
+        ({"train_images": random_images()[:0]}, "(0, 6, 5, 3)"),
+        ({"train_images": random_images(), "train_labels": np.zeros(9, int)}, "(9,)"),
+        ({"train_images": random_images(), "train_labels": np.zeros((10, 14), int)}, "(10, 14)"),
+        ({"train_images": random_images(), "train_labels": np.zeros(10)}, "float64"),
+        ({"train_images": random_images(), "train_labels": np.arange(10) - 1}, "-1"),
+    ],
+)
+def test_arrays_that_are_refused(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
+    text = refusal(save(tmp_path / "x.npz", **arrays))
+    assert said in text and "x.npz" in text
+    if "train_labels" in arrays:
+        assert "data.labels=none" in text
+        assert open_data(tmp_path / "x.npz", "none").train.labels is None
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npz", train_images=random_images(100))
+    content = path.read_bytes()
+    for damaged in (b"", b"nothing", content[:200], content[: len(content) // 2], content[50:]):
+        path.write_bytes(damaged)
+        assert "x.npz" in refusal(path)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 255
+    path.write_bytes(flipped)
+    assert "x.npz" in refusal(path)
+    path.with_suffix(".npy").write_bytes(content)
+    assert "x.npy" in refusal(path.with_suffix(".npy"))
+    np.save(path.with_suffix(".npy"), random_images())
+    path.with_suffix(".npy").rename(path)
+    assert "end in .npy" in refusal(path)
+
+
+def test_folders_as_labels_need_a_folder(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npz", train_images=random_images())
+    assert "data.labels=folders" in refusal(path, "folders")
+    assert "data.labels=folders" in refusal(None, "folders")
+
+
+# The index
+
+
+def test_an_index_brings_a_folder_back(tmp_path: Path) -> None:
+    source = open_data(make(tmp_path / "in", "train/a/1.png", "train/b/2.png")).train
+    source.save_index(tmp_path / "images.idx")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ["images.idx"]
+    index = load_index(tmp_path / "images.idx")
+    assert (index.kind, index.name, index.length) == ("folder", "in", 2)
+    assert index.fingerprint == source.fingerprint
+    again = FolderSource.of_index(tmp_path / "in/train", index)
+    assert again.fingerprint == source.fingerprint and names_of(again) == names_of(source)
+    assert again.classes == ("a", "b") and again.labels is not None
+    assert again.labels.tolist() == [0, 1]
+
+
+def test_the_index_of_arrays_is_small(tmp_path: Path) -> None:
+    source = ArraySource(random_images(500), np.zeros(500), "x")
+    source.save_index(tmp_path / "images.idx")
+    index = load_index(tmp_path / "images.idx")
+    assert (index.kind, index.name, index.length) == ("array", "x", 500)
+    assert index.fingerprint == source.fingerprint and index.names is None
+    assert (tmp_path / "images.idx").stat().st_size < 2000
+    with pytest.raises(UserError, match="names no files"):
+        FolderSource.of_index(tmp_path, index)
+
+
+def test_an_index_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "images.idx"
+    ArraySource(random_images(3), None, "old").save_index(path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        ArraySource(random_images(4), None, "new").save_index(path)
+    assert load_index(path).name == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "images.idx"
+    with pytest.raises(UserError, match=r"images\.idx is no index .*No such file"):
+        load_index(path)
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    ArraySource(random_images(3), None, "x").save_index(path)
+    for content in ((tmp_path / "other.npz").read_bytes(), b"junk", path.read_bytes()[:100]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is no index"):
+            load_index(path)

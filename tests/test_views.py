@@ -1,0 +1,259 @@
+"""Whole pipelines, replayed step by step through PIL and torchvision."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+import torchvision.transforms.functional as TF
+from PIL import Image
+from reference_views import cifar, flat, levels, picture, replay, spec_of, v1, v2
+
+from mocokit.views import views
+from mocokit.views.params import draw_table
+from mocokit.views.views import evaluation_views, make_views
+
+PIPELINES = {"v1": v1, "v2": v2, "cifar": cifar}
+PHOTOS = [
+    (150, 200),
+    (80, 97),
+    (200, 130),
+    (33, 400),
+    (70, 70),
+    (9, 7),
+    (128, 65),
+    (140, 90),
+    (50, 60),
+    (24, 99),
+]
+
+
+def photos(sizes=PHOTOS):
+    return [picture(*size, seed) for seed, size in enumerate(sizes)]
+
+
+def table_of(spec, canvases, view=0):
+    _, heights, widths = flat(canvases)
+    return draw_table(spec, 5, 3, np.arange(len(canvases)), view, heights, widths)
+
+
+def made(spec, canvases, table=None):
+    pixels, heights, widths = flat(canvases)
+    table = table_of(spec, canvases) if table is None else table
+    return make_views(spec, table, pixels, heights, widths, "cpu")
+
+
+def force(monkeypatch, way):
+    monkeypatch.setattr(views, "_way", lambda *_: way)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_dense_pipeline_is_torchvisions_on_exact_crops(name, monkeypatch):
+    force(monkeypatch, "gathered")
+    spec, canvases = PIPELINES[name](72), photos()
+    table = table_of(spec, canvases)
+    ours = levels(spec, made(spec, canvases, table))
+    expected = 255 * replay(spec, table, canvases, exact=True)
+    assert (ours - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_small_images_are_torchvisions_on_exact_crops(name):
+    spec, canvases = PIPELINES[name](32), photos([(32, 32)] * 32)
+    table = table_of(spec, canvases)
+    ours = levels(spec, made(spec, canvases, table))
+    expected = 255 * replay(spec, table, canvases, exact=True)
+    assert (ours - expected).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipeline_on_large_images_is_torchvisions_on_pil_crops(name):
+    spec, canvases = PIPELINES[name](72), photos()
+    table = table_of(spec, canvases)
+    ours = levels(spec, made(spec, canvases, table))
+    expected = 255 * replay(spec, table, canvases, exact=False)
+    difference = (ours - expected).abs()
+    # A level's difference in the crop is stretched by contrast and, near gray, turned by hue.
+    assert difference.max() < 6 and difference.mean() < 0.3
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_operation_occurs_in_the_replays(name):
+    spec, canvases = PIPELINES[name](72), photos()
+    table = table_of(spec, canvases)
+    for operation, column in (
+        ("flip", table.flip),
+        ("jitter", table.jitter),
+        ("grayscale", table.grayscale),
+        ("blur", table.sigma > 0),
+    ):
+        assert column.any() == (operation in spec.order), operation
+        assert operation == "jitter" or not column.all()
+
+
+def test_the_three_ways_agree_to_a_level(monkeypatch):
+    spec = spec_of(size=40, resize=44, order=("crop", "flip"))
+    for canvases in (photos(), photos([(64, 64)] * 8), photos([(30, 45)] * 3)):
+        pixels, heights, widths = flat(canvases)
+        results = {}
+        for way in ("gathered", "each", "grid"):
+            if way == "grid" and len({canvas.shape for canvas in canvases}) > 1:
+                continue
+            force(monkeypatch, way)
+            both = (
+                made(spec, canvases),
+                evaluation_views(spec, pixels, heights, widths, "cpu"),
+            )
+            results[way] = torch.stack([levels(spec, part) for part in both])
+        dense = results.pop("gathered")
+        assert (results["each"] - dense).abs().max() < 1.002
+        assert ((results["each"] - dense.round()).abs()).mean() < 0.3
+        if "grid" in results:
+            assert (results["grid"] - dense).abs().max() < 2e-3
+
+
+def test_the_way_follows_from_device_and_size():
+    def way(device, *sizes):
+        heights, widths = np.array(sizes).T
+        return views._way(torch.device(device), heights, widths)
+
+    assert way("cpu", (32, 32), (32, 32)) == way("cuda", (64, 48)) == "grid"
+    assert way("cpu", (32, 32), (33, 32)) == way("cpu", (65, 65), (65, 65)) == "each"
+    assert way("cuda", (32, 32), (33, 32)) == way("cuda", (65, 65)) == "gathered"
+
+
+@pytest.mark.parametrize("way", ["gathered", "each"])
+def test_a_batch_equals_its_images_one_by_one(way, monkeypatch):
+    force(monkeypatch, way)
+    spec, canvases = v2(72), photos()
+    table = table_of(spec, canvases)
+    together = made(spec, canvases, table)
+    for row in range(0, len(canvases), 3):
+        part = slice(row, row + 1)
+        alone = made(spec, canvases[part], table.rows(part))
+        assert (alone[0] - together[row]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("way", ["gathered", "each", "grid"])
+def test_a_batch_in_small_chunks_is_the_same(way, monkeypatch):
+    force(monkeypatch, way)
+    canvases = photos([(32, 32)] * 20) if way == "grid" else photos()
+    spec = v2(32)
+    whole = made(spec, canvases)
+    monkeypatch.setattr(views, "_CACHED_FLOATS", 3 * 3 * 32 * 32)
+    monkeypatch.setattr(views, "_GATHERED_PIXELS", 40_000)
+    assert (made(spec, canvases) - whole).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pixels", [10_000, 200_000, 1])
+def test_gathered_chunks_keep_to_their_memory_and_to_the_order(pixels, monkeypatch):
+    force(monkeypatch, "gathered")
+    monkeypatch.setattr(views, "_GATHERED_PIXELS", pixels)
+    data, heights, widths = flat(photos())
+    canvases = views._Canvases.lay_out(data, heights, widths, torch.device("cpu"))
+    parts = list(canvases.parts(heights, widths, 32))
+    assert np.concatenate([np.arange(len(heights))[part] for part in parts]).tolist() == list(
+        range(len(heights))
+    )
+    for part in parts:
+        count = part.stop - part.start
+        assert count >= 1
+        assert count == 1 or count * heights[part].max() * widths[part].max() <= pixels
+
+
+def test_what_is_returned():
+    for canvases in (photos(), photos([(32, 32)] * 4)):
+        spec = v2(48)
+        result = made(spec, canvases)
+        assert result.shape == (len(canvases), 3, 48, 48) and result.dtype == torch.float32
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        pixels, heights, widths = flat(canvases)
+        before = pixels.clone()
+        evaluated = evaluation_views(spec, pixels, heights, widths, torch.device("cpu"))
+        assert evaluated.shape == result.shape and evaluated.dtype == torch.float32
+        assert evaluated.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(pixels, before)
+
+
+def test_the_same_call_gives_the_same_bits():
+    for canvases in (photos(), photos([(32, 32)] * 40)):
+        assert torch.equal(made(v2(40), canvases), made(v2(40), canvases))
+
+
+def test_normalisation_is_the_only_step_left_of_an_untouched_image():
+    spec = spec_of(size=32, resize=32, order=("crop",), crop_area=(1, 1), crop_ratio=(1, 1))
+    canvases = photos([(32, 32)] * 3)
+    expected = torch.stack([T.Normalize(spec.mean, spec.std)(TF.to_tensor(c)) for c in canvases])
+    assert (made(spec, canvases) - expected).abs().max() < 1e-5
+    pixels, heights, widths = flat(canvases)
+    assert (evaluation_views(spec, pixels, heights, widths, "cpu") - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("way", ["gathered", "each"])
+@pytest.mark.parametrize("size, resize", [(56, 64), (51, 64), (33, 33), (32, 57)])
+def test_evaluation_view_is_torchvisions_on_pil_images(size, resize, way, monkeypatch):
+    force(monkeypatch, way)
+    spec = spec_of(size=size, resize=resize)
+    canvases = photos([(150, 200), (81, 97), (200, 131), (33, 400), (64, 64), (9, 7), (57, 3)])
+    steps = T.Compose([T.Resize(resize), T.CenterCrop(size), T.ToTensor()])
+    expected = 255 * torch.stack([steps(Image.fromarray(canvas)) for canvas in canvases])
+    ours = levels(spec, evaluation_views(spec, *flat(canvases), "cpu"))
+    assert (ours - expected).abs().max() < 1.002
+    assert (ours.round() - expected).abs().mean() < 0.3
+
+
+@pytest.mark.parametrize("size, resize, side", [(32, 36, 32), (24, 32, 32), (32, 32, 48)])
+def test_evaluation_view_of_small_images(size, resize, side):
+    spec = spec_of(size=size, resize=resize)
+    canvases = photos([(side, side)] * 5)
+    steps = T.Compose([T.Resize(resize), T.CenterCrop(size), T.ToTensor()])
+    expected = 255 * torch.stack([steps(Image.fromarray(canvas)) for canvas in canvases])
+    ours = levels(spec, evaluation_views(spec, *flat(canvases), "cpu"))
+    assert (ours - expected).abs().max() < 1.002
+
+
+@pytest.mark.parametrize("way", ["gathered", "each", "grid"])
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_a_uniform_image_gives_uniform_views(way, level, monkeypatch):
+    force(monkeypatch, way)
+    spec = v2(40)
+    canvases = [np.full((50, 50, 3), level, np.uint8)] * 12
+    ours = levels(spec, made(spec, canvases))
+    assert (ours - ours[:, :, :1, :1]).abs().max() < 1e-3
+    evaluated = levels(spec, evaluation_views(spec, *flat(canvases), "cpu"))
+    assert (evaluated - level).abs().max() < 1e-3
+
+
+def test_no_images():
+    spec = v2(16)
+    none = np.zeros(0, np.int64)
+    pixels = torch.zeros(0, dtype=torch.uint8)
+    table = draw_table(spec, 0, 0, none, 0, none, none)
+    assert make_views(spec, table, pixels, none, none, "cpu").shape == (0, 3, 16, 16)
+    assert evaluation_views(spec, pixels, none, none, "cpu").shape == (0, 3, 16, 16)
+
+
+def test_no_gradient_is_recorded():
+    assert not made(v2(16), photos()).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sizes", [PHOTOS, [(32, 32)] * 16])
+def test_cuda_agrees_with_the_cpu_and_never_waits(sizes, monkeypatch):
+    spec, canvases = v2(72), photos(sizes)
+    table = table_of(spec, canvases)
+    pixels, heights, widths = flat(canvases)
+    pixels = pixels.pin_memory()
+    make_views(spec, table, pixels, heights, widths, "cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        theirs = make_views(spec, table, pixels, heights, widths, "cuda")
+        evaluated = evaluation_views(spec, pixels, heights, widths, "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    force(monkeypatch, "gathered")
+    ours = make_views(spec, table, pixels, heights, widths, "cpu")
+    assert (levels(spec, theirs.cpu()) - levels(spec, ours)).abs().max() < 0.1
+    ours = evaluation_views(spec, pixels, heights, widths, "cpu")
+    assert (levels(spec, evaluated.cpu()) - levels(spec, ours)).abs().max() < 0.1
