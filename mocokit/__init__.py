@@ -4,6 +4,8 @@ The public names load what they need on first use, so that importing the package
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,8 +40,20 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value  # over the submodule of that name, which import has just set
+        globals()[name] = value
         return value
     if name in _ROOMS:
         return importlib.import_module(f"mocokit.{name}")
     raise AttributeError(f"module 'mocokit' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps `mocokit.pretrain` the function when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pretrain" and isinstance(value, ModuleType):
+            value = value.pretrain
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -152,10 +152,8 @@ def build_loader(
 
 def groups_of_process(settings: Settings, world: World) -> int:
     """Batch-norm groups of a full batch that this process holds."""
-    share = share_of_groups(
-        count_groups(settings, settings.train.batch_size), world.rank, world.size
-    )
-    return share.stop - share.start
+    groups = count_groups(settings, settings.train.batch_size)
+    return len(range(groups)[share_of_groups(groups, world.rank, world.size)])
 
 
 def count_workers(settings: Settings, device: torch.device) -> int:

@@ -105,7 +105,7 @@ def _show(asked: Settings) -> None:
 
 
 def main() -> None:
-    """Run a verb and exit: 0 done, 1 our fault, 2 the user's mistake, 75 or 130 stopped and saved."""
+    """Run a verb and exit: 0 done, 1 our fault, 2 the user's, 75 or 130 stopped and saved."""
     try:
         app()
     except MocokitError as error:

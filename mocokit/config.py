@@ -2,7 +2,7 @@
 
 Sizes are global: batch, queue and learning rate mean the same on one GPU or eight. A setting made
 with `place` says where or how often something happens and never changes a training number; all
-others are the run's identity. `auto` is settled from the device when a run starts, and written down.
+others are the run's identity. `auto` is settled from the device when a run starts, and stored.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -21,7 +21,7 @@ def setting(default: Any, meaning: str, **limits: Any) -> Any:
 
 def place(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting that changes no training number: device, paths, logging, saving."""
-    extra = {"place": True}
+    extra: dict[str, Any] = {"place": True}
     return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
 
 

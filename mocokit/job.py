@@ -1,4 +1,4 @@
-"""A run about to go: settings decided, folder opened, parts built, the newest checkpoint taken up."""
+"""A run about to go: settings decided, folder opened, parts built, newest checkpoint taken up."""
 
 import contextlib
 from collections.abc import Collection
@@ -41,7 +41,7 @@ class Job:
     step: int = 0
 
     def images_of(self, step: int) -> int:
-        """Images in the global batch of a step counted from 0; the last of an epoch may have fewer."""
+        """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
         batch = self.settings.train.batch_size
         return min(batch, self.effect.images - step % self.effect.steps_per_epoch * batch)
 
@@ -72,6 +72,13 @@ class Job:
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
         checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    def last_good(self) -> str:
+        """Where a run that went wrong was still well, and what to try."""
+        saved = checkpoint.steps(self.folder.checkpoints)
+        where = self.folder.checkpoints / checkpoint.name_of(saved[-1]) if saved else None
+        kept = f"the last good checkpoint is {where}" if where else "no checkpoint was due before"
+        return f"{kept}; try a new run with a lower optim.lr or engine.precision=float32"
 
     def average_statistics(self) -> None:
         """Make running statistics the mean over all groups of the world, before they are read."""
@@ -173,5 +180,4 @@ def _write_start(job: Job) -> None:
         if len(canvases) == SHEET_IMAGES:
             break
     if canvases:
-        index = np.array(numbers)
-        contact_sheet(job.parts.spec, canvases, index, job.settings.seed, job.folder.sheet)
+        contact_sheet(job.parts.spec, canvases, numbers, job.settings.seed, job.folder.sheet)

@@ -23,6 +23,7 @@ from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.runtime import autocast, joined_world, seed_libraries
 from mocokit.engine.stop import StopSignals
+from mocokit.errors import NonFiniteLoss
 from mocokit.job import Job, open_job
 from mocokit.methods.method import Draw, Output
 from mocokit.methods.parts import follow
@@ -73,7 +74,10 @@ def pretrain(
         if result is None:
             with held(job.folder):
                 report.start(job)
-                train(job, stop)
+                try:
+                    train(job, stop)
+                except NonFiniteLoss as error:
+                    raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
                 result = report.finish(job)
         report.result(job, result)
     return Run(job.folder.path, result)
@@ -102,7 +106,7 @@ def train(job: Job, stop: StopSignals) -> None:
             with autocast(device, settings.engine.precision):
                 output: Output = model(views, index, Draw(settings.seed, step, images))
             watch.note(step + 1, output.loss)
-            scaler.scale(output.loss).backward()
+            torch.autograd.backward(scaler.scale(output.loss))
             scaler.unscale_(optimizer)
             logged = due.log(step + 1)
             norm = gradient_norm(method.encoder.parameters()) if logged else None

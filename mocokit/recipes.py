@@ -13,7 +13,7 @@ from mocokit.config import Settings
 from mocokit.errors import UserError
 from mocokit.settings import load, replace, stated_in
 
-AUG_PLUS = {  # the paper's "aug+": blur, gray after a colour jitter that is itself left out at times
+AUG_PLUS = {  # the paper's "aug+": blur, and gray after a colour jitter not always applied
     "views.order": ("crop", "jitter", "grayscale", "blur", "flip"),
     "views.jitter_probability": 0.8,
     "views.hue": 0.1,
@@ -231,7 +231,8 @@ def asked(
     """The settings of a command, and the dotted paths that its user stated.
 
     `recipe` is a recipe's name or a .yaml file; else a path, which then is the data of mocov2.
-    Nothing at all is the embedded demo, the only recipe with data of its own. Raises UserError for what does not exist.
+    Nothing at all is the embedded demo, the only recipe with data of its own. Raises UserError for
+    what does not exist.
     """
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
         if data is None and Path(recipe).exists():

@@ -44,9 +44,9 @@ def start(job: Job) -> None:
     else:
         level = job.parts.method.chance_loss
         say(
-            "What to expect: the queue starts with random vectors, so the first losses are low and "
-            f"contrast near 100 %; as keys fill it the loss rises towards {level:.2f}, the level of "
-            "chance, and falls later. That is healthy."
+            "What to expect: the queue starts with random vectors, so the first losses may be low "
+            "and contrast near 100 %; as keys fill the queue, the loss rises towards "
+            f"{level:.2f}, the level of chance, and falls later. That is healthy."
         )
     say(f"run folder: {job.folder.path}")
 
@@ -204,7 +204,7 @@ def _readme(job: Job, result: dict[str, Any]) -> str:
         "import mocokit",
         "",
         f'backbone = mocokit.load("{path}")  # eval mode; (N, 3, H, W) -> (N, {{}})'.format(
-            job.parts.method.encoder.backbone.num_features
+            job.parts.method.encoder.num_features
         ),
         "```",
         "",

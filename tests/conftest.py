@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -20,3 +22,33 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real images of shared/data are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MedMNIST-style file: 160 + 40 images of 32 pixels in four colours, with noise."""
+    draw = np.random.default_rng(0)
+    colours = draw.integers(40, 200, (4, 3))
+    arrays = {}
+    for split, count in (("train", 160), ("test", 40)):
+        labels = np.arange(count) % 4
+        noise = draw.integers(-40, 40, (count, 32, 32, 3))
+        images = np.clip(colours[labels][:, None, None] + noise, 0, 255).astype(np.uint8)
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+    path = tmp_path_factory.mktemp("toy") / "toy.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nested folder of 80 small JPEGs of different sizes, without labels."""
+    draw = np.random.default_rng(1)
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(80):
+        height, width = draw.integers(30, 90, 2)
+        folder = root / ("." if number % 2 else f"day {number % 6}")
+        folder.mkdir(exist_ok=True)
+        pixels = draw.integers(0, 255, (height // 8, width // 8, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{number}.jpg")
+    return root

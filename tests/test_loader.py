@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from mocokit import chance
@@ -240,8 +239,10 @@ def test_workers_end_with_their_reader(folder: FolderSource, end: str) -> None:
     elif end == "generator":
         stream.close()  # type: ignore[attr-defined]
     elif end == "exception":
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             stream.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+        wait_for_none()  # although the traceback still holds everything
+        assert caught.tb
     elif end == "second pass":
         again = iter(made)
         assert next(again)[0] == 0 and len(processes()) == 2
@@ -371,6 +372,14 @@ def test_only_bad_images_end_the_run_in_one_sentence(tmp_path: Path, workers: in
     with pytest.raises(UserError, match=r"10 images .* in a row cannot be read") as caught:
         list(loader(open_data(tmp_path).train, workers=workers))
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_bad_image_never_stands_in_for_itself(tmp_path: Path) -> None:
+    (tmp_path / "bad.jpg").write_bytes(b"junk")
+    Image.new("RGB", (2, 2)).save(tmp_path / "good.png")
+    for _, batch in loader(open_data(tmp_path).train, epochs=12):
+        assert batch.index.tolist() == [1, 1]
+        assert [number for number, _, _ in batch.bad] == [0]
 
 
 def test_the_only_image_is_its_own_substitute(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_micro_batches_equal_the_undivided_step(micro_batch, symmetric):
     optimizers = [sgd(whole.encoder), sgd(pieces.encoder)]
     for step, views, draw in batches(steps=4):
         outputs = []
-        for moco, optimizer in zip((whole, pieces), optimizers, strict=True):
+        for moco in (whole, pieces):
             output = moco(views, torch.arange(BATCH), draw)
             (3.0 * output.loss).backward()  # as under loss scaling
             outputs.append(output)

@@ -1,5 +1,6 @@
 """The learning rate of every epoch against the authors' formulas, and the optimisers."""
 
+import itertools
 import math
 
 import pytest
@@ -54,14 +55,12 @@ def test_the_notebooks_cosine_counts_from_1_and_ends_at_0():
 
 
 def test_smooth_cosine_with_warm_up():
-    lr = schedule(
-        recipes.mocov2(), optim__per="step", optim__warmup_epochs=2.0, train__epochs=10
-    )
+    lr = schedule(recipes.mocov2(), optim__per="step", optim__warmup_epochs=2.0, train__epochs=10)
     rates = [lr(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.03 / 21) and rates[19] == pytest.approx(0.03 * 20 / 21)
     assert max(rates) == rates[20] == pytest.approx(0.03)
     assert rates[60] == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert all(a > b for a, b in zip(rates[20:], rates[21:], strict=False)) and rates[-1] > 0
+    assert all(a > b for a, b in itertools.pairwise(rates[20:])) and rates[-1] > 0
 
 
 @pytest.mark.parametrize("epochs", [7, 33, 100])
@@ -103,7 +102,11 @@ def test_sgd_is_the_textbooks_without_nesterov():
 def test_only_the_query_encoder_is_optimised():
     settings = replace(
         recipes.demo(),
-        {"engine.precision": "float32", "engine.memory_format": "contiguous", "engine.compile": False},
+        {
+            "engine.precision": "float32",
+            "engine.memory_format": "contiguous",
+            "engine.compile": False,
+        },
     )
     parts = build_parts(settings, in_effect(settings, 6000), torch.device("cpu"))
     optimised = {id(p) for p in parts.optimizer.param_groups[0]["params"]}

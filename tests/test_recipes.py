@@ -144,7 +144,9 @@ class TestAsked:
             recipes.asked("mocv2", None, {})
 
     def test_a_file_states_what_it_holds(self, tmp_path):
-        (tmp_path / "c.yaml").write_text(f"method: {{queue_size: 99}}\ndata: {{path: {tmp_path}}}\n")
+        (tmp_path / "c.yaml").write_text(
+            f"method: {{queue_size: 99}}\ndata: {{path: {tmp_path}}}\n"
+        )
         settings, stated = recipes.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
         assert settings.method.queue_size == 99
         assert stated == {"method.queue_size", "data.path", "seed"}

@@ -111,7 +111,9 @@ def test_places_are_not_identity():
     identity = settings.identity(Settings())
     places = {path for path, field in EVERY.items() if settings.is_place(field)}
     assert identity.keys() == EVERY.keys() - places - settings.LABELS
-    assert {"engine.device", "data.path", "data.workers", "save.keep", "recipe"}.isdisjoint(identity)
+    assert {"engine.device", "data.path", "data.workers", "save.keep", "recipe"}.isdisjoint(
+        identity
+    )
     assert {"seed", "engine.precision", "method.queue_size", "data.last"} <= identity.keys()
 
 

@@ -31,9 +31,7 @@ def test_rates_follow_the_batch(batch, lr, momentum):
 
 
 def test_null_keeps_the_momentum_as_the_authors_do():
-    settings = replace(
-        recipes.mocov2(), {"train.batch_size": 128, "method.momentum_batch": None}
-    )
+    settings = replace(recipes.mocov2(), {"train.batch_size": 128, "method.momentum_batch": None})
     assert in_effect(settings, 10**6).key_momentum == 0.999
 
 

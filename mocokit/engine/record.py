@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Metrics:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line; floats are rounded to six digits, which is more than they mean."""
@@ -119,7 +119,7 @@ class Speaker:
     def say(self, text: str, style: str | None = None) -> None:
         self._console.print(Text(text, style=style or ""))
 
-    def table(self, title: str, columns: list[str], rows: list[tuple[str, ...]]) -> None:
+    def table(self, title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
         """A small table; all but the first column are set to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, name in enumerate(columns):

@@ -18,7 +18,7 @@ def knn_scores(
     labels = labels.cpu().long()
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     scores = []
-    for chunk in queries.split(max(1, CHUNK // max(len(bank), 1))):
+    for chunk in torch.split(queries, max(1, CHUNK // max(len(bank), 1))):
         cosine, nearest = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # (n, k)
         weight = (cosine.cpu().double() / temperature).exp()
         votes = torch.zeros(len(chunk), classes, dtype=torch.double)

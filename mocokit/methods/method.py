@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocokit import chance
+from mocokit.nets.heads import Encoder
 
 
 class Output(NamedTuple):
@@ -37,7 +38,7 @@ class Draw:
 class Method(nn.Module, ABC):
     """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
 
-    encoder: nn.Module
+    encoder: Encoder
 
     @abstractmethod
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor, draw: Draw) -> Output:

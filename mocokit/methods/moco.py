@@ -139,7 +139,7 @@ class GroupPlan:
 
 
 def _pieces(sizes: list[int], micro_batch: int | None) -> list[tuple[slice, int]]:
-    """Runs of whole groups of at most `micro_batch` images, one group at least: (images, groups)."""
+    """Runs of whole groups of at most `micro_batch` images, or of one group: (images, groups)."""
     if micro_batch is None:
         return [(slice(0, sum(sizes)), len(sizes))]
     pieces, start, held = [], 0, [0, 0]
@@ -160,4 +160,5 @@ def normalise(projections: Tensor) -> Tensor:
 def spread(query: Tensor) -> Tensor:
     """Deviation of unit vectors over the batch: 1 where they fill the sphere, 0 where collapsed."""
     query = query.detach()
-    return query.std(0, correction=0).mean() * query.shape[1] ** 0.5
+    deviation: Tensor = query.std(0, correction=0).mean() * math.sqrt(query.shape[1])
+    return deviation

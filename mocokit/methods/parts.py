@@ -45,7 +45,8 @@ def follow(key_module: nn.Module, module: nn.Module, momentum: float) -> None:
 
     Parameters only: the key encoder's batch-norm buffers move by its own forward. MoCo v1, eq. 2.
     """
-    keys, queries = list(key_module.parameters()), list(module.parameters())
+    keys: list[Tensor] = [*key_module.parameters()]
+    queries: list[Tensor] = [*module.parameters()]
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
 

@@ -88,7 +88,7 @@ def _init_options(name: str) -> set[str]:
 
 
 def _make_stem_small(model: nn.Module, name: str) -> None:
-    """A 3x3 convolution of stride 1 and no max-pool, as SimCLR (appendix B.9) and the authors do on CIFAR."""
+    """A 3x3 convolution of stride 1 and no max-pool, as in the authors' CIFAR-10 notebook."""
     conv = getattr(model, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise UserError(

@@ -8,6 +8,7 @@ group are the same computation.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def group_sizes(images: int, groups: int) -> list[int]:
 
 
 def share_of_groups(groups: int, rank: int, world: int) -> slice:
-    """The groups that one of several processes holds: whole ones, consecutive, as even as can be."""
+    """The groups that one of several processes holds: whole, consecutive, as even as can be."""
     sizes = group_sizes(groups, world)
     start = sum(sizes[:rank])
     return slice(start, start + sizes[rank])
@@ -76,7 +77,7 @@ class _GroupedBatchNorm(nn.Module):
         outputs = [
             F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
             for part, mean, var in zip(
-                inputs.split(group_sizes(len(inputs), groups)), means, variances, strict=True
+                torch.split(inputs, group_sizes(len(inputs), groups)), means, variances, strict=True
             )
         ]
         self.running_mean.copy_(means.mean(0))
@@ -131,7 +132,12 @@ def _grouped(norm: _BatchNorm, group_size: int) -> _GroupedBatchNorm:
     new: _GroupedBatchNorm
     if hasattr(norm, "act"):  # timm's BatchNormAct2d
         new = GroupedBatchNormAct2d(
-            norm.num_features, group_size, norm.eps, norm.momentum, norm.drop, norm.act
+            norm.num_features,
+            group_size,
+            norm.eps,
+            norm.momentum,
+            cast(nn.Module, norm.drop),
+            cast(nn.Module, norm.act),
         )
     else:
         new = GroupedBatchNorm2d(norm.num_features, group_size, norm.eps, norm.momentum)

@@ -1,5 +1,7 @@
 """Projection heads, and the encoder: a backbone with its head."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,9 @@ def build_head(kind: str, features: int, hidden: int | None, dim: int) -> nn.Seq
 class Encoder(nn.Module):
     """Backbone and head: images (N, 3, H, W) -> projections (N, dim), not normalised."""
 
+    backbone: nn.Module
+    head: nn.Module
+
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
@@ -25,6 +30,11 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         projections: Tensor = self.head(self.backbone(images))
         return projections
+
+    @property
+    def num_features(self) -> int:
+        """Width of the backbone's features."""
+        return cast(int, self.backbone.num_features)
 
 
 @torch.no_grad()

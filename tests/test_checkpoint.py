@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not at all, pruned, refused when damaged or dangerous."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from mocokit.engine import checkpoint
+from mocokit.errors import UserError
+
+
+def test_round_trip_and_link(tmp_path):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 7, {"x": torch.arange(3), "text": "a: 1"})
+    checkpoint.save(folder, 12, {"x": torch.arange(4), "text": "b"})
+    assert os.readlink(tmp_path / "last.pt") == "checkpoints/step-00000012.pt"
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["step"] == 12 and torch.equal(state["x"], torch.arange(4))
+    assert checkpoint.steps(folder) == [7, 12]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_newest_are_kept_and_milestones_too(tmp_path):
+    for step in (10, 20, 30, 40, 50):
+        checkpoint.save(tmp_path / "c", step, {})
+        checkpoint.prune(tmp_path / "c", 2, frozenset({10, 20}))
+    assert checkpoint.steps(tmp_path / "c") == [10, 20, 40, 50]
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    checkpoint.save(folder, 1, {"x": torch.ones(2)})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(folder, 2, {"x": torch.ones(2)})
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000001.pt"]
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    folder = tmp_path / "c"
+    for step in (1, 2):
+        checkpoint.save(folder, step, {"x": torch.randn(1000)})
+    path = folder / checkpoint.name_of(2)
+    path.write_bytes(path.read_bytes()[:1500])
+    assert checkpoint.load_newest(folder)["step"] == 1
+    (folder / checkpoint.name_of(1)).write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        checkpoint.load_newest(folder)
+    assert checkpoint.load_newest(tmp_path / "none") is None
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+@pytest.mark.parametrize("write", ["torch", "pickle"])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, write):
+    path = tmp_path / "evil.pt"
+    if write == "torch":
+        torch.save({"format": 1, "x": Trap()}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="could run any code, so it is refused"):
+        checkpoint.load(path)
+    assert not (tmp_path / "pwned").exists() and not os.path.exists("pwned")
+
+
+def test_other_files_are_not_checkpoints(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.load(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        checkpoint.load(tmp_path / "none.pt")

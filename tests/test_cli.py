@@ -1,0 +1,136 @@
+"""The command line: its flags, its sentences, its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mocokit import cli
+
+FLAGS = {
+    "--out", "--epochs", "--batch-size", "--device", "--seed", "--set", "--resume", "--show",
+    "--help",
+}  # fmt: skip
+
+
+def call(capsys, monkeypatch, *arguments):
+    """(exit code, standard output, standard error) of a command."""
+    monkeypatch.setattr(sys, "argv", ["mocokit", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def mocokit(capsys, monkeypatch):
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def test_the_flags_are_pinned(mocokit):
+    code, out, _ = mocokit("pretrain", "--help")
+    words = {word.strip(",") for word in out.split() if word.startswith("--")}
+    assert code == 0 and words == FLAGS
+
+
+def test_help_loads_no_torch():
+    script = (
+        "import sys; sys.argv = ['mocokit', 'pretrain', '--help']\n"
+        "from mocokit import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'torchvision', 'timm'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_dash_m_is_the_same():
+    done = subprocess.run(
+        [sys.executable, "-m", "mocokit", "recipes"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "mocov2_cifar10_symmetric" in done.stdout
+
+
+def test_recipes_lists_all_with_cost_and_source(mocokit):
+    code, out, _ = mocokit("recipes")
+    assert code == 0
+    for text in ("mocov1", "mocov2_800", "ablation_c", "Table 1, row d", "Cost:", "not measured"):
+        assert text in out
+
+
+def test_show_prints_settings_difference_and_augmentation(mocokit):
+    code, out, _ = mocokit("pretrain", "mocov2", "--show", "--set", "method.temperature=0.1")
+    assert code == 0
+    assert "method.temperature = 0.1  (recipe: 0.2)" in out
+    assert "softmax temperature of InfoNCE" in out
+    assert "method.temperature: 0.2 -> 0.1" in out
+    order = [line.split("  ")[1].strip() for line in out.split("Augmentation")[1].splitlines()[1:]]
+    assert order[1:7] == [
+        "random resized crop", "colour jitter", "grayscale", "Gaussian blur", "flip", "normalise",
+    ]  # fmt: skip
+    assert "brightness [0.6, 1.4]" in out and "sigma uniform in [0.1, 2]" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["mocov2"], "mocov2 needs images"),
+        (["mocov2", "NONE"], "there is no file or folder NONE"),
+        (["mocv2"], "did you mean mocov2"),
+        (["demo", "--set", "method.temprature=1"], "did you mean method.temperature"),
+        (["demo", "--set", "method.temperature"], "--set takes path=value"),
+        (["demo", "--set", "method.temperature=cold"], "method.temperature = 'cold'"),
+        (["demo", "--epochs", "0"], "train.epochs = 0"),
+        (["demo", "--epochs", "x"], "valid integer"),
+        (["demo", "--nonsense"], "nonsense"),
+        (["none.yaml"], "cannot read none.yaml"),
+        (["demo", "--device", "cuda:9"], "device cuda:9"),
+    ],
+)
+def test_mistakes_exit_2_with_a_sentence(mocokit, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = mocokit("pretrain", *arguments)
+    assert code == 2
+    assert sentence in err and "Traceback" not in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_folder_exits_2(mocokit, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, _, err = mocokit("pretrain", "mocov2", tmp_path / "empty", "--out", tmp_path / "run")
+    assert code == 2 and "jpg" in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_unwritable_run_folder_exits_2(mocokit, toy_npz, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = mocokit("pretrain", "demo", toy_npz, "--out", tmp_path / "file" / "run")
+    assert code == 2 and "cannot write the run folder" in err
+
+
+def test_a_run_from_the_command_line(mocokit, toy_npz, tmp_path):
+    out = tmp_path / "run"
+    arguments = ["pretrain", "demo", toy_npz, "--out", out, "--epochs", 1, "--batch-size", 32]
+    arguments += ["--seed", 3, "--device", "cpu", "--set", "engine.threads=1"]
+    code, _, err = mocokit(*arguments)
+    assert code == 0
+    for text in (
+        "not a benchmark",
+        "What to expect",
+        "queue 256 -> 32",
+        "raw pixels, centred",
+        "random weights, calibrated",
+        "trained backbone",
+        str(out),
+    ):
+        assert text in err
+    result = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["finished"]
+    assert "seed: 3" in (out / "config.yaml").read_text()
+    code, _, err = mocokit(*arguments)  # finished: prints its result
+    assert code == 0 and "trained backbone" in err

@@ -1,0 +1,229 @@
+"""Records, run folders, what is due, health, and devices."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from mocokit import recipes
+from mocokit.engine.due import Due
+from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
+from mocokit.engine.health import FiniteWatch, gradient_norm
+from mocokit.engine.record import BadImages, Metrics, Progress, clock, read_metrics
+from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
+from mocokit.engine.stop import StopSignals
+from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.settings import replace
+
+
+def lines(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+class TestMetrics:
+    def test_opening_cuts_back_to_the_step(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        metrics = Metrics(path)
+        for step in (1, 2, 3):
+            metrics.write({"step": step, "loss": 1 / 3})
+        metrics.close()
+        with open(path, "a") as file:
+            file.write('{"step": 4, "lo')  # cut short by a kill
+        again = Metrics(path, 2)
+        again.write({"step": 3, "loss": 0.5})
+        again.close()
+        assert lines(path) == [
+            {"step": 1, "loss": 0.333333},
+            {"step": 2, "loss": 0.333333},
+            {"step": 3, "loss": 0.5},
+        ]
+        Metrics(path, 0).close()
+        assert lines(path) == []
+
+    def test_absent_is_empty(self, tmp_path):
+        assert read_metrics(tmp_path / "none") == []
+
+
+def test_progress_says_what_matters(capsys):
+    progress = Progress(200, 0, 100)
+    values = {
+        "loss": 5.25,
+        "chance_loss": 5.55,
+        "contrast_top1": 0.5,
+        "images_per_s": 1234.5,
+        "data_wait": 0.02,
+        "bad_images": 3,
+    }
+    progress.show(200, values)
+    progress.close()
+    text = capsys.readouterr().err
+    for part in (
+        "step 200/200", "epoch 2", "loss 5.250 (chance 5.55)", "contrast  50%", "1,234 images/s",
+        "data wait 2%", "3 bad images", "0:00 left",
+    ):  # fmt: skip
+        assert part in text
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+class TestBadImages:
+    def test_each_is_named_once_also_after_a_resume(self, tmp_path):
+        path = tmp_path / "bad_images.txt"
+        bad = BadImages(path, 1000, 0.01)
+        bad.note(((3, "a\nb.jpg", "truncated"), (3, "a\nb.jpg", "truncated")))
+        bad.note(((5, "c.jpg", "empty"),))
+        again = BadImages(path, 1000, 0.01)
+        again.note(((5, "c.jpg", "empty"), (9, "d.jpg", "empty")))
+        assert again.count == 3
+        assert path.read_text().splitlines() == [
+            "3\t'a\\nb.jpg'\ttruncated",
+            "5\t'c.jpg'\tempty",
+            "9\t'd.jpg'\tempty",
+        ]
+
+    def test_too_many_end_the_run(self, tmp_path):
+        bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01)
+        bad.note(tuple((n, "x", "y") for n in range(20)))
+        with pytest.raises(UserError, match=r"21 images .* limit of 20; .*--set data.bad_share"):
+            bad.note(((21, "x", "y"),))
+
+
+class TestFolders:
+    def make(self, path, **changes):
+        folder = RunFolder(path)
+        settings = replace(recipes.demo(), changes)
+        folder.create(settings, {"lr": 0.1})
+        return folder, settings
+
+    def test_numbers_rise(self, tmp_path):
+        assert next_folder("mocov2", "my photos", tmp_path).path.name == "mocov2-my_photos-001"
+        self.make(tmp_path / "mocov2-my_photos-007")
+        assert next_folder("mocov2", "my photos", tmp_path).path.name == "mocov2-my_photos-008"
+        assert next_folder("demo", "demo", tmp_path).path.name == "demo-001"
+        assert next_folder("mocov2", "../..", tmp_path).path.parent == tmp_path
+
+    def test_unfinished_come_newest_first(self, tmp_path):
+        for number in (1, 2, 3):
+            self.make(tmp_path / f"demo-00{number}")
+        (tmp_path / "demo-002" / "metrics.jsonl").write_text('{"step": 5, "finished": true}\n')
+        found = unfinished("demo", "demo", tmp_path)
+        assert [f.path.name for f in found] == ["demo-003", "demo-001"]
+        assert RunFolder(tmp_path / "demo-002").result() == {"step": 5, "finished": True}
+
+    def test_settings_come_back_and_conflicts_are_named(self, tmp_path):
+        folder, settings = self.make(tmp_path / "run")
+        assert folder.settings() == settings
+        elsewhere = replace(settings, {"engine.device": "cuda", "save.keep": 9})
+        assert folder.conflicts(elsewhere) == []
+        other = replace(settings, {"seed": 5, "optim.lr": 0.5})
+        assert folder.conflicts(other) == [
+            "seed (0 there, 5 asked)",
+            "optim.lr (0.002 there, 0.5 asked)",
+        ]
+
+    def test_an_unwritable_folder_is_the_users_mistake(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(UserError, match="cannot write the run folder .* --out"):
+            self.make(tmp_path / "file" / "run")
+
+    def test_two_runs_exclude_each_other(self, tmp_path):
+        folder, _ = self.make(tmp_path / "run")
+        with (
+            held(folder),
+            pytest.raises(UserError, match="another process is running in"),
+            held(RunFolder(folder.path)),
+        ):
+            pass
+        with held(folder):  # free again
+            pass
+
+
+class TestDue:
+    def due(self, **options):
+        defaults = {
+            "log_steps": 10, "monitor_epochs": 2, "save_minutes": 1e9, "save_epochs": 1,
+            "save_steps": None,
+        }  # fmt: skip
+        return Due(100, 25, **(defaults | options))
+
+    def test_log(self):
+        assert [s for s in range(1, 101) if self.due(log_steps=40).log(s)] == [1, 40, 80, 100]
+
+    def test_monitor_leaves_the_last_epoch_to_the_end(self):
+        assert [s for s in range(1, 101) if self.due(monitor_epochs=1).monitor(s)] == [25, 50, 75]
+        assert [s for s in range(1, 101) if self.due(monitor_epochs=0).monitor(s)] == []
+
+    def test_save(self):
+        due = self.due()
+        assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [25, 50, 75, 100]
+        due = self.due(save_epochs=0, save_steps=30)
+        assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [30, 60, 90, 100]
+        due = self.due(save_minutes=1e-9)
+        assert due.save_or_stop(3, False) == (True, False)
+
+    def test_stop_saves_first_and_is_moot_at_the_end(self):
+        assert self.due().save_or_stop(3, True) == (True, True)
+        assert self.due().save_or_stop(100, True) == (True, False)
+
+
+class TestStop:
+    @pytest.mark.parametrize(
+        ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+    )
+    def test_signals_set_a_flag(self, number, code):
+        before = signal.getsignal(number)
+        with StopSignals() as stop:
+            assert not stop.asked
+            os.kill(os.getpid(), number)
+            assert stop.asked and stop.error(5, "runs/x").exit_code == code
+        assert signal.getsignal(number) == before
+
+    def test_a_second_ctrl_c_is_obeyed(self):
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+class TestHealth:
+    def test_the_first_bad_step_is_named(self):
+        watch = FiniteWatch(torch.device("cpu"))
+        for step, loss in enumerate([1.0, 2.0, math.inf, math.nan, 1.0], 1):
+            watch.note(step, torch.tensor(loss))
+        with pytest.raises(NonFiniteLoss, match="step 3 "):
+            watch.check()
+
+    def test_finite_losses_pass(self):
+        watch = FiniteWatch(torch.device("cpu"))
+        watch.note(1, torch.tensor(3.0))
+        watch.check()
+
+    def test_gradient_norm(self):
+        net = torch.nn.Linear(2, 2)
+        assert float(gradient_norm(net.parameters())) == 0
+        net.weight.grad, net.bias.grad = torch.full((2, 2), 2.0), torch.tensor([3.0, 0.0])
+        assert float(gradient_norm(net.parameters())) == pytest.approx(5.0)
+
+
+class TestDevices:
+    @pytest.mark.parametrize("name", ["cuda:99", "tpu", "xpu"])
+    def test_a_device_that_is_not_there_is_named(self, name):
+        with pytest.raises(UserError, match=name):
+            choose_device(name)
+
+    def test_cpu(self):
+        assert choose_device("cpu") == torch.device("cpu")
+        assert default_precision(torch.device("cpu")) in ("bfloat16", "float32")
+
+    def test_library_seeds_depend_on_seed_and_step(self):
+        def number(seed, step):
+            seed_libraries(seed, step)
+            return float(torch.rand(()))
+
+        assert number(0, 1) == number(0, 1)
+        assert len({number(s, t) for s in (0, 1) for t in (0, 1)}) == 4

@@ -1,0 +1,255 @@
+"""Whole runs in this process: folder, metrics, resume, identity, and what stops a run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import mocokit
+from mocokit.engine import checkpoint
+from mocokit.errors import Interrupted, NonFiniteLoss, UserError
+from mocokit.methods.moco import MoCo
+
+FAST = {"log.every_steps": 5, "optim.warmup_epochs": 1.0, "engine.threads": 1}
+
+
+def run(data, out, epochs=2, **settings):
+    changes = FAST | {k.replace("__", "."): v for k, v in settings.items()}
+    return mocokit.pretrain("demo", data, out, epochs=epochs, batch_size=32, settings=changes)
+
+
+def state_of(folder):
+    return checkpoint.load(folder / "last.pt")
+
+
+def assert_same(a, b, path=""):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{number}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+@pytest.fixture(scope="module")
+def finished(toy_npz, tmp_path_factory):
+    return run(toy_npz, tmp_path_factory.mktemp("runs") / "straight", 4)
+
+
+def test_the_run_folder_is_complete(finished):
+    names = {path.name for path in finished.folder.iterdir()} - {".lock"}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "checkpoints", "last.pt", "images.idx",
+        "backbone.safetensors", "views.png", "README.md",
+    }  # fmt: skip
+    assert (finished.folder / "last.pt").resolve().name == "step-00000020.pt"
+    assert len(list((finished.folder / "checkpoints").iterdir())) == 2
+    assert 'mocokit.load("' in (finished.folder / "README.md").read_text()
+
+
+def test_metrics_hold_the_health_line(finished):
+    lines = [json.loads(t) for t in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    *steps, last = lines
+    assert [line["step"] for line in steps] == [1, 5, 10, 15, 20]
+    for line in steps:
+        assert set(line) == {
+            "step", "epoch", "loss", "chance_loss", "contrast_top1", "feature_std", "grad_norm",
+            "queue_filled", "key_momentum", "lr", "images_per_s", "data_wait", "peak_memory_gib",
+            "bad_images",
+        }  # fmt: skip
+        assert all(np.isfinite(value) for value in line.values())
+        assert line["chance_loss"] == pytest.approx(np.log(1 + 32), rel=1e-5)
+        assert 0 <= line["data_wait"] <= 1 and line["grad_norm"] > 0
+    assert steps[0]["queue_filled"] == 1.0  # 32 keys fill the 32 rows
+    assert last["finished"] is True and last == finished.result
+    assert {"knn_backbone", "knn_head", "knn_random_weights", "knn_raw_pixels"} <= set(last)
+
+
+def test_load_gives_the_backbone(finished):
+    backbone = mocokit.load(finished.folder)
+    assert not backbone.training and backbone.num_features == 64
+    state = state_of(finished.folder)["method"]
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, state[f"encoder.backbone.{name}"])
+    again = mocokit.load(finished.folder / "last.pt")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(backbone(images), again(images))
+    assert mocokit.load(finished.folder / "backbone.safetensors").num_features == 64
+    with pytest.raises(UserError, match="there is no backbone"):
+        mocokit.load(finished.folder / "none")
+
+
+def test_a_finished_run_is_not_run_again(finished, toy_npz, capsys, monkeypatch):
+    monkeypatch.setattr(MoCo, "forward", lambda *a: pytest.fail("it trained"))
+    again = run(toy_npz, finished.folder, 4)
+    assert again.result == finished.result
+    assert "finished" in capsys.readouterr().err
+
+
+def test_another_identity_is_refused_and_named(finished, toy_npz, tmp_path):
+    before = (finished.folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=r"differs in .*method.temperature \(0.2 there, 0.3 asked"):
+        run(toy_npz, finished.folder, 4, method__temperature=0.3)
+    arrays = dict(np.load(toy_npz))
+    arrays["train_images"][3, 2, 1, 0] ^= 1
+    np.savez(tmp_path / "toy.npz", **arrays)
+    with pytest.raises(UserError, match="differs in the data's images"):
+        run(tmp_path / "toy.npz", finished.folder, 4)
+    assert (finished.folder / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stopped_and_resumed_is_bit_for_bit_the_straight_run(
+    toy_npz, tmp_path, monkeypatch, precision
+):
+    """Interrupted in the middle of an epoch, and gone on with by another number of workers."""
+    straight = run(toy_npz, tmp_path / "straight", engine__precision=precision)
+    update = MoCo.update
+
+    def stopping(self, keep, step, progress):
+        update(self, keep, step, progress)
+        if step == 2:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MoCo, "update", stopping)
+    with pytest.raises(Interrupted, match="after step 3 and saved; .*--out") as caught:
+        run(toy_npz, tmp_path / "stopped", engine__precision=precision)
+    assert caught.value.exit_code == 75
+    assert state_of(tmp_path / "stopped")["step"] == 3
+    monkeypatch.setattr(MoCo, "update", update)
+    run(toy_npz, tmp_path / "stopped", engine__precision=precision, data__workers=2)
+    a, b = state_of(straight.folder), state_of(tmp_path / "stopped")
+    for state in (a, b):
+        state.pop("settings")
+    assert_same(a, b)
+    lines = [
+        [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (straight.folder, tmp_path / "stopped")
+    ]
+    timing = {"images_per_s", "data_wait", "peak_memory_gib"}
+    for x, y in zip(*lines, strict=True):
+        assert {k: v for k, v in x.items() if k not in timing} == {
+            k: v for k, v in y.items() if k not in timing
+        }
+
+
+def test_the_seed_decides(toy_npz, tmp_path):
+    weights = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = run(toy_npz, tmp_path / name, 1, seed=seed).folder
+        weights.append(state_of(folder)["method"])
+    assert_same(weights[0], weights[1])
+    assert not torch.equal(weights[0]["encoder.head.2.weight"], weights[2]["encoder.head.2.weight"])
+
+
+def test_the_monitor_changes_nothing(toy_npz, tmp_path):
+    with_, without = (
+        run(toy_npz, tmp_path / str(every), monitor__every_epochs=every).folder for every in (1, 0)
+    )
+    assert_same(state_of(with_)["method"], state_of(without)["method"])
+    text = (with_ / "metrics.jsonl").read_text()
+    assert text.count("knn_backbone") == 2 and '"epoch": 1, "knn_backbone"' in text
+
+
+def test_config_yaml_repeats_the_run(finished, tmp_path):
+    again = mocokit.pretrain(str(finished.folder / "config.yaml"), out=tmp_path / "again")
+    assert_same(state_of(again.folder)["method"], state_of(finished.folder)["method"])
+
+
+def test_micro_batches_make_the_same_run(finished, toy_npz, tmp_path):
+    changes = {"engine__precision": "float32", "train__micro_batch": 16}
+    pieces = run(toy_npz, tmp_path / "pieces", **changes)
+    changes.pop("train__micro_batch")
+    whole = run(toy_npz, tmp_path / "whole", **changes)
+    a, b = state_of(pieces.folder)["method"], state_of(whole.folder)["method"]
+    torch.testing.assert_close(a["queue.rows"], b["queue.rows"], atol=1e-3, rtol=0)
+
+
+def test_unlabelled_photos_of_any_size(photos, tmp_path):
+    run_ = run(photos, tmp_path / "photos", 1, data__workers=1, views__size=32)
+    assert run_.result == {"step": 2, "epoch": 1, "finished": True}
+    assert mocokit.load(run_.folder).num_features == 64
+
+
+def test_bad_images_are_named_counted_and_replaced(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    (folder / "empty.png").write_bytes(b"")
+    out = run(folder, tmp_path / "run", 2, data__workers=0, data__last="keep").folder
+    named = (out / "bad_images.txt").read_text()
+    assert "broken.jpg" in named and "empty.png" in named and len(named.splitlines()) == 2
+    assert '"bad_images": 2' in (out / "metrics.jsonl").read_text()
+
+
+def test_a_last_partial_batch_is_trained_on(photos, tmp_path):
+    out = run(photos, tmp_path / "keep", 1, data__last="keep", data__workers=0).folder
+    assert state_of(out)["step"] == 3  # 32 + 32 + 16
+    assert int(state_of(out)["method"]["queue.pointer"]) == 80 % 32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(toy_npz, tmp_path, monkeypatch):
+    forward = MoCo.forward
+
+    def breaking(self, views, index, draw):
+        output = forward(self, views, index, draw)
+        return output._replace(loss=output.loss * torch.nan) if draw.step == 7 else output
+
+    monkeypatch.setattr(MoCo, "forward", breaking)
+    with pytest.raises(NonFiniteLoss, match=r"loss of step 8 is not finite.*step-00000005.pt"):
+        run(toy_npz, tmp_path / "nan")
+    assert checkpoint.steps(tmp_path / "nan" / "checkpoints") == [5]
+    for tensor in state_of(tmp_path / "nan")["method"].values():
+        assert bool(tensor.isfinite().all())
+    monkeypatch.setattr(MoCo, "forward", forward)
+    assert run(toy_npz, tmp_path / "nan").result["finished"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"batch_size": 500}, "train.batch_size 500 exceeds the 160 images"),
+        ({"device": "cuda:7"}, "device cuda:7"),
+        ({"settings": {"net.backbone": "resnet19"}}, "did you mean"),
+        ({"settings": {"method.tau": 1}}, "setting method.tau does not exist"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(toy_npz, tmp_path, change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        mocokit.pretrain("demo", toy_npz, tmp_path / "run", **change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_must_be_a_runs_or_a_new_folder(toy_npz, tmp_path):
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds other files and no run"):
+        run(toy_npz, tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        run(toy_npz, tmp_path / "thesis.tex")
+
+
+def test_resume_finds_the_newest_unfinished_run(toy_npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = {"epochs": 1, "batch_size": 32, "settings": FAST}
+    with pytest.raises(UserError, match="runs/ holds no unfinished run of demo on toy"):
+        mocokit.pretrain("demo", toy_npz, resume=True, **asked)
+    first = mocokit.pretrain("demo", toy_npz, **asked)
+    assert str(first.folder) == "runs/demo-toy-001"
+    metrics = first.folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))  # not finished after all
+    other = mocokit.pretrain("demo", toy_npz, seed=1, **asked)
+    assert str(other.folder) == "runs/demo-toy-002"
+    again = mocokit.pretrain("demo", toy_npz, resume=True, **asked)
+    assert again.folder == first.folder and again.result["finished"]

@@ -1,0 +1,97 @@
+"""Kills: `kill -9` and resume is bit for bit the run that was never killed; signals save."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import mocokit
+from mocokit.engine import checkpoint
+
+SETTINGS = {
+    "engine.threads": 1,
+    "optim.name": "sgd",
+    "optim.lr": 0.05,
+    "save.every_steps": 3,
+    "log.every_steps": 1,
+}
+
+# Dies without a word after step 13 of 20: the last checkpoint is that of step 12, in mid-epoch.
+DYING = """
+import os, signal, sys
+import mocokit
+from mocokit.methods.moco import MoCo
+update = MoCo.update
+def dying(self, keep, step, progress):
+    update(self, keep, step, progress)
+    if step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+MoCo.update = dying
+settings = eval(sys.argv[3])
+mocokit.pretrain("demo", sys.argv[1], sys.argv[2], epochs=4, batch_size=32, settings=settings)
+"""
+
+
+def run(data, out, settings):
+    return mocokit.pretrain("demo", data, out, epochs=4, batch_size=32, settings=settings)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_killed_and_resumed_equals_straight(toy_npz, tmp_path, precision):
+    settings = SETTINGS | {"engine.precision": precision}
+    run(toy_npz, tmp_path / "straight", settings)
+    killed = tmp_path / "killed"
+    died = subprocess.run(
+        [sys.executable, "-c", DYING, str(toy_npz), str(killed), repr(settings)], check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    assert checkpoint.steps(killed / "checkpoints")[-1] == 12
+    assert len((killed / "metrics.jsonl").read_text().splitlines()) >= 12
+    run(toy_npz, killed, settings)
+    states = [checkpoint.load(folder / "last.pt") for folder in (tmp_path / "straight", killed)]
+    assert [state["step"] for state in states] == [20, 20]
+    a, b = ({**state["method"], **flat(state["optimizer"])} for state in states)
+    assert a.keys() == b.keys()
+    assert {"encoder.head.0.weight", "key_encoder.head.0.weight", "queue.rows"} < a.keys()
+    assert any(name.startswith("momentum") for name in a)
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+    steps = [line["step"] for line in read(killed)]
+    assert steps == [*range(1, 21), 20]  # nothing twice; the result comes last
+
+
+def flat(optimizer):
+    return {
+        f"momentum.{number}": state["momentum_buffer"]
+        for number, state in optimizer["state"].items()
+    }
+
+
+def read(folder):
+    import json
+
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(toy_npz, tmp_path, number, code):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(toy_npz)]
+    command += ["--out", str(out), "--epochs", "100000", "--batch-size", "32"]
+    command += ["--set", "log.every_steps=1", "--set", "save.every_epochs=0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, number)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == code, text
+    assert f"and saved; go on with the same command and --out {out}" in text
+    assert "Traceback" not in text
+    step = int(checkpoint.load(out / "last.pt")["step"])
+    assert f"stopped after step {step}" in text
