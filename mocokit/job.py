@@ -1,7 +1,7 @@
 """A run about to go: settings decided, folder opened, parts built, newest checkpoint taken up."""
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from mocokit.data.decode import BadImage
 from mocokit.data.index import load_index
 from mocokit.data.source import Splits
 from mocokit.engine import checkpoint
-from mocokit.engine.folder import RunFolder, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
 from mocokit.engine.record import Speaker
-from mocokit.engine.runtime import World, choose_device, prepare
+from mocokit.engine.runtime import World, choose_device, on_first, prepare
 from mocokit.errors import UserError
 from mocokit.views.sheet import contact_sheet
 
@@ -99,27 +99,38 @@ def open_job(
     resume: bool,
     world: World,
 ) -> Job:
-    """Decide, open and build. Raises UserError for what cannot be run or gone on with."""
+    """Decide and build; writes nothing. Raises UserError for what cannot be run or gone on with."""
     speaker = Speaker(world.writes)
     device = choose_device(asked.engine.device, world.local_rank)
     fitted, notices = sizes.fit(asked, len(splits.train), stated)
-    folder = _choose_folder(fitted, splits, out, resume)
-    stored = folder.settings() if folder.is_run else None
-    settings = build.settle(fitted, device, stored)
-    if stored is not None:
-        _refuse_another_identity(folder, settings, splits)
+
+    def decide() -> tuple[RunFolder, Settings]:
+        folder = _choose_folder(fitted, splits, out, resume)
+        stored = folder.settings() if folder.is_run else None
+        settings = build.settle(fitted, device, stored)
+        if stored is not None:
+            _refuse_another_identity(folder, settings, splits)
+        return folder, settings
+
+    folder, settings = on_first(world, decide)
     effect = sizes.in_effect(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
     for notice in notices:
         speaker.say(f"note: {notice}", "yellow")
     parts = build.build_parts(settings, effect, device)
-    job = Job(settings, effect, world, device, splits, folder, parts, speaker)
-    if stored is None or folder.result() is None:
-        _write_start(job)
-        state = checkpoint.load_newest(folder.checkpoints, device)
+    return Job(settings, effect, world, device, splits, folder, parts, speaker)
+
+
+@contextlib.contextmanager
+def begun(job: Job) -> Iterator[None]:
+    """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
+    with held(job.folder) if job.world.writes else contextlib.nullcontext():
+        if job.world.writes:
+            _write_start(job)
+        state = checkpoint.load_newest(job.folder.checkpoints, job.device)
         if state is not None:
             job.load(state)
-    return job
+        yield
 
 
 def _choose_folder(
@@ -166,8 +177,6 @@ def _refuse_another_identity(folder: RunFolder, settings: Settings, splits: Spli
 
 def _write_start(job: Job) -> None:
     """config.yaml, images.idx and views.png, before the first step."""
-    if not job.world.writes:
-        return
     job.folder.create(job.settings, job.effect.as_dict())
     if job.folder.index.is_file():
         return

@@ -18,13 +18,12 @@ from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.data.source import open_data
-from mocokit.engine.folder import held
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
-from mocokit.engine.runtime import autocast, joined_world, seed_libraries
+from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss
-from mocokit.job import Job, open_job
+from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output
 from mocokit.methods.parts import follow
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups
@@ -70,9 +69,9 @@ def pretrain(
     splits = open_data(asked.data.path, asked.data.labels)
     with joined_world(asked.engine.device) as world, StopSignals() as stop:
         job = open_job(asked, stated, splits, out, resume, world)
-        result = job.folder.result()
+        result = on_first(world, job.folder.result)
         if result is None:
-            with held(job.folder):
+            with begun(job):
                 report.start(job)
                 try:
                     train(job, stop)

@@ -257,9 +257,11 @@ def test_a_killed_worker_is_reported(folder: FolderSource) -> None:
     stream = iter(loader(folder, workers=2, epochs=50))
     next(stream)
     os.kill(processes()[0], signal.SIGKILL)
-    with pytest.raises(MocokitError, match=r"a loading process ended .*data\.workers, now 2"):
+    said = r"a loading process ended .*data\.workers, now 2"
+    with pytest.raises(MocokitError, match=said) as caught:
         list(stream)
-    wait_for_none()
+    wait_for_none()  # although the traceback still holds everything
+    assert caught.tb
 
 
 @linux

@@ -43,12 +43,17 @@ class RunFolder:
         return lines[-1] if lines and lines[-1].get("finished") else None
 
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
-        """Make the folder and write config.yaml; raises UserError where that is not possible."""
+        """Write config.yaml."""
+        self.make()
+        partial = self.config.with_suffix(".partial")
+        partial.write_text(settings_.to_yaml(settings, resolved), encoding="utf-8")
+        os.replace(partial, self.config)
+
+    def make(self) -> None:
+        """Make the folder; raises UserError where nothing can be written."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            partial = self.config.with_suffix(".partial")
-            partial.write_text(settings_.to_yaml(settings, resolved), encoding="utf-8")
-            os.replace(partial, self.config)
+            (self.path / ".lock").touch()
         except OSError as error:
             raise UserError(
                 f"cannot write the run folder {self.path} ({error.strerror}); "
@@ -91,7 +96,11 @@ def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
 
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
-    """Keep other processes out of the folder; the lock dies with the process that holds it."""
+    """Make the folder, and keep other processes out; the lock dies with the process that holds it.
+
+    Raises UserError where the folder cannot be made, or is held.
+    """
+    folder.make()
     try:
         import fcntl
     except ImportError:  # not on Windows, where the lock is left out

@@ -1,10 +1,10 @@
 """Processes, device and precision: what a run is computed with."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mocokit.chance import Slot, library_seed
 from mocokit.errors import UserError
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,11 +41,31 @@ def joined_world(device: str) -> Iterator[World]:
         int(os.environ["WORLD_SIZE"]),
         int(os.environ.get("LOCAL_RANK", "0")),
     )
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+    if cuda:
+        torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield world
     finally:
         dist.destroy_process_group()
+
+
+def on_first(world: World, decide: Callable[[], T]) -> T:
+    """What the first process decides, on every process; its UserError too."""
+    if world.size == 1:
+        return decide()
+    box: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            box = [decide(), None]
+        except UserError as error:
+            box = [None, str(error)]
+    dist.broadcast_object_list(box, 0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    answer: T = box[0]
+    return answer
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

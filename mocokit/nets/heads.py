@@ -44,7 +44,7 @@ def calibrate_head(encoder: Encoder, images: Tensor) -> None:
     A data-dependent start (Krähenbühl et al. 2016, arXiv 1511.06856): a small network whose
     features nearly coincide at first then spreads its queries from the first step.
     """
-    outputs = encoder.backbone(images).float()
+    outputs = encoder.backbone(images)
     for layer in encoder.head.children():
         if isinstance(layer, nn.Linear):
             responses = nn.functional.linear(outputs, layer.weight, layer.bias)

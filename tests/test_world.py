@@ -1,0 +1,104 @@
+"""One process with G groups and G processes with one group each are the same computation."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mocokit
+from mocokit import build
+from mocokit.engine import checkpoint
+from mocokit.methods.moco import MoCo
+
+SETTINGS = {
+    "engine.threads": 1,
+    "engine.precision": "float32",
+    "optim.name": "sgd",
+    "optim.lr": 0.05,
+    "method.group_size": 8,
+    "log.every_steps": 1,
+    "data.labels": "none",  # no scores: their views are float32
+}
+
+
+def pretrain_in_double(data, out, settings, patch=setattr):
+    """A run in float64, where a difference of a bit does not grow to the fourth digit in 20 steps.
+
+    Leaves each process's queue beside its folder.
+    """
+    assert mocokit.pretrain
+    loop = sys.modules["mocokit.pretrain"]  # the module; the package's name is the function
+    build_parts, two_views, update = build.build_parts, loop.two_views, MoCo.update
+
+    def in_double(*arguments):
+        parts = build_parts(*arguments)
+        parts.method.double()
+        return parts
+
+    def record(self, keep, step, progress):
+        update(self, keep, step, progress)
+        torch.save(self.queue.rows, f"{out}.queue{os.environ.get('RANK', '0')}")
+
+    patch(build, "build_parts", in_double)
+    patch(loop, "two_views", lambda *rest: tuple(view.double() for view in two_views(*rest)))
+    patch(MoCo, "update", record)
+    mocokit.pretrain("demo", data, out, epochs=4, batch_size=32, settings=settings)
+
+
+def lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_world(world, data, out, settings):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(world):
+        group = address | {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, __file__, str(data), str(out), json.dumps(settings)]
+        processes.append(
+            subprocess.Popen(command, env=os.environ | group, stderr=subprocess.PIPE, text=True)
+        )
+    texts = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [(2, {"method.symmetric": True}), (3, {"train.micro_batch": 8})],
+    ids=["2-symmetric", "3-unequal-micro"],
+)
+def test_processes_equal_one_process(toy_npz, tmp_path, monkeypatch, world, changes):
+    """20 steps; three processes hold two, one and one of the four groups."""
+    settings = SETTINGS | changes
+    pretrain_in_double(toy_npz, tmp_path / "one", settings, monkeypatch.setattr)
+    run_world(world, toy_npz, tmp_path / "many", settings)
+    queues = [torch.load(f"{tmp_path}/many.queue{r}", weights_only=True) for r in range(world)]
+    for queue in queues:
+        assert torch.equal(queue, queues[0])
+    alone, together = (
+        checkpoint.load(tmp_path / name / "last.pt")["method"] for name in ("one", "many")
+    )
+    assert alone["queue.rows"].dtype == torch.float64
+    for name, tensor in alone.items():
+        torch.testing.assert_close(
+            together[name], tensor, atol=1e-9, rtol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    losses = [
+        [json.loads(line)["loss"] for line in lines(tmp_path / name)[:20]]
+        for name in ("one", "many")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+if __name__ == "__main__":
+    pretrain_in_double(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
