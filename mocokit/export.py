@@ -27,8 +27,9 @@ def write_backbone(path: Path, backbone: nn.Module, settings: Settings) -> None:
 def load(path: str | Path) -> nn.Module:
     """The backbone of a run folder, a checkpoint or a backbone.safetensors, in eval mode.
 
-    On the CPU. (N, 3, H, W), normalised as in the run's settings, -> (N, .num_features). Of a run folder, the
-    finished backbone or else the newest checkpoint's. Raises UserError where there is none.
+    On the CPU. (N, 3, H, W), normalised as in the run's settings, -> (N, .num_features). Of a run
+    folder, the finished backbone or else the newest checkpoint's. Raises UserError where there is
+    none.
     """
     path = Path(path)
     if path.is_dir():

@@ -80,6 +80,18 @@ class Job:
         kept = f"the last good checkpoint is {where}" if where else "no checkpoint was due before"
         return f"{kept}; try a new run with a lower optim.lr or engine.precision=float32"
 
+    def out_of_memory(self) -> str:
+        """What to try when a step does not fit into the device's memory."""
+        batch, groups = self.settings.train.batch_size, self.effect.groups
+        held = self.settings.train.micro_batch or batch // self.world.size
+        smallest = -(-batch // groups)
+        what = f"step {self.step + 1} does not fit into the memory of {self.device}"
+        if held <= smallest:
+            remedy = "lower train.batch_size or views.size"
+            return f"{what} even in pieces of one group of {smallest} images; {remedy}"
+        piece = max(held // 2, smallest)
+        return f"{what}; try --set train.micro_batch={piece}, which gives the same result in pieces"
+
     def average_statistics(self) -> None:
         """Make running statistics the mean over all groups of the world, before they are read."""
         if self.world.size == 1:
@@ -99,7 +111,7 @@ def open_job(
     resume: bool,
     world: World,
 ) -> Job:
-    """Decide and build; writes nothing. Raises UserError for what cannot be run or gone on with."""
+    """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     speaker = Speaker(world.writes)
     device = choose_device(asked.engine.device, world.local_rank)
     fitted, notices = sizes.fit(asked, len(splits.train), stated)

@@ -22,7 +22,7 @@ from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import StopSignals
-from mocokit.errors import NonFiniteLoss
+from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output
 from mocokit.methods.parts import follow
@@ -77,6 +77,8 @@ def pretrain(
                     train(job, stop)
                 except NonFiniteLoss as error:
                     raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
+                except torch.OutOfMemoryError:
+                    raise UserError(job.out_of_memory()) from None
                 result = report.finish(job)
         report.result(job, result)
     return Run(job.folder.path, result)

@@ -1,5 +1,6 @@
 """What a run tells its user: before, while, and after it trains."""
 
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,6 +50,8 @@ def start(job: Job) -> None:
             f"{level:.2f}, the level of chance, and falls later. That is healthy."
         )
     say(f"run folder: {job.folder.path}")
+    if job.world.writes:
+        job.folder.readme.write_text(_readme(job, {}), encoding="utf-8")
 
 
 class Recording:
@@ -183,29 +186,37 @@ def result(job: Job, result: dict[str, Any]) -> None:
     job.speaker.say(f"finished: {job.folder.path}")
 
 
+def _command(job: Job) -> str:
+    """The command that goes on with this run, wherever it was started from."""
+    return shlex.join(
+        ["mocokit", "pretrain", str(job.folder.config), "--out", str(job.folder.path)]
+    )
+
+
 def _readme(job: Job, result: dict[str, Any]) -> str:
-    """README.md of the run folder: what it holds and how to go on."""
+    """README.md of the run folder: what it holds and how to go on; no result: not finished."""
     path, settings = job.folder.path, job.settings
     rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
     table = (
         ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
     )
+    going = ["Not finished. Go on with:", "", "```sh", _command(job), "```", ""]
     lines = [
         f"# {path.name}",
         "",
         f"{settings.recipe}, seed {settings.seed}, {len(job.splits.train):,} images of "
-        f"{job.splits.train.name}, {settings.train.epochs} epochs, {job.step:,} steps.",
+        f"{job.splits.train.name}, {settings.train.epochs} epochs, "
+        f"{job.effect.total_steps:,} steps.",
         "",
-        *table,
+        *(table if result else going),
         "",
         "The backbone, in Python:",
         "",
         "```python",
         "import mocokit",
         "",
-        f'backbone = mocokit.load("{path}")  # eval mode; (N, 3, H, W) -> (N, {{}})'.format(
-            job.parts.method.encoder.num_features
-        ),
+        f"backbone = mocokit.load({str(path)!r})  # eval mode; (N, 3, H, W) -> "
+        f"(N, {job.parts.method.encoder.num_features})",
         "```",
         "",
         f"Pixels are divided by 255, then normalised by mean {settings.views.mean} and std "
@@ -214,7 +225,7 @@ def _readme(job: Job, result: dict[str, Any]) -> str:
         "The same run again:",
         "",
         "```sh",
-        f"mocokit pretrain {path}/config.yaml",
+        shlex.join(["mocokit", "pretrain", f"{path}/config.yaml"]),
         "```",
         "",
         "| file | what it holds |",

@@ -26,8 +26,9 @@ def test_resnet50_has_the_published_size():
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_initialisation_is_torchvisions(name):
     torch.manual_seed(0)
-    ours = dict(build_backbone(name).named_parameters())
-    theirs = dict(getattr(torchvision.models, name)().named_parameters())
+    ours = {k: p.detach() for k, p in build_backbone(name).named_parameters()}
+    model = getattr(torchvision.models, name)()
+    theirs = {k: p.detach() for k, p in model.named_parameters()}
     for path, parameter in ours.items():
         expected = theirs[path]
         assert parameter.shape == expected.shape

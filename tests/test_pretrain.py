@@ -52,7 +52,7 @@ def test_the_run_folder_is_complete(finished):
     }  # fmt: skip
     assert (finished.folder / "last.pt").resolve().name == "step-00000020.pt"
     assert len(list((finished.folder / "checkpoints").iterdir())) == 2
-    assert 'mocokit.load("' in (finished.folder / "README.md").read_text()
+    assert "mocokit.load(" in (finished.folder / "README.md").read_text()
 
 
 def test_metrics_hold_the_health_line(finished):
@@ -253,3 +253,35 @@ def test_resume_finds_the_newest_unfinished_run(toy_npz, tmp_path, monkeypatch):
     assert str(other.folder) == "runs/demo-toy-002"
     again = mocokit.pretrain("demo", toy_npz, resume=True, **asked)
     assert again.folder == first.folder and again.result["finished"]
+
+
+@pytest.mark.parametrize(
+    ("micro", "sentence"),
+    [
+        (None, "step 1 does not fit .* train.micro_batch=16, which gives the same result"),
+        (16, "even in pieces of one group of 16 images; lower train.batch_size"),
+    ],
+)
+def test_out_of_memory_names_the_value_to_try(toy_npz, tmp_path, monkeypatch, micro, sentence):
+    def full(self, views, index, draw):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(MoCo, "forward", full)
+    with pytest.raises(UserError, match=sentence):
+        run(toy_npz, tmp_path / "run", train__micro_batch=micro)
+
+
+def test_the_readme_of_an_unfinished_run_says_how_to_go_on(toy_npz, tmp_path, monkeypatch):
+    def broken(self, views, index, draw):
+        raise RuntimeError("our fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MoCo, "forward", broken)
+        with pytest.raises(RuntimeError, match="our fault"):
+            run(toy_npz, tmp_path / "run")
+    text = (tmp_path / "run" / "README.md").read_text()
+    command = text.split("```sh\n")[1].split("\n")[0].split()
+    assert "Not finished" in text and command[:2] == ["mocokit", "pretrain"]
+    config, _, out = command[2:]
+    assert mocokit.pretrain(config, out=out).result["finished"]
+    assert "Not finished" not in (tmp_path / "run" / "README.md").read_text()

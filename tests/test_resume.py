@@ -78,17 +78,19 @@ def read(folder):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(toy_npz, tmp_path, number, code):
+def test_a_signal_saves_and_says_how_to_go_on(photos, tmp_path, number, code):
+    """The signal goes to the whole group, as from a terminal or a scheduler, loaders included."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(toy_npz)]
+    command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(photos)]
+    command += ["--set", "data.workers=1"]
     command += ["--out", str(out), "--epochs", "100000", "--batch-size", "32"]
     command += ["--set", "log.every_steps=1", "--set", "save.every_epochs=0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)
     _, text = process.communicate(timeout=60)
     assert process.returncode == code, text
     assert f"and saved; go on with the same command and --out {out}" in text

@@ -33,7 +33,8 @@ _ALIGNMENT = 64
 def prepare_workers() -> None:
     """Begin to start what starts loading processes, while the caller does something else."""
     if _context().get_start_method() == "forkserver":
-        multiprocessing.forkserver.ensure_running()
+        with _signals_blocked():
+            multiprocessing.forkserver.ensure_running()
 
 
 def read_in_workers(
@@ -94,6 +95,20 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mocokit.data.loader"])
     return context
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in here never see what asks a run to stop: the mask is inherited.
+
+    Schedulers send such signals to every process of a job; the training process alone decides what
+    follows, and needs its loading processes until it has saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
     """Set what torch keeps globally, as a function of the settings alone."""
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+    torch.set_float32_matmul_precision("highest")  # logits are float32; the encoders autocast
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = False  # it would choose by timing
