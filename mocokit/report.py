@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,22 +61,20 @@ class Recording:
         self.job, self.meter = job, Meter()
         folder, settings, writes = job.folder, job.settings, job.world.writes
         self.metrics = Metrics(folder.metrics, job.step) if writes else None
-        self.progress = (
-            Progress(job.effect.total_steps, job.step, job.effect.steps_per_epoch)
-            if writes
-            else None
-        )
+        effect, console = job.effect, job.speaker.console
+        self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
         self.bad = BadImages(
             folder.bad_images, len(job.splits.train), settings.data.bad_share, writes
         )
         self._wait = 0.0
+        self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
         """The loader's batches, with the time spent waiting for each."""
-        batches = iter(loader)
+        self._batches = iter(loader)
         while True:
             asked = time.perf_counter()
-            item = next(batches, None)
+            item = next(self._batches, None)
             if item is None:
                 return
             self._wait = time.perf_counter() - asked
@@ -95,9 +93,9 @@ class Recording:
         if norm is None:
             return
         line = self._line(output, norm)
-        if self.metrics and self.progress:
+        if self.metrics:
             self.metrics.write(line)
-            self.progress.show(self.job.step, line)
+        self.progress.show(self.job.step, line)
 
     def scores(self, scores: dict[str, float]) -> None:
         """The monitor's scores, at an epoch's end."""
@@ -108,9 +106,12 @@ class Recording:
         self.job.speaker.say(f"epoch {epoch}: {shown}")
 
     def close(self) -> None:
-        if self.metrics and self.progress:
+        """End the loading processes too, which a traceback would otherwise keep alive."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        if self.metrics:
             self.metrics.close()
-            self.progress.close()
+        self.progress.close()
 
     def _line(self, output: Output, norm: Tensor) -> dict[str, Any]:
         job, method = self.job, self.job.parts.method

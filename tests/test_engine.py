@@ -12,7 +12,7 @@ from mocokit import recipes
 from mocokit.engine.due import Due
 from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
 from mocokit.engine.health import FiniteWatch, gradient_norm
-from mocokit.engine.record import BadImages, Metrics, Progress, clock, read_metrics
+from mocokit.engine.record import BadImages, Metrics, Progress, Speaker, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
@@ -48,7 +48,7 @@ class TestMetrics:
 
 
 def test_progress_says_what_matters(capsys):
-    progress = Progress(200, 0, 100)
+    progress = Progress(Speaker().console, 200, 0, 100)
     values = {
         "loss": 5.25,
         "chance_loss": 5.55,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import chance
-from mocokit.data.source import ArraySource, Splits
+from mocokit.data.arrays import ArraySource
 
 SIDE = 32
 TRAIN, TEST = 6000, 1200
@@ -26,10 +26,10 @@ _LIGHT, _LIGHT_ANGLE, _NOISE, _NOISE_SIZE = 20, 21, 22, 23
 _SPOTS = 30  # three slots each
 
 
-def demo(labelled: bool = True) -> Splits:
+def demo(labelled: bool = True) -> tuple[ArraySource, ArraySource]:
     """6,000 images to train on and 1,200 to validate on, 32 x 32, equally many of each class."""
     train, test = (_split(number, size, labelled) for number, size in enumerate((TRAIN, TEST)))
-    return Splits(train, test)
+    return train, test
 
 
 def _split(split: int, size: int, labelled: bool) -> ArraySource:

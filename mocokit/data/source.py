@@ -74,4 +74,4 @@ def _open_demo(labels: Literal["auto", "folders", "none"]) -> Splits:
     if labels == "folders":
         remedy = "set auto or none, or give a folder of images"
         raise UserError(f"data.labels=folders needs a folder, not the embedded demo set: {remedy}")
-    return demo(labelled=labels != "none")
+    return Splits(*demo(labelled=labels != "none"))

@@ -54,6 +54,9 @@ class Meter:
     """Images per second, and the share of time spent waiting for data, since it was last read."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._start, self._wait, self._images = time.perf_counter(), 0.0, 0
 
     def step(self, images: int, wait: float) -> None:
@@ -63,17 +66,19 @@ class Meter:
     def read(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         rates = {"images_per_s": self._images / elapsed, "data_wait": self._wait / elapsed}
-        self.__init__()  # type: ignore[misc]
+        self._reset()
         return rates
 
 
 class Progress:
     """One line that redraws itself on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(self, total_steps: int, first_step: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self, console: Console, total_steps: int, first_step: int, steps_per_epoch: int
+    ) -> None:
         self._total, self._first, self._per_epoch = total_steps, first_step, steps_per_epoch
         self._start = self._last = time.monotonic()
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._console = console
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
@@ -114,10 +119,10 @@ class Speaker:
     """Says sentences and small tables to a person; silent on all but the first process."""
 
     def __init__(self, on: bool = True) -> None:
-        self._console = Console(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
+        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self._console.print(Text(text, style=style or ""))
+        self.console.print(Text(text, style=style or ""))
 
     def table(self, title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
         """A small table; all but the first column are set to the right."""
@@ -126,7 +131,7 @@ class Speaker:
             table.add_column(name, justify="left" if number == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self._console.print(table)
+        self.console.print(table)
 
 
 def clock(seconds: float) -> str:
