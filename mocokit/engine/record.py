@@ -88,7 +88,7 @@ class Progress:
         """Redraw after `step` steps."""
         line = self._line(step, values)
         if self._live:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
+            self._live.update(Text(line))
         elif step >= self._total or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
             self._console.print(line)
