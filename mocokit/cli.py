@@ -68,6 +68,25 @@ def pretrain(
     run(recipe, data, out, resume=resume, settings=changes)
 
 
+@app.command("check")
+def check_data(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a recipe's name, a config.yaml, or the images")
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
+    out: Annotated[str, typer.Option(help="where to write the sheet")] = "views.png",
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Say what a data set holds, and draw a sheet of the views that the network will see."""
+    changes = settings_.parse_assignments(assignments or [])
+    recipes.asked(recipe, data, changes)  # mistakes come before heavy imports
+    from mocokit.check import check
+
+    check(recipe, data, out, changes)
+
+
 @app.command("recipes")
 def list_recipes() -> None:
     """List the recipes: what each is, what it costs, what was published and what we measured."""

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
-from mocokit.data.decode import BadImage
+from mocokit.data.batch import look
 from mocokit.data.index import load_index
 from mocokit.data.source import Splits
 from mocokit.engine import checkpoint
@@ -21,6 +20,7 @@ from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import World, choose_device, on_first, prepare
 from mocokit.errors import UserError
+from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 
 SHEET_IMAGES = 8
@@ -193,12 +193,8 @@ def _write_start(job: Job) -> None:
     if job.folder.index.is_file():
         return
     job.splits.train.save_index(job.folder.index)
-    canvases, numbers = [], []
-    for number in np.linspace(0, len(job.splits.train) - 1, 3 * SHEET_IMAGES).astype(int):
-        with contextlib.suppress(BadImage):
-            canvases.append(job.splits.train.read(int(number)))
-            numbers.append(int(number))
-        if len(canvases) == SHEET_IMAGES:
-            break
+    spec = job.parts.spec
+    canvases, _ = look(job.splits.train, SHEET_IMAGES, canvas_bound(spec))
     if canvases:
-        contact_sheet(job.parts.spec, canvases, numbers, job.settings.seed, job.folder.sheet)
+        seed, path = job.settings.seed, job.folder.sheet
+        contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from mocokit import cli
 
@@ -134,3 +135,19 @@ def test_a_run_from_the_command_line(mocokit, toy_npz, tmp_path):
     assert "seed: 3" in (out / "config.yaml").read_text()
     code, _, err = mocokit(*arguments)  # finished: prints its result
     assert code == 0 and "trained backbone" in err
+
+
+def test_check_reports_and_draws(mocokit, photos, toy_npz, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for path in sorted(photos.rglob("*.jpg"))[:70]:
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"nothing")
+    code, _, err = mocokit("check", tmp_path / "photos", "--out", tmp_path / "sheet.png")
+    assert code == 0 and "train: 71 images" in err and "pixels high" in err
+    assert "cannot be read: broken.jpg" in err and "batch size 256 -> 64" in err
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 300
+    code, _, err = mocokit("check", "demo", toy_npz, "--out", tmp_path / "two.png")
+    assert code == 0 and "4 classes of 40 to 40" in err and "validation: 40 images" in err
+    assert mocokit("check", "demo", toy_npz, "--out", tmp_path / "none" / "x.png")[0] == 2
+    assert mocokit("check", "mocov2")[0] == 2

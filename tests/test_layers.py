@@ -13,6 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports only from rows below its own, or from its own room.
 LAYERS = [
     {"cli"},
+    {"check"},
     {"pretrain"},
     {"report"},
     {"job", "export"},
@@ -27,8 +28,6 @@ LAYERS = [
     {"errors", "chance"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
-CONFIG_READERS = {"cli", "pretrain", "report", "job", "export", "build", "recipes", "sizes",
-                  "settings"}  # fmt: skip
 
 
 def room(path):

@@ -36,6 +36,19 @@ class Batch(NamedTuple):
         return self._replace(pixels=self.pixels.pin_memory())
 
 
+def look(
+    source: Source, count: int, bound: int | None
+) -> tuple[dict[int, NDArray[np.uint8]], list[str]]:
+    """{number: pixels} of `count` images spread over a source, and those that cannot be read."""
+    found, bad = {}, []
+    for number in np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist():
+        try:
+            found[number] = source.read(number, bound)
+        except BadImage as reason:
+            bad.append(f"{source.describe(number)}: {reason}")
+    return found, bad
+
+
 def read_batch(
     source: Source,
     indices: NDArray[np.int64],
