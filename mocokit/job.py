@@ -113,7 +113,7 @@ def open_job(
 ) -> Job:
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     speaker = Speaker(world.writes)
-    device = choose_device(asked.engine.device, world.local_rank)
+    device = choose_device(asked.engine.device, world)
     fitted, notices = sizes.fit(asked, len(splits.train), stated)
 
     def decide() -> tuple[RunFolder, Settings]:

@@ -169,6 +169,7 @@ def test_keys_join_the_queue_only_after_their_step():
         output.loss.backward()
         optimizer.step()
         moco.update(output.keep, step, 0.0)
+        torch.testing.assert_close(moco.queue.rows.norm(dim=1), torch.ones(QUEUE).double())
         places = (pointer + torch.arange(BATCH)) % QUEUE
         assert torch.equal(moco.queue.rows[places], output.keep)
 

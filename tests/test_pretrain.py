@@ -183,6 +183,13 @@ def test_unlabelled_photos_of_any_size(photos, tmp_path):
     assert mocokit.load(run_.folder).num_features == 64
 
 
+def test_the_number_of_workers_changes_nothing(photos, tmp_path):
+    a, b = (
+        run(photos, tmp_path / str(n), 1, data__workers=n, data__last="keep").folder for n in (0, 2)
+    )
+    assert_same(state_of(a)["method"], state_of(b)["method"])
+
+
 def test_bad_images_are_named_counted_and_replaced(photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -285,3 +292,16 @@ def test_the_readme_of_an_unfinished_run_says_how_to_go_on(toy_npz, tmp_path, mo
     config, _, out = command[2:]
     assert mocokit.pretrain(config, out=out).result["finished"]
     assert "Not finished" not in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_compiled_encoders_make_the_same_run(toy_npz, tmp_path):
+    """The path that CUDA takes by default, on a CPU, with pieces of unequal numbers of groups."""
+    changes = {"engine__precision": "float32", "data__last": "keep", "optim__lr": 1e-5}
+    plain, compiled = (
+        run(toy_npz, tmp_path / str(flag), 1, engine__compile=flag, **changes).folder
+        for flag in (False, True)
+    )
+    a, b = state_of(plain)["method"], state_of(compiled)["method"]
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(a["queue.rows"], b["queue.rows"], atol=1e-4, rtol=0)

@@ -68,8 +68,9 @@ def on_first(world: World, decide: Callable[[], T]) -> T:
     return answer
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, world: World = World()) -> torch.device:
     """The device of that name, or the best there is; raises UserError if it is not there."""
+    local_rank = world.local_rank
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank)
@@ -82,6 +83,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index is not None and world.size > 1:
+            raise UserError(f"device {name} is one for {world.size} processes; take cuda")
         number = local_rank if device.index is None else device.index
         if number >= count:
             there = f"there are {count} CUDA devices" if count else "there is no CUDA device here"
