@@ -90,13 +90,13 @@ class MoCo(Method):
         self, query_view: Tensor, key: Tensor, plan: "GroupPlan", metrics: dict[str, list[Tensor]]
     ) -> Tensor:
         """InfoNCE of this process's queries against their keys (n, C) and the queue."""
-        groups_of = {piece.start: groups for piece, groups in plan.pieces}
         with moving_once(self.encoder) as statistics:
 
-            def loss_of(piece: slice) -> Tensor:
-                set_groups(self.encoder, groups_of[piece.start])
+            def loss_of(part: tuple[slice, int]) -> Tensor:
+                piece, groups = part
+                set_groups(self.encoder, groups)
                 query = normalise(self.encoder(query_view[piece]))  # (n, C)
-                statistics.part(groups_of[piece.start])
+                statistics.part(groups)
                 logits = contrast_logits(query, key[piece], self.queue.rows, self.temperature)
                 share = len(query) / len(key)
                 top1 = (logits.argmax(1) == 0).to(logits.dtype).mean()
@@ -107,8 +107,7 @@ class MoCo(Method):
                 weight = plan.world / plan.images
                 return F.cross_entropy(logits, labels, reduction="sum") * weight
 
-            pieces = [piece for piece, _ in plan.pieces]
-            return sum_of_pieces(loss_of, pieces, self.encoder.parameters())
+            return sum_of_pieces(loss_of, plan.pieces, self.encoder.parameters())
 
     @property
     def chance_loss(self) -> float:

@@ -1,11 +1,14 @@
 """Parts that methods share: the queue, the slow follower, and what crosses processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Piece = TypeVar("Piece")
 
 
 class Queue(nn.Module):
@@ -89,8 +92,8 @@ class _DeliverGradients(torch.autograd.Function):
 
 
 def sum_of_pieces(
-    loss_of: Callable[[slice], Tensor],
-    pieces: Iterable[slice],
+    loss_of: Callable[[Piece], Tensor],
+    pieces: Sequence[Piece],
     parameters: Iterable[nn.Parameter],
 ) -> Tensor:
     """The sum of the pieces' losses, of which only one piece's activations are held at a time.
@@ -99,7 +102,6 @@ def sum_of_pieces(
     for the caller (and for DDP) it is a loss like any other. Without gradients being recorded, or
     for a single piece, this is the plain sum.
     """
-    pieces = list(pieces)
     if len(pieces) == 1 or not torch.is_grad_enabled():
         return torch.stack([loss_of(piece) for piece in pieces]).sum()
     leaves = [p for p in parameters if p.requires_grad]
