@@ -21,6 +21,7 @@ from mocokit.engine.runtime import (
     seed_libraries,
 )
 from mocokit.errors import UserError
+from mocokit.evaluate.features import evaluating
 from mocokit.evaluate.monitor import KnnMonitor
 from mocokit.methods.moco import MoCo
 from mocokit.nets.backbones import build_backbone
@@ -71,7 +72,16 @@ def build_encoder(settings: Settings) -> Encoder:
         net.backbone, net.stem, settings.method.group_size, net.zero_init_last
     )
     head = build_head(net.head, int(backbone.num_features), net.hidden, net.dim)  # type: ignore[arg-type]
-    return Encoder(backbone, head)
+    encoder = Encoder(backbone, head)
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(2, 3, settings.views.size, settings.views.size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"net.backbone {net.backbone} cannot take views of {settings.views.size} pixels "
+            f"({str(error).splitlines()[0]}); set views.size, or another backbone"
+        ) from None
+    return encoder
 
 
 def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> Parts:
@@ -92,8 +102,9 @@ def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> P
     if settings.engine.memory_format == "channels_last":
         moco = moco.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.engine.compile:
-        moco.encoder.compile()
-        moco.key_encoder.compile()
+        # Shapes learnt on the way would make a kernel depend on what the process saw before.
+        moco.encoder.compile(dynamic=False)
+        moco.key_encoder.compile(dynamic=False)
     schedule = Schedule(
         lr=effect.lr,
         kind=optim.schedule,
@@ -173,6 +184,7 @@ def build_due(settings: Settings, effect: InEffect, world: World) -> Due:
         save_minutes=settings.save.minutes,
         save_epochs=settings.save.every_epochs,
         save_steps=settings.save.every_steps,
+        milestone_epochs=settings.save.milestone_epochs,
         world=world.size,
     )
 
@@ -190,6 +202,6 @@ def build_monitor(settings: Settings, splits: Splits, device: torch.device) -> K
         temperature=settings.monitor.temperature,
         bank=settings.monitor.bank,
         seed=settings.seed,
-        threads=count_workers(settings, device),
+        workers=count_workers(settings, device),
         precision=partial(autocast, device, settings.engine.precision),
     )

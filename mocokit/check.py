@@ -51,8 +51,8 @@ def check(
     canvases, _ = look(splits.train, images, canvas_bound(spec))
     try:
         contact_sheet(spec, list(canvases.values()), list(canvases), asked.seed, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another --out") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot write {path} ({error}); choose another --out") from None
     speaker.say(f"views of {asked.recipe}: {path}")
     return path
 

@@ -1,7 +1,9 @@
 """The verbs. Parses, then imports what the verb needs: `--help` loads no torch."""
 
+import os
+import signal
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -52,16 +54,16 @@ def pretrain(
     Without arguments: a two-minute demonstration on embedded textures.
     """
     changes = settings_.parse_assignments(assignments or [])
-    flags: dict[str, Any] = {
+    flags = {
         "train.epochs": epochs,
         "train.batch_size": batch_size,
         "engine.device": device,
         "seed": seed,
     }
-    changes |= {path: value for path, value in flags.items() if value is not None}
-    asked, _ = recipes.asked(recipe, data, changes, needs_data=not show)
+    changes = recipes.merge(flags, changes)
+    asked, stated = recipes.asked(recipe, data, changes, needs_data=not show)
     if show:
-        _show(asked)
+        _show(asked, stated)
         return
     from mocokit.pretrain import pretrain as run
 
@@ -98,14 +100,24 @@ def list_recipes() -> None:
                 typer.echo(f"    {line}")
 
 
-def _show(asked: Settings) -> None:
-    """Every setting with its meaning, the difference from the recipe, and the augmentation."""
-    from mocokit.views.params import ViewSpec, describe
+def _show(asked: Settings, stated: frozenset[str]) -> None:
+    """Every setting as it would run here, with its meaning; what differs; the augmentation."""
+    from mocokit import build, sizes
+    from mocokit.data.source import open_data
+    from mocokit.engine.runtime import choose_device
+    from mocokit.views.params import describe
 
     base = recipes.RECIPES.get(asked.recipe, recipes.mocov2)()
-    changed = settings_.difference(base, asked)
+    settled, effect = asked, None
+    notices: list[str] = []
+    if asked.data.path is not None or asked.recipe == "demo":
+        images = len(open_data(asked.data.path, asked.data.labels).train)
+        settled, notices = sizes.fit(asked, images, stated)
+        effect = sizes.in_effect(settled, images)
+    settled = build.settle(settled, choose_device(asked.engine.device), None)
+    changed = settings_.difference(base, settled)
     for path, field in settings_.fields():
-        value = settings_.get(asked, path)
+        value = settings_.get(settled, path)
         was = f"  (recipe: {changed[path][0]})" if path in changed else ""
         typer.echo(f"{path} = {value}{was}\n    {field.description}")
     typer.echo(f"\nDifference from the recipe {asked.recipe}:")
@@ -113,11 +125,16 @@ def _show(asked: Settings) -> None:
         typer.echo(f"  {path}: {before} -> {after}")
     if not changed:
         typer.echo("  none")
+    for notice in notices:
+        typer.echo(f"note: {notice}")
+    if effect is not None:
+        typer.echo(f"\nIn effect on {effect.images:,} images:")
+        for name, value in effect.as_dict().items():
+            typer.echo(
+                f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}"
+            )
     typer.echo("\nAugmentation of both views, in order:")
-    rows = [
-        ("operation", "probability", "parameters"),
-        *describe(ViewSpec(**asked.views.model_dump())),
-    ]
+    rows = [("operation", "probability", "parameters"), *describe(build.view_spec(settled))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for operation, probability, parameters in rows:
         typer.echo(f"  {operation:{widths[0]}}  {probability:{widths[1]}}  {parameters}")
@@ -125,8 +142,12 @@ def _show(asked: Settings) -> None:
 
 def main() -> None:
     """Run a verb and exit: 0 done, 1 our fault, 2 the user's, 75 or 130 stopped and saved."""
+    # Until a run takes over signals, Ctrl-C ends everything at once: an import cannot be unwound.
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:
         app()
     except MocokitError as error:
         typer.echo(f"mocokit: {error}", err=True)
         sys.exit(error.exit_code)
+    finally:
+        signal.signal(signal.SIGINT, before)

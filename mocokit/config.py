@@ -171,14 +171,18 @@ class Log(Section):
 
 
 class Monitor(Section):
-    every_epochs: int = place(10, "epochs between kNN scores, if there are labels; 0: never", ge=0)
+    every_epochs: int = place(
+        10, "epochs between kNN scores, if there are labels; 0: only at the end", ge=0
+    )
     k: int = place(200, "neighbours that vote", ge=1)
     temperature: float = place(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
     bank: int = place(100_000, "training images in the bank, at most", ge=1)
 
 
 class Settings(Section):
-    recipe: str = place("mocov2", "the recipe that the settings started from")
+    recipe: str = place(
+        "mocov2", "the recipe that the settings started from", pattern=r"^\w[\w.-]*$"
+    )
     seed: int = setting(0, "every random number of the run follows from it", ge=0, lt=2**63)
     data: Data = Data()
     views: Views = Views()

@@ -16,7 +16,8 @@ from mocokit.data.batch import look
 from mocokit.data.index import load_index
 from mocokit.data.source import Splits
 from mocokit.engine import checkpoint
-from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
+from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import World, choose_device, on_first, prepare
 from mocokit.errors import UserError
@@ -39,6 +40,7 @@ class Job:
     parts: Parts
     speaker: Speaker
     step: int = 0
+    saved: int = -1  # the step of the checkpoint that was last read or written
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
@@ -59,14 +61,18 @@ class Job:
         self.parts.method.load_state_dict(state["method"])
         self.parts.optimizer.load_state_dict(state["optimizer"])
         self.parts.scaler.load_state_dict(state["scaler"])
-        self.step = int(state["step"])
+        self.step = self.saved = int(state["step"])
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and drop the old ones."""
+        """Write a checkpoint of this step, if it is not the last one, and drop the old ones.
+
+        Raises NonFiniteLoss rather than keep weights that are not finite.
+        """
         self.average_statistics()
-        path = self.folder.checkpoints / checkpoint.name_of(self.step)
-        if not self.world.writes or path.is_file():
+        check_weights(self.parts.method, self.step)
+        if not self.world.writes or self.saved == self.step:
             return
+        self.saved = self.step
         checkpoint.save(self.folder.checkpoints, self.step, self.state())
         every = self.settings.save.milestone_epochs
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
@@ -130,6 +136,8 @@ def open_job(
     for notice in notices:
         speaker.say(f"note: {notice}", "yellow")
     parts = build.build_parts(settings, effect, device)
+    if out is None and not folder.is_run:
+        folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     return Job(settings, effect, world, device, splits, folder, parts, speaker)
 
 
@@ -139,9 +147,10 @@ def begun(job: Job) -> Iterator[None]:
     with held(job.folder) if job.world.writes else contextlib.nullcontext():
         if job.world.writes:
             _write_start(job)
-        state = checkpoint.load_newest(job.folder.checkpoints, job.device)
+        state = checkpoint.load_newest(job.folder.checkpoints)
         if state is not None:
             job.load(state)
+            del state  # or it would live as long as the run
         yield
 
 
@@ -150,15 +159,20 @@ def _choose_folder(
 ) -> RunFolder:
     if out is not None:
         folder = RunFolder(Path(out))
-        if folder.path.exists() and not folder.path.is_dir():
+        if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
         if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
             raise UserError(f"--out {out} holds other files and no run; name a new folder")
+        if resume and not folder.is_run:
+            raise UserError(f"--resume: there is no run in {out}; leave it out to start one")
         return folder
     name = splits.train.name
     if resume:
         for folder in unfinished(settings.recipe, name):
-            stored = folder.settings()
+            try:
+                stored = folder.settings()
+            except UserError:
+                continue  # another run's broken config.yaml
             device = torch.device("cpu")  # autos take the stored values, so the device is moot
             settled = build.settle(settings, device, stored)
             if not folder.conflicts(settled) and _same_data(folder, splits):

@@ -25,7 +25,7 @@ from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output
-from mocokit.methods.parts import follow
+from mocokit.methods.parts import follow, to_device
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups
 from mocokit.nets.heads import calibrate_head
 from mocokit.views.params import draw_table
@@ -64,7 +64,7 @@ def pretrain(
         "engine.device": device,
         "seed": seed,
     }
-    changes = {k: v for k, v in flags.items() if v is not None} | dict(settings or {})
+    changes = recipes.merge(flags, settings or {})
     asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
     splits = open_data(asked.data.path, asked.data.labels)
     with joined_world(asked.engine.device) as world, StopSignals() as stop:
@@ -103,7 +103,8 @@ def train(job: Job, stop: StopSignals) -> None:
             set_lr(optimizer, parts.schedule(step))
             images = job.images_of(step)
             views = two_views(job, step, batch)
-            index = torch.from_numpy(batch.index).to(device, non_blocking=True)
+            index = to_device(batch.index, device)
+            method.loss_scale = scaler.get_scale()
             with autocast(device, settings.engine.precision):
                 output: Output = model(views, index, Draw(settings.seed, step, images))
             watch.note(step + 1, output.loss)
@@ -177,7 +178,7 @@ def calibrate_on_first_group(job: Job, loader: Loader) -> None:
     if job.world.writes:
         views, _ = two_views(job, 0, loader.batch_at(0))
         first = group_sizes(job.images_of(0), job.effect.groups)[0]
-        with moving_once(method.encoder):
+        with moving_once(method.encoder, 0):
             set_groups(method.encoder, 1)
             calibrate_head(method.encoder, views[:first])
     if job.world.size > 1:

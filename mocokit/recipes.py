@@ -5,6 +5,7 @@ have not run the recipe to its end ourselves.
 """
 
 import difflib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,7 @@ def asked(
     what does not exist.
     """
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
-        if data is None and Path(recipe).exists():
+        if data is None and _exists(recipe):
             recipe, data = "mocov2", recipe
         elif data is None and ("/" in recipe or "." in recipe):
             raise UserError(f"there is no file or folder {recipe}; give an existing path of images")
@@ -244,20 +245,49 @@ def asked(
     if recipe is not None and recipe.endswith((".yaml", ".yml")):
         base = load(Path(recipe))
         stated |= stated_in(Path(recipe))
+        # What a user states beside a file is what runs: the file's quoted batch is not theirs.
+        for value in ("optim.lr", "method.momentum"):
+            if value in changes and f"{value}_batch" not in changes:
+                stated.discard(f"{value}_batch")
     else:
         base = by_name(recipe or ("demo" if data is None else "mocov2"))
     if data is not None:
         changes = {**changes, "data.path": data}
     settings = replace(base, changes)
     path = settings.data.path
+    if path is not None and _exists(os.path.join(path, "config.yaml")):
+        raise UserError(
+            f"{path} is a run folder, not images; repeat its run with {path}/config.yaml, or go on "
+            f"with it by --out {path}"
+        )
     if path is None and needs_data and settings.recipe != "demo":
         raise UserError(
             f"{settings.recipe} needs images: mocokit pretrain {settings.recipe} FOLDER; "
             "`mocokit pretrain` alone is the demo"
         )
-    if path is not None and not Path(path).exists():
+    if path is not None and not _exists(path):
         raise UserError(f"there is no file or folder {path}; give an existing path of images")
+    if path is not None:  # a run must find them again from anywhere
+        settings = replace(settings, {"data.path": os.path.abspath(path)})
     return settings, frozenset(stated)
+
+
+def _exists(path: str) -> bool:
+    """False too for what cannot be looked up: a name too long, a folder that is closed to us."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
+def merge(flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of settings by flags, where given, and by --set; raises UserError on a double."""
+    given = {path: value for path, value in flags.items() if value is not None}
+    for path in given.keys() & assignments.keys():
+        raise UserError(f"{path} is stated twice, by its flag and by --set; keep one")
+    if "recipe" in assignments:
+        raise UserError("recipe is a name, not a setting; give another recipe as first argument")
+    return {**given, **assignments}
 
 
 def _derive(base: Settings, name: str, changes: Mapping[str, Any]) -> Settings:

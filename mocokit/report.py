@@ -28,7 +28,7 @@ def start(job: Job) -> None:
         f"{settings.recipe}: {images:,} images" + (f", {classes} classes" if classes else ""),
         "bold",
     )
-    if settings.recipe == "demo":
+    if settings.data.path is None:
         say("A procedural demonstration on embedded textures, not a benchmark.")
     shown = f"{settings.engine.precision} on {job.device}"
     say(
@@ -67,6 +67,7 @@ class Recording:
             folder.bad_images, len(job.splits.train), settings.data.bad_share, writes
         )
         self._wait = 0.0
+        self._bad: tuple[tuple[int, str, str], ...] = ()
         self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -89,7 +90,14 @@ class Recording:
     ) -> None:
         """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
         self.meter.step(images, self._wait)
-        self.bad.note(bad)
+        self._bad += bad
+        if self.job.world.size > 1 and norm is not None:
+            found: list[Any] = [None] * self.job.world.size
+            dist.all_gather_object(found, self._bad)
+            self._bad = tuple(one for part in found for one in part)
+        if self.job.world.size == 1 or norm is not None:
+            self.bad.note(self._bad)
+            self._bad = ()
         if norm is None:
             return
         line = self._line(output, norm)
@@ -156,9 +164,11 @@ def finish(job: Job) -> dict[str, Any]:
         job.speaker.say("scoring the final weights ...")
         result |= dict(monitor.run(method.encoder))
         untrained = build.build_encoder(job.settings).to(job.device)
-        result["knn_random_weights"] = monitor.random_weights(untrained)
-        pixels = monitor.raw_pixels()
-        result |= {} if pixels is None else {"knn_raw_pixels": pixels}
+        baselines = {
+            "knn_random_weights": monitor.random_weights(untrained),
+            "knn_raw_pixels": monitor.raw_pixels(),
+        }
+        result |= {name: score for name, score in baselines.items() if score is not None}
         result["protocol"] = monitor.protocol
     result["finished"] = True
     job.folder.readme.write_text(_readme(job, result), encoding="utf-8")
@@ -182,21 +192,20 @@ def result(job: Job, result: dict[str, Any]) -> None:
     if rows:
         job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
         job.speaker.say(result["protocol"])
-    if job.settings.recipe == "demo":
+    if job.settings.data.path is None:
         job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
     job.speaker.say(f"finished: {job.folder.path}")
 
 
 def _command(job: Job) -> str:
     """The command that goes on with this run, wherever it was started from."""
-    return shlex.join(
-        ["mocokit", "pretrain", str(job.folder.config), "--out", str(job.folder.path)]
-    )
+    path = job.folder.path.resolve()
+    return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
 
 
 def _readme(job: Job, result: dict[str, Any]) -> str:
     """README.md of the run folder: what it holds and how to go on; no result: not finished."""
-    path, settings = job.folder.path, job.settings
+    path, settings = job.folder.path.resolve(), job.settings
     rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
     table = (
         ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []

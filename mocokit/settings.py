@@ -46,6 +46,8 @@ def replace(settings: Settings, changes: Mapping[str, Any], origin: str = "setti
     tree = settings.model_dump()
     known = [path for path, _ in fields()]
     for path, value in changes.items():
+        if any(name.startswith(f"{path}.") for name in known):
+            raise UserError(f"{origin} {path} is a section; name one of its settings, {path}.…=…")
         if path not in known:
             raise UserError(f"{origin} {path} does not exist{_did_you_mean(path, known)}")
         *sections, name = path.split(".")
@@ -65,7 +67,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             raise UserError(f"--set takes path=value, as in method.temperature=0.1, not {text!r}")
         try:
             changes[path.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise UserError(f"--set {path}: {value!r} is not a YAML value") from None
     return changes
 
@@ -105,7 +107,7 @@ def from_yaml(text: str, origin: str = "config.yaml") -> Settings:
     """Settings from YAML text; what is missing takes its default, `resolved` is ignored."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{origin} must hold settings by name, such as `train: {{epochs: 100}}`")

@@ -54,7 +54,7 @@ def count_groups(settings: Settings, batch: int) -> int:
     """
     method = settings.method
     if method.groups == "auto":
-        return max(min(2, batch // 2), round(batch / method.group_size), 1)
+        return max(1, min(max(2, round(batch / method.group_size)), batch // 2))
     share = batch / settings.train.batch_size  # a last partial batch has fewer groups
     return max(1, min(round(method.groups * share), batch // 2))
 
@@ -75,6 +75,11 @@ def fit(
     notices: list[str] = []
     changes = _batch(settings, images, stated, notices)
     batch = changes.get("train.batch_size", settings.train.batch_size)
+    if settings.data.last == "keep" and images % batch == 1:
+        raise UserError(
+            f"data.last=keep leaves a last batch of one of the {images} images, which has no batch "
+            "statistics; set data.last=drop, or another train.batch_size"
+        )
     changes |= _queue(settings, images, batch, stated, notices)
     for value, quoted_at in (
         ("optim.lr", "optim.lr_batch"),

@@ -7,9 +7,12 @@ import torch
 import torchvision
 from torch import nn
 
+from mocokit import recipes
+from mocokit.build import build_encoder
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head, calibrate_head
+from mocokit.settings import replace
 
 
 def count(module):
@@ -75,6 +78,17 @@ def test_resnet_tiny():
 def test_what_cannot_be_built_says_so(name, stem, sentence):
     with pytest.raises(UserError, match=sentence):
         build_backbone(name, stem)
+
+
+def test_num_features_is_what_comes_out():
+    backbone = build_backbone("mobilenetv3_small_050")  # 288 maps, then 1024 features
+    assert backbone(torch.randn(4, 3, 64, 64)).shape == (4, backbone.num_features)
+
+
+def test_views_that_a_backbone_cannot_take_are_named():
+    settings = replace(recipes.mocov2(), {"net.backbone": "vit_tiny_patch16_224", "views.size": 32})
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 cannot take views of 32 pixels"):
+        build_encoder(settings)
 
 
 def test_heads_are_the_papers():

@@ -68,6 +68,7 @@ def test_recipes_lists_all_with_cost_and_source(mocokit):
 def test_show_prints_settings_difference_and_augmentation(mocokit):
     code, out, _ = mocokit("pretrain", "mocov2", "--show", "--set", "method.temperature=0.1")
     assert code == 0
+    assert "engine.precision = auto" not in out and "engine.memory_format = channels_last" in out
     assert "method.temperature = 0.1  (recipe: 0.2)" in out
     assert "softmax temperature of InfoNCE" in out
     assert "method.temperature: 0.2 -> 0.1" in out
@@ -91,6 +92,13 @@ def test_show_prints_settings_difference_and_augmentation(mocokit):
         (["demo", "--epochs", "x"], "valid integer"),
         (["demo", "--nonsense"], "nonsense"),
         (["none.yaml"], "cannot read none.yaml"),
+        (["x" * 300], "there is neither a recipe nor"),
+        (["mocov2", "x" * 300], "there is no file or folder"),
+        (["demo", "--set", "seed=2024-13-45"], "is not a YAML value"),
+        (["demo", "--set", "train=5"], "train is a section"),
+        (["demo", "--set", "recipe=../../x"], "recipe is a name, not a setting"),
+        (["demo", "--seed", "1", "--set", "seed=2"], "seed is stated twice"),
+        (["demo", "--resume", "--out", "none"], "--resume: there is no run in none"),
         (["demo", "--device", "cuda:9"], "device cuda:9"),
     ],
 )
@@ -121,7 +129,6 @@ def test_a_run_from_the_command_line(mocokit, toy_npz, tmp_path):
     code, _, err = mocokit(*arguments)
     assert code == 0
     for text in (
-        "not a benchmark",
         "What to expect",
         "queue 256 -> 32",
         "raw pixels, centred",
@@ -151,3 +158,16 @@ def test_check_reports_and_draws(mocokit, photos, toy_npz, tmp_path):
     assert code == 0 and "4 classes of 40 to 40" in err and "validation: 40 images" in err
     assert mocokit("check", "demo", toy_npz, "--out", tmp_path / "none" / "x.png")[0] == 2
     assert mocokit("check", "mocov2")[0] == 2
+
+
+def test_show_with_data_tells_what_would_run(mocokit, toy_npz):
+    code, out, _ = mocokit("pretrain", "mocov2", toy_npz, "--show")
+    assert code == 0
+    assert "method.queue_size = 64  (recipe: 65536)" in out and "note: queue 65536 -> 64" in out
+    assert "In effect on 160 images:" in out and "  lr: 0.0075" in out
+
+
+def test_a_run_folder_is_not_taken_for_images(mocokit, tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    code, _, err = mocokit("pretrain", tmp_path)
+    assert code == 2 and "is a run folder, not images; repeat its run with" in err

@@ -43,6 +43,12 @@ class TestMetrics:
         Metrics(path, 0).close()
         assert lines(path) == []
 
+    def test_what_is_not_finite_is_null(self, tmp_path):
+        metrics = Metrics(tmp_path / "m.jsonl")
+        metrics.write({"step": 1, "a": math.inf, "b": math.nan, "c": 1})
+        metrics.close()
+        assert lines(tmp_path / "m.jsonl") == [{"step": 1, "a": None, "b": None, "c": 1}]
+
     def test_absent_is_empty(self, tmp_path):
         assert read_metrics(tmp_path / "none") == []
 
@@ -165,6 +171,10 @@ class TestDue:
         assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [30, 60, 90, 100]
         due = self.due(save_minutes=1e-9)
         assert due.save_or_stop(3, False) == (True, False)
+
+    def test_milestones_are_saved_on_their_own(self):
+        due = self.due(save_epochs=3, milestone_epochs=2)
+        assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [50, 75, 100]
 
     def test_stop_saves_first_and_is_moot_at_the_end(self):
         assert self.due().save_or_stop(3, True) == (True, True)

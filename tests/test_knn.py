@@ -83,6 +83,14 @@ def test_monitor_scores_backbone_head_pixels_and_random_weights():
     assert "30 queries (validation images)" in ours.protocol
 
 
+def test_raw_pixels_are_centred():
+    """Off the mean all images point the same way, and dark and light differ in length alone."""
+    ours = monitor(source(100, 0), source(30, 1), k=1)
+    seen = []
+    scores = ours._scores(lambda views: (seen.append(views) or views.flatten(1) + 100,), ("x",))
+    assert dict(scores)["x"] < 1.0 and ours.raw_pixels() == 1.0
+
+
 def test_without_validation_a_tenth_is_held_out_of_the_bank():
     ours = monitor(source(100, 0))
     assert len(ours.query_numbers) == 10 and len(ours.bank_numbers) == 90

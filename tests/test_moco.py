@@ -1,7 +1,9 @@
 """MoCo against a transcription of the paper's Algorithm 1, and the invariants of the method."""
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -98,16 +100,63 @@ def test_micro_batches_equal_the_undivided_step(micro_batch, symmetric):
         torch.testing.assert_close(p, q, atol=1e-10, rtol=0, msg=name)
 
 
+def saved_bytes(moco, views, draw):
+    """Bytes that the graph keeps for the backward pass once forward is done."""
+    kept = []
+
+    def pack(tensor):
+        holder = Held(tensor)
+        kept.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        output = moco(views, torch.arange(BATCH), draw)
+    gc.collect()
+    alive = [ref() for ref in kept]
+    return output, sum(holder.tensor.nbytes for holder in alive if holder is not None)
+
+
+class Held:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def test_only_one_piece_of_activations_is_held():
     _, encoder = small_encoder()
-    moco = build(encoder, micro_batch=4)
-    held = []
-    moco.encoder.backbone[0].register_forward_hook(lambda m, i, o: held.append(len(o)))
     _, views, draw = next(batches())
-    output = moco(views, torch.arange(BATCH), draw)
-    assert held == [4, 4, 4]
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: pytest.fail("kept"), lambda t: t):
-        output.loss.clone()
+    _whole, many = saved_bytes(build(copy.deepcopy(encoder)), views, draw)
+    _pieces, few = saved_bytes(build(copy.deepcopy(encoder), micro_batch=4), views, draw)
+    assert many > 10**5 and few < many / 100  # after forward nothing is left to keep
+
+
+def test_pieces_are_differentiated_in_float32_under_autocast():
+    """As where the loop differentiates, outside autocast: the same gradients to rounding."""
+    _, encoder = small_encoder(batch_norm=False)
+    _, views, draw = next(batches(torch.float32))
+    gradients = []
+    for micro in (None, 4):
+        moco = build(copy.deepcopy(encoder), dtype=torch.float32, micro_batch=micro)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = moco(views, torch.arange(BATCH), draw)
+        output.loss.backward()
+        gradients.append(moco.encoder.head[2].weight.grad)
+    error = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert float(error) < 3e-3
+
+
+def test_pieces_overflow_where_the_whole_does_in_float16():
+    _, encoder = small_encoder()
+    _, views, draw = next(batches(torch.float32))
+    finite = []
+    for micro in (None, 4):
+        for scale in (1.0, 2.0**24):
+            moco = build(copy.deepcopy(encoder), dtype=torch.float32, micro_batch=micro)
+            moco.loss_scale = scale
+            with torch.autocast("cpu", dtype=torch.float16):
+                output = moco(views, torch.arange(BATCH), draw)
+            (scale * output.loss).backward()
+            finite.append(all(bool(p.grad.isfinite().all()) for p in moco.encoder.parameters()))
+    assert finite == [True, False, True, False]
 
 
 def test_forward_changes_nothing_but_running_statistics():
@@ -219,6 +268,8 @@ def test_loss_of_unrelated_unit_vectors_is_near_chance():
     _, encoder = small_encoder()
     moco = build(encoder, queue_size=4096, temperature=1.0)
     assert moco.chance_loss == pytest.approx(math.log(4097))
+    both = build(encoder, queue_size=4096, symmetric=True)  # a sum of two losses
+    assert both.chance_loss == pytest.approx(2 * math.log(4097))
     _, views, draw = next(batches())
     loss = float(moco(views, torch.arange(BATCH), draw).loss.detach())
     assert abs(loss - math.log(4097)) < 1.5

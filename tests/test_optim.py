@@ -115,3 +115,12 @@ def test_only_the_query_encoder_is_optimised():
         parts.method.encoder.parameters(), parts.method.key_encoder.parameters(), strict=True
     ):
         assert torch.equal(p, q)
+
+
+def test_channels_last_is_applied():
+    changes = {"engine.memory_format": "channels_last", "engine.compile": False}
+    settings = replace(recipes.demo(), changes | {"engine.precision": "float32"})
+    method = build_parts(settings, in_effect(settings, 6000), torch.device("cpu")).method
+    for encoder in (method.encoder, method.key_encoder):
+        weight = encoder.backbone.stages[1].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)

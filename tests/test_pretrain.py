@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import mocokit
-from mocokit.engine import checkpoint
+from mocokit import build
+from mocokit.engine import checkpoint, folder as folder_module
+from mocokit.engine.due import Due
+from mocokit.engine.folder import RunFolder
 from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.methods.moco import MoCo
 
@@ -295,13 +298,95 @@ def test_the_readme_of_an_unfinished_run_says_how_to_go_on(toy_npz, tmp_path, mo
 
 
 @pytest.mark.slow
-def test_compiled_encoders_make_the_same_run(toy_npz, tmp_path):
-    """The path that CUDA takes by default, on a CPU, with pieces of unequal numbers of groups."""
+def test_compiled_encoders_make_the_same_run(photos, tmp_path):
+    """The path that CUDA takes by default, on a CPU, with a last batch of half the size."""
     changes = {"engine__precision": "float32", "data__last": "keep", "optim__lr": 1e-5}
+    changes |= {"views__size": 32, "data__workers": 0}
     plain, compiled = (
-        run(toy_npz, tmp_path / str(flag), 1, engine__compile=flag, **changes).folder
+        run(photos, tmp_path / str(flag), 1, engine__compile=flag, **changes).folder
         for flag in (False, True)
     )
     a, b = state_of(plain)["method"], state_of(compiled)["method"]
     assert a.keys() == b.keys()
     torch.testing.assert_close(a["queue.rows"], b["queue.rows"], atol=1e-4, rtol=0)
+
+
+def test_weights_that_are_not_finite_are_never_saved(toy_npz, tmp_path, monkeypatch):
+    """A finite loss whose gradient overflows, at the very step that ends an epoch."""
+    forward = MoCo.forward
+
+    def breaking(self, views, index, draw):
+        output = forward(self, views, index, draw)
+        if draw.step != 9:
+            return output
+        return output._replace(loss=output.loss + 0 * (output.loss - output.loss.detach()).sqrt())
+
+    monkeypatch.setattr(MoCo, "forward", breaking)
+    with pytest.raises(NonFiniteLoss, match=r"weights after step 10 .*good.*step-00000005.pt"):
+        run(toy_npz, tmp_path / "run", 2)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [5]
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    monkeypatch.setattr(MoCo, "forward", forward)
+    assert run(toy_npz, tmp_path / "run", 2).result["finished"]
+
+
+def test_a_damaged_checkpoint_is_written_again(toy_npz, tmp_path):
+    folder = run(toy_npz, tmp_path / "run", 2).folder
+    before = state_of(folder)
+    newest = folder / "checkpoints" / "step-00000010.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))
+    run(toy_npz, folder, 2)
+    assert_same(state_of(folder), before)
+
+
+def test_a_skipped_float16_step_leaves_keys_and_queue(toy_npz, tmp_path, monkeypatch):
+    """The first scale, 65536, overflows float16 here: the step is not taken, nor its update."""
+    updated = []
+    update = MoCo.update
+    monkeypatch.setattr(
+        MoCo, "update", lambda self, *rest: (updated.append(rest[1]), update(self, *rest))
+    )
+    out = run(toy_npz, tmp_path / "run", 2, engine__precision="float16", log__every_steps=1).folder
+    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+    skipped = [line["step"] - 1 for line in lines if line["grad_norm"] is None]
+    assert skipped and sorted(updated + skipped) == list(range(10))
+    assert state_of(out)["scaler"]["scale"] < 65536
+
+
+def test_library_randomness_is_resumed_too(toy_npz, tmp_path, monkeypatch):
+    """Dropout in the head: its masks follow from the step, not from a carried state."""
+    build_head = build.build_head
+    monkeypatch.setattr(
+        build, "build_head", lambda *a: torch.nn.Sequential(*build_head(*a), torch.nn.Dropout(0.5))
+    )
+    straight = run(toy_npz, tmp_path / "straight").folder
+    with monkeypatch.context() as patch:
+        patch.setattr(Due, "save_or_stop", lambda self, step, asked: (step == 3, step == 3))
+        with pytest.raises(Interrupted):
+            run(toy_npz, tmp_path / "stopped")
+    run(toy_npz, tmp_path / "stopped")
+    assert_same(state_of(straight)["method"], state_of(tmp_path / "stopped")["method"])
+
+
+def test_a_rate_stated_beside_a_file_is_what_runs(finished, toy_npz, tmp_path):
+    again = mocokit.pretrain(
+        str(finished.folder / "config.yaml"),
+        out=tmp_path / "run",
+        epochs=1,
+        settings={"optim.lr": 0.01, "optim.scale": "linear", "train.batch_size": 40},
+    )
+    assert "  lr: 0.01\n" in (again.folder / "config.yaml").read_text().split("resolved:")[1]
+
+
+def test_two_new_runs_get_two_folders(toy_npz, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    next_folder = folder_module.next_folder
+    answers = iter([RunFolder(tmp_path / "runs" / "demo-toy-001")])
+    (tmp_path / "runs" / "demo-toy-001").mkdir(parents=True)  # another run has just been faster
+    monkeypatch.setattr(
+        folder_module, "next_folder", lambda *a: next(answers, None) or next_folder(*a)
+    )
+    got = mocokit.pretrain("demo", toy_npz, epochs=1, batch_size=32, settings=FAST)
+    assert got.folder.name == "demo-toy-002"

@@ -104,7 +104,8 @@ def test_too_few_images_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("batch", "groups"), [(256, 8), (128, 4), (64, 2), (32, 2), (16, 2), (100, 3), (4, 2), (2, 1)]
+    ("batch", "groups"),
+    [(256, 8), (128, 4), (64, 2), (32, 2), (16, 2), (100, 3), (4, 2), (3, 1), (2, 1)],
 )
 def test_groups(batch, groups):
     settings = replace(recipes.mocov2(), {"train.batch_size": batch})
@@ -123,3 +124,10 @@ def test_last_partial_batch():
     assert in_effect(Settings(), 1000).steps_per_epoch == 3
     assert in_effect(keep, 1000).steps_per_epoch == 4
     assert in_effect(keep, 1024).steps_per_epoch == 4
+
+
+def test_no_group_of_one_image():
+    keep = {"data.last": "keep", "train.batch_size": 32}
+    with pytest.raises(UserError, match="a last batch of one of the 129 images"):
+        fit(replace(recipes.mocov2(), keep), 129, keep)
+    assert count_groups(recipes.mocov2(), 3) == 1

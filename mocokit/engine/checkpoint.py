@@ -2,13 +2,13 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mocokit.errors import UserError
+from mocokit.errors import MocokitError, UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -30,11 +30,23 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
         partial.unlink(missing_ok=True)
-        raise
+        size = sum(t.nbytes for t in _tensors(state)) / 2**20
+        raise MocokitError(
+            f"cannot write {path} ({error}); it needs about {size:.0f} MiB; what was saved before "
+            "is untouched: make room, and go on with the same command"
+        ) from None
     _point(folder.parent / "last.pt", path)
     return path
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for branch in tree.values():
+            yield from _tensors(branch)
 
 
 def _point(link: Path, target: Path) -> None:

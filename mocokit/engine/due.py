@@ -21,6 +21,7 @@ class Due:
         save_minutes: float,
         save_epochs: int,
         save_steps: int | None,
+        milestone_epochs: int | None = None,
         world: int = 1,
     ) -> None:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -30,6 +31,7 @@ class Due:
             save_epochs,
             save_steps,
         )
+        self.milestone_epochs = milestone_epochs or 0
         self.world = world
         self._saved = time.monotonic()
 
@@ -47,6 +49,7 @@ class Due:
         if self.world > 1:
             late, asked_to_stop = self._agree(step, late, asked_to_stop)
         planned = self._epoch_end(step, self.save_epochs) or step == self.total_steps
+        planned = planned or self._epoch_end(step, self.milestone_epochs)
         planned = planned or (self.save_steps is not None and step % self.save_steps == 0)
         save = planned or late or asked_to_stop
         if save:

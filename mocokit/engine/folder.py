@@ -32,7 +32,10 @@ class RunFolder:
 
     @property
     def is_run(self) -> bool:
-        return self.config.is_file()
+        try:
+            return self.config.is_file()
+        except OSError as error:
+            raise self.unwritable(error) from None
 
     def settings(self) -> Settings:
         return settings_.load(self.config)
@@ -55,10 +58,12 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             (self.path / ".lock").touch()
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {self.path} ({error.strerror}); "
-                "choose another with --out"
-            ) from None
+            raise self.unwritable(error) from None
+
+    def unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write the run folder {self.path} ({error.strerror}); choose another with --out"
+        )
 
     def conflicts(self, settings: Settings) -> list[str]:
         """Identity settings in which this folder's run differs, as `path (its value, asked)`."""
@@ -71,6 +76,19 @@ def next_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
     stem = _stem(recipe, data)
     numbers = [number for number, _ in _numbered(root, stem)]
     return RunFolder(root / f"{stem}-{max(numbers, default=0) + 1:03d}")
+
+
+def claim_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
+    """Make the next folder, or the one after where another run was faster."""
+    while True:
+        folder = next_folder(recipe, data, root)
+        try:
+            folder.path.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise folder.unwritable(error) from None
 
 
 def unfinished(recipe: str, data: str, root: Path = ROOT) -> list[RunFolder]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mocokit.errors import NonFiniteLoss
@@ -23,10 +24,22 @@ class FiniteWatch:
         self._first.masked_fill_(bad, step)
 
     def check(self) -> None:
-        """Raises NonFiniteLoss naming the step."""
-        step = int(self._first)
-        if step >= 0:
-            raise NonFiniteLoss(f"the loss of step {step} is not finite")
+        """Raises NonFiniteLoss naming the step, on every process if on any."""
+        first = self._first
+        if dist.is_initialized():
+            first = torch.where(first < 0, torch.iinfo(torch.long).max, first)
+            dist.all_reduce(first, op=dist.ReduceOp.MIN)
+            first = torch.where(first == torch.iinfo(torch.long).max, -1, first)
+        if int(first) >= 0:
+            raise NonFiniteLoss(f"the loss of step {int(first)} is not finite")
+
+
+@torch.no_grad()
+def check_weights(module: nn.Module, step: int) -> None:
+    """Raises NonFiniteLoss if a parameter or buffer is not finite: it must not be saved as good."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    if not bool(torch.nn.utils.get_total_norm(tensors).isfinite()):
+        raise NonFiniteLoss(f"the weights after step {step} are not finite")
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl, one JSON object a line, and the progress line for a person."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -29,12 +30,16 @@ class Metrics:
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line; floats are rounded to six digits, which is more than they mean."""
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        """Append a line; floats have six digits, which is more than they mean, or are null."""
+        rounded = {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
         self._file.write(json.dumps(rounded) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None  # JSON knows no infinity
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

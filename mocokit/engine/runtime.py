@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,7 +34,10 @@ class World:
 def joined_world(device: str) -> Iterator[World]:
     """Join the group of processes that torchrun announces in the environment, if it does."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in os.environ for name in names) or dist.is_initialized():
+    if dist.is_initialized():  # the caller's own group
+        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        return
+    if not all(name in os.environ for name in names):
         yield World()
         return
     world = World(
@@ -43,12 +47,11 @@ def joined_world(device: str) -> Iterator[World]:
     )
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    try:
-        yield world
-    finally:
-        dist.destroy_process_group()
+        torch.cuda.set_device(choose_device("cuda", world))
+    # The first process scores and saves while the others wait.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    yield world
+    dist.destroy_process_group()  # after an error the others may never come to this
 
 
 def on_first(world: World, decide: Callable[[], T]) -> T:
@@ -127,6 +130,7 @@ def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest")  # logits are float32; the encoders autocast
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = False  # float32 on request means float32
         torch.backends.cudnn.benchmark = False  # it would choose by timing
         torch.backends.cudnn.deterministic = deterministic
         if deterministic:

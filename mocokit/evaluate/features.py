@@ -1,8 +1,6 @@
 """Features of a set of images under frozen weights."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mocokit.data.batch import Batch, read_batch
+from mocokit.data.batch import Batch
+from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
 from mocokit.views.params import ViewSpec, canvas_bound
 from mocokit.views.views import evaluation_views
@@ -36,34 +35,31 @@ def evaluation_batches(
     indices: NDArray[np.int64],
     spec: ViewSpec,
     device: torch.device,
-    threads: int = 1,
+    workers: int = 0,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """The images of these numbers in batches, each with its evaluation views (n, 3, S, S).
 
-    Images that cannot be read are left out. Threads read ahead: decoding releases Python's lock.
+    Images that cannot be read are left out.
     """
-    parts = np.array_split(indices, max(1, -(-len(indices) // BATCH)))
-    bound = canvas_bound(spec)
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        ahead: deque[Future[Batch]] = deque()
-        for part in [*parts, *[None] * (threads + 1)]:
-            if part is not None:
-                ahead.append(pool.submit(read_batch, source, part, bound))
-            if ahead and (part is None or len(ahead) > threads):
-                batch = ahead.popleft().result()
-                if len(batch.index):
-                    sizes = batch.heights, batch.widths
-                    yield batch, evaluation_views(spec, batch.pixels, *sizes, device)
+    for batch in read_batches(source, indices, BATCH, canvas_bound(spec), workers):
+        if len(batch.index):
+            sizes = batch.heights, batch.widths
+            yield batch, evaluation_views(spec, batch.pixels, *sizes, device)
 
 
 def compute_features(
     network: Callable[[Tensor], tuple[Tensor, ...]],
     batches: Iterator[tuple[Batch, Tensor]],
 ) -> tuple[NDArray[np.int64], tuple[Tensor, ...]]:
-    """The images' numbers (N,), and each of the network's outputs as one float32 table (N, D)."""
+    """The images' numbers (N,), and each of the network's outputs as one float32 table (N, D).
+
+    Both are empty if no image could be read.
+    """
     numbers: list[NDArray[np.int64]] = []
     parts: list[tuple[Tensor, ...]] = []
     for batch, views in batches:
         numbers.append(batch.index)
         parts.append(tuple(output.float() for output in network(views)))
+    if not numbers:
+        return np.empty(0, np.int64), ()
     return np.concatenate(numbers), tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -40,12 +40,12 @@ class KnnMonitor:
         temperature: float,
         bank: int,
         seed: int,
-        threads: int = 0,
+        workers: int = 0,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         if train.labels is None:
             raise ValueError("a kNN monitor needs labels")
-        self.spec, self.device, self.threads = spec, device, max(1, threads)
+        self.spec, self.device, self.workers = spec, device, workers
         self.k, self.temperature, self.precision = k, temperature, precision
         everything = np.arange(len(train))
         order = np.argsort(chance.uniform(seed, 0, everything, 0, Slot.HOLD_OUT), kind="stable")
@@ -83,9 +83,9 @@ class KnnMonitor:
             return None
         with torch.no_grad():
             scores = dict(self._scores(lambda views: (views.flatten(1),), ("pixels",), centre=True))
-        return scores["pixels"]
+        return scores.get("pixels")
 
-    def random_weights(self, encoder: Encoder) -> float:
+    def random_weights(self, encoder: Encoder) -> float | None:
         """Accuracy of an untrained encoder's backbone whose batch norm fits the data."""
         network = copy.deepcopy(encoder.backbone)
         batches = self._batches(self.train, self.bank_numbers[: CALIBRATION * 256])
@@ -93,10 +93,10 @@ class KnnMonitor:
             calibrate(network, (views for _, views in batches))
             network.eval()
             scores = dict(self._scores(lambda views: (network(views),), ("random",)))
-        return scores["random"]
+        return scores.get("random")
 
     def _batches(self, source: Source, numbers: NDArray[np.int64]):  # type: ignore[no-untyped-def]
-        return evaluation_batches(source, numbers, self.spec, self.device, self.threads)
+        return evaluation_batches(source, numbers, self.spec, self.device, self.workers)
 
     def _scores(
         self,
@@ -113,6 +113,8 @@ class KnnMonitor:
             )
         labels = torch.from_numpy(self.train.labels[bank_index])  # type: ignore[index]
         query_labels = torch.from_numpy(self.queries.labels[query_index])  # type: ignore[index]
+        if not banks or not queries:
+            return  # nothing can be read: there is no score
         for name, bank, query in zip(names, banks, queries, strict=True):
             if centre:
                 bank, query = bank - bank.mean(0), query - bank.mean(0)

@@ -39,6 +39,7 @@ class Method(nn.Module, ABC):
     """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
 
     encoder: Encoder
+    loss_scale = 1.0  # what the loop multiplies the loss by before it is differentiated
 
     @abstractmethod
     def forward(self, views: tuple[Tensor, Tensor], index: Tensor, draw: Draw) -> Output:

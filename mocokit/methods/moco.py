@@ -16,7 +16,14 @@ from torch.nn import functional as F
 from mocokit.chance import Slot
 from mocokit.methods.losses import contrast_logits
 from mocokit.methods.method import Draw, Method, Output, as_float
-from mocokit.methods.parts import Queue, follow, gather, rank_and_world, sum_of_pieces
+from mocokit.methods.parts import (
+    Queue,
+    follow,
+    gather,
+    rank_and_world,
+    sum_of_pieces,
+    to_device,
+)
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_of_groups
 from mocokit.nets.heads import Encoder
 
@@ -72,12 +79,12 @@ class MoCo(Method):
         order = np.arange(plan.images)
         if self.shuffle and plan.groups > 1:
             order = np.argsort(draw(Slot.KEY_SHUFFLE, plan.images), kind="stable")
-        mine = torch.from_numpy(order[plan.own]).to(key_views[0].device)
-        back = torch.from_numpy(np.argsort(order)).to(key_views[0].device)
+        mine = to_device(order[plan.own], key_views[0].device)
+        back = to_device(np.argsort(order), key_views[0].device)
         keys = []
         for view in key_views:
             shuffled = gather(view, plan.counts)[mine] if plan.moves(order) else view
-            with moving_once(self.key_encoder) as statistics:
+            with moving_once(self.key_encoder, len(plan.pieces)) as statistics:
                 parts = []
                 for piece, groups in plan.pieces:
                     set_groups(self.key_encoder, groups)
@@ -90,7 +97,7 @@ class MoCo(Method):
         self, query_view: Tensor, key: Tensor, plan: "GroupPlan", metrics: dict[str, list[Tensor]]
     ) -> Tensor:
         """InfoNCE of this process's queries against their keys (n, C) and the queue."""
-        with moving_once(self.encoder) as statistics:
+        with moving_once(self.encoder, len(plan.pieces)) as statistics:
 
             def loss_of(part: tuple[slice, int]) -> Tensor:
                 piece, groups = part
@@ -107,7 +114,8 @@ class MoCo(Method):
                 weight = plan.world / plan.images
                 return F.cross_entropy(logits, labels, reduction="sum") * weight
 
-            return sum_of_pieces(loss_of, plan.pieces, self.encoder.parameters())
+            parameters = self.encoder.parameters()
+            return sum_of_pieces(loss_of, plan.pieces, parameters, self.loss_scale)
 
     @property
     def chance_loss(self) -> float:

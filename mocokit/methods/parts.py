@@ -1,10 +1,11 @@
 """Parts that methods share: the queue, the slow follower, and what crosses processes."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,6 +62,12 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """Numbers of the host on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @torch.no_grad()
 def gather(rows: Tensor, counts: list[int]) -> Tensor:
     """The rows of all processes in their order, without gradient; process r holds counts[r].
@@ -95,12 +102,14 @@ def sum_of_pieces(
     loss_of: Callable[[Piece], Tensor],
     pieces: Sequence[Piece],
     parameters: Iterable[nn.Parameter],
+    scale: float = 1.0,
 ) -> Tensor:
     """The sum of the pieces' losses, of which only one piece's activations are held at a time.
 
     Each piece is differentiated as soon as it is computed; the sum then delivers the gradients, so
     for the caller (and for DDP) it is a loss like any other. Without gradients being recorded, or
-    for a single piece, this is the plain sum.
+    for a single piece, this is the plain sum. `scale` is the caller's loss scaling: it must be on
+    the loss while gradients are float16, and is taken off again here.
     """
     if len(pieces) == 1 or not torch.is_grad_enabled():
         return torch.stack([loss_of(piece) for piece in pieces]).sum()
@@ -109,9 +118,8 @@ def sum_of_pieces(
     total: Tensor | None = None
     for piece in pieces:
         loss = loss_of(piece)
-        # The caller's loss scaling comes too late for these gradients' way through float16.
-        scale = 1024.0 if torch.get_autocast_dtype(loss.device.type) == torch.float16 else 1.0
-        parts = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # as where a loop differentiates
+            parts = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
         for number, part in enumerate(parts):
             if part is not None:
                 before = gradients[number]

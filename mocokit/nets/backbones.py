@@ -58,6 +58,9 @@ def build_backbone(
         model = _timm_model(name, zero_init_last)
         if stem == "small":
             _make_stem_small(model, name)
+    # Of some timm models, what comes out is wider than their last maps.
+    width: Any = getattr(model, "head_hidden_size", None) or model.num_features
+    model.num_features = int(width)  # type: ignore[assignment]
     return use_groups(model, group_size)
 
 

@@ -152,48 +152,44 @@ def set_groups(module: nn.Module, groups: int | None) -> None:
 
 
 @contextmanager
-def moving_once(module: nn.Module) -> Iterator["RunningStatistics"]:
-    """Let several forwards of parts of one batch move the running statistics as one would."""
-    statistics = RunningStatistics(module)
+def moving_once(module: nn.Module, parts: int) -> Iterator["RunningStatistics"]:
+    """Let forwards of several parts of one batch move the running statistics as one would."""
+    statistics = RunningStatistics(module, parts)
     yield statistics
     statistics.finish()
 
 
 class RunningStatistics:
-    """Collects what each part's forward would make of the running statistics, by its groups."""
+    """Collects what each part's forward would make of the running statistics, by its groups.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._layers = list(_layers(module))
-        self._before = [t.clone() for t in self._tensors()]
-        self._counts = [layer.num_batches_tracked.clone() for layer in self._layers]
-        self._sums = [torch.zeros_like(t) for t in self._tensors()]
+    A single part moves them itself; no part at all leaves them as they were.
+    """
+
+    def __init__(self, module: nn.Module, parts: int) -> None:
+        layers = list(_layers(module)) if parts != 1 else []
+        self._counts = [layer.num_batches_tracked for layer in layers]
+        self._started = [count.clone() for count in self._counts]
+        self._tensors = [t for layer in layers for t in (layer.running_mean, layer.running_var)]
+        self._before = [t.clone() for t in self._tensors]
+        self._sums = [torch.zeros_like(t) for t in self._tensors]
         self._groups = 0
 
     def part(self, groups: int) -> None:
         """Take in the part just forwarded, which held this many groups."""
-        for tensor, before, total in zip(self._tensors(), self._before, self._sums, strict=True):
-            total.add_(tensor, alpha=groups)
-            tensor.copy_(before)
-        self._groups += groups
+        if self._tensors:
+            torch._foreach_add_(self._sums, self._tensors, alpha=groups)
+            torch._foreach_copy_(self._tensors, self._before)
+            self._groups += groups
 
     def finish(self) -> None:
-        """Move the statistics to the mean over all groups, once; without parts, not at all."""
-        if not self._groups:
-            for tensor, before in zip(self._tensors(), self._before, strict=True):
-                tensor.copy_(before)
-        else:
-            self._move()
-
-    def _move(self) -> None:
-        for tensor, total in zip(self._tensors(), self._sums, strict=True):
-            tensor.copy_(total / self._groups)
-        for layer, count in zip(self._layers, self._counts, strict=True):
-            layer.num_batches_tracked.copy_(count + 1)
-
-    def _tensors(self) -> Iterable[Tensor]:
-        for layer in self._layers:
-            yield layer.running_mean
-            yield layer.running_var
+        """Move the statistics to the mean over all groups, once."""
+        if not self._tensors:
+            return
+        if self._groups:
+            torch._foreach_div_(self._sums, self._groups)
+        torch._foreach_copy_(self._tensors, self._sums if self._groups else self._before)
+        torch._foreach_copy_(self._counts, self._started)
+        torch._foreach_add_(self._counts, 1 if self._groups else 0)
 
 
 @torch.no_grad()
