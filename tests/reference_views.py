@@ -40,6 +40,17 @@ def cifar(size: int = 32) -> ViewSpec:
     )
 
 
+def v3(size: int = 224) -> ViewSpec:
+    """MoCo v3's pair: blur of all first and few second views, solarisation of second ones."""
+    return spec_of(
+        size=size,
+        order=("crop", "jitter", "grayscale", "blur", "solarize", "flip"),
+        saturation=0.2,
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    )
+
+
 @cache
 def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     """(H, W, 3): a smooth coloured field with noise, so that all frequencies occur."""
@@ -111,6 +122,8 @@ def replay(
                 view = TF.rgb_to_grayscale(view, num_output_channels=3)
             elif operation == "blur" and table.sigma[row]:
                 view = torch.from_numpy(gaussian(view.double().numpy(), table.sigma[row])).float()
+            elif operation == "solarize" and table.solarize[row]:
+                view = TF.solarize(view, 0.5)
         views.append(view)
     return torch.stack(views)
 

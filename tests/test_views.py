@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image
-from reference_views import cifar, flat, levels, picture, replay, spec_of, v1, v2
+from reference_views import cifar, flat, levels, picture, replay, spec_of, v1, v2, v3
 
 from mocokit.views import views
 from mocokit.views.params import draw_table
@@ -88,6 +88,21 @@ def test_every_operation_occurs_in_the_replays(name):
     ):
         assert column.any() == (operation in spec.order), operation
         assert operation == "jitter" or not column.all()
+
+
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("way", ["gathered", "each", "grid"])
+def test_mocov3s_pair_is_torchvisions_on_exact_crops(view, way, monkeypatch):
+    force(monkeypatch, way)
+    spec, canvases = v3(40), photos([(48, 48)] * 40 if way == "grid" else PHOTOS * 3)
+    table = table_of(spec, canvases, view)
+    assert (table.sigma > 0).all() == (view == 0) and table.solarize.any() == (view == 1)
+    assert (table.sigma > 0).any()
+    ours = levels(spec, made(spec, canvases, table))
+    expected = 255 * replay(spec, table, canvases, exact=way != "each")
+    difference = (ours - expected).abs()
+    assert difference.max() < (6 if way == "each" else 0.1)
+    assert difference.mean() < (0.3 if way == "each" else 0.01)
 
 
 def test_the_three_ways_agree_to_a_level(monkeypatch):

@@ -1,4 +1,4 @@
-"""Colour jitter and grayscale on batches, with torchvision's float-tensor semantics.
+"""Colour jitter, grayscale and solarisation on batches, with torchvision's float-tensor semantics.
 
 Each image has its own factors and its own order of the four operations. For each of the four
 places in the order, the images are grouped by operation, so that none is computed in vain.
@@ -78,6 +78,11 @@ def grayscale_rows(images: Tensor, rows: NDArray[np.int64]) -> None:
     _change(images, rows, upload(rows, images.device), _make_gray)
 
 
+def solarize_rows(images: Tensor, rows: NDArray[np.int64]) -> None:
+    """Invert, in place, what is .5 or more in [0, 1] of these rows."""
+    _change(images, rows, upload(rows, images.device), _solarize)
+
+
 def _change(
     images: Tensor, rows: NDArray[np.int64], pick: Tensor, operation: Callable[[Tensor], None]
 ) -> None:
@@ -93,6 +98,11 @@ def _change(
 
 def _make_gray(images: Tensor) -> None:
     images.copy_(_gray(images))
+
+
+def _solarize(images: Tensor) -> None:
+    # 1 - x is the smaller of the two from .5 on.
+    torch.minimum(images, 1 - images, out=images)
 
 
 def _gray(images: Tensor) -> Tensor:

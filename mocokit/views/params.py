@@ -6,13 +6,14 @@ its image, and two pipelines that differ in the order of their operations share 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mocokit.chance import Slot, uniform
 
+Interpolation = Literal["bilinear", "bicubic"]
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _CROP_TRIES = 10
 BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its mass
@@ -26,14 +27,16 @@ class ViewSpec:
     order: tuple[str, ...]
     crop_area: tuple[float, float]
     crop_ratio: tuple[float, float]
+    interpolation: Interpolation
     jitter_probability: float
     brightness: float
     contrast: float
     saturation: float
     hue: float
     grayscale_probability: float
-    blur_probability: float
+    blur_probability: float | tuple[float, float]
     blur_sigma: tuple[float, float]
+    solarize_probability: float | tuple[float, float]
     flip_probability: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -53,6 +56,7 @@ class Table(NamedTuple):
     order: NDArray[np.int64]  # (N, 4) 0 brightness 1 contrast 2 saturation 3 hue, applied in turn
     grayscale: NDArray[np.bool_]  # (N,)
     sigma: NDArray[np.float64]  # (N,) pixels, 0 where not blurred
+    solarize: NDArray[np.bool_]  # (N,)
 
     def rows(self, part: slice) -> "Table":
         """Some of the rows, as a table."""
@@ -68,15 +72,21 @@ def draw_table(
     heights: ArrayLike,
     widths: ArrayLike,
 ) -> Table:
-    """The rows of these images: stable numbers `index` (N,), canvases of heights x widths (N,)."""
+    """The rows of these images: stable numbers `index` (N,), canvases of heights x widths (N,).
+
+    View 0 is the first; where the settings tell two views apart, all others are as the second.
+    """
     numbers = np.asarray(index, np.int64)
     tall, wide = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
 
     def draw(slot: int) -> NDArray[np.float64]:
         return uniform(seed, epoch, numbers, view, slot)
 
-    def happens(operation: str, slot: int, probability: float) -> NDArray[np.bool_]:
-        return (draw(slot) < probability) & (operation in spec.order)
+    def happens(
+        operation: str, slot: int, probability: float | tuple[float, float]
+    ) -> NDArray[np.bool_]:
+        share = probability[min(view, 1)] if isinstance(probability, tuple) else probability
+        return (draw(slot) < share) & (operation in spec.order)
 
     def factor(slot: int, strength: float) -> NDArray[np.float64]:
         return _between(draw(slot), max(0.0, 1.0 - strength), 1.0 + strength)
@@ -98,6 +108,7 @@ def draw_table(
         order=np.argsort(keys, axis=1, kind="stable").astype(np.int64),
         grayscale=happens("grayscale", Slot.GRAYSCALE, spec.grayscale_probability),
         sigma=np.where(blurred, _between(draw(Slot.SIGMA), *spec.blur_sigma), 0.0),
+        solarize=happens("solarize", Slot.SOLARIZE, spec.solarize_probability),
     )
 
 
@@ -163,17 +174,32 @@ def canvas_bound(spec: ViewSpec) -> int:
 
 def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
     """The augmentation as a table: (operation, probability, parameters), in applied order."""
+    names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
+    rows = _rows(spec)
+    return [
+        *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
+        ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
+        (
+            "evaluation view",
+            "1",
+            f"short side resized to {spec.resize}, {spec.interpolation}, antialiased; "
+            f"centre crop {spec.size} x {spec.size}; normalised",
+        ),
+    ]
+
+
+def _rows(spec: ViewSpec) -> dict[str, tuple[str, str]]:
+    """Probability and parameters of each operation."""
 
     def factor(strength: float) -> str:
         return _span(max(0.0, 1 - strength), 1 + strength)
 
-    size = f"{spec.size} x {spec.size}"
-    rows = {
+    return {
         "crop": (
             "1",
             f"area uniform in {_span(*spec.crop_area)} of the image, width/height log-uniform in "
             f"{_span(*spec.crop_ratio)}, ten tries, else the central crop; "
-            f"resized to {size}, bilinear, antialiased",
+            f"resized to {spec.size} x {spec.size}, {spec.interpolation}, antialiased",
         ),
         "jitter": (
             f"{spec.jitter_probability:.4g}",
@@ -183,23 +209,19 @@ def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
         ),
         "grayscale": (f"{spec.grayscale_probability:.4g}", "0.2989 R + 0.587 G + 0.114 B"),
         "blur": (
-            f"{spec.blur_probability:.4g}",
+            _shares(spec.blur_probability),
             f"Gaussian, sigma uniform in {_span(*spec.blur_sigma)} pixels of the view, "
             f"cut at {BLUR_TAILS:g} sigma, edges repeated",
         ),
+        "solarize": (_shares(spec.solarize_probability), "x becomes 1 - x where x is .5 or more"),
         "flip": (f"{spec.flip_probability:.4g}", "left to right"),
     }
-    names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
-    return [
-        *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
-        ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
-        (
-            "evaluation view",
-            "1",
-            f"short side resized to {spec.resize}, bilinear, antialiased; centre crop {size}; "
-            "normalised",
-        ),
-    ]
+
+
+def _shares(probability: float | tuple[float, float]) -> str:
+    if isinstance(probability, tuple):
+        return f"{probability[0]:.4g} first, {probability[1]:.4g} second"
+    return f"{probability:.4g}"
 
 
 def _span(low: float, high: float) -> str:

@@ -108,6 +108,8 @@ def _apply(operation: str, images: Tensor, table: Table) -> None:
         colour.grayscale_rows(images, np.flatnonzero(table.grayscale))
     elif operation == "blur":
         blur_rows(images, table.sigma)
+    elif operation == "solarize" and table.solarize.any():
+        colour.solarize_rows(images, np.flatnonzero(table.solarize))
 
 
 def _way(device: torch.device, heights: Sizes, widths: Sizes) -> Way:
