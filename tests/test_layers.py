@@ -21,6 +21,7 @@ LAYERS = [
     {"methods", "engine", "views", "data"},
     {"nets"},
     {"recipes"},
+    {"view_settings"},
     {"sizes"},
     {"settings"},
     {"config"},

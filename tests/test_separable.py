@@ -23,6 +23,57 @@ ROUNDED = {"bilinear": 1.002, "bicubic": 1.13}
 both_kinds = pytest.mark.parametrize("kind", ROUNDED)
 
 
+def of_noise(name, height, width):
+    draw = np.random.default_rng(1)
+    if name == "picture":
+        return picture(height, width)
+    if name == "bright":
+        return (255 - draw.integers(0, 20, (height, width, 3))).astype(np.uint8)
+    return (255 * draw.integers(0, 2, (height, width, 3))).astype(np.uint8)
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["picture", "bright", "black and white"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_half_products_are_right_to_a_quarter_of_a_level(device, name, kind):
+    canvas = of_noise(name, 300, 400)
+    boxes = np.array([[0, 0, 300, 400], [0, 0, 99, 140], [20, 30, 224, 224], [9, 50, 63, 90]])
+    images = planes(canvas)[None].expand(len(boxes), -1, -1, -1).to(device)
+    flip = np.array([False, True, False, True])
+    double = crop_resize(images.double() / 255, boxes, 96, flip, kind)
+    half = crop_resize(images, boxes, 96, flip, kind, half=True if device == "cpu" else None)
+    assert half.dtype == torch.float32 and not torch.equal(half, double.float())
+    error = (half - double).abs() / LEVEL
+    assert error.max() < 0.25 and error.mean() < 0.02
+    sizes, resized = np.array([[300, 400]] * 4), np.array([[120, 160]] * 4)
+    corner = np.array([[0, 0], [10, 20], [24, 64], [3, 60]])
+    double = resize_window(images.double() / 255, sizes, resized, corner, 96, kind)
+    half = resize_window(images, sizes, resized, corner, 96, kind, half=True)
+    error = (half - double).abs() / LEVEL
+    assert error.max() < 0.25 and error.mean() < 0.02
+
+
+@pytest.mark.parametrize("level", [0, 1, 100, 128, 255])
+@both_kinds
+def test_half_products_leave_uniform_images_uniform(level, kind):
+    images = torch.full((3, 3, 70, 80), level, dtype=torch.uint8)
+    boxes = np.array([[3, 60, 67, 11], [0, 0, 1, 1], [0, 0, 70, 80]])
+    crops = crop_resize(images, boxes, 33, np.array([True, False, True]), kind, half=True)
+    assert (crops - level / 255).abs().max() < 0.07 * LEVEL
+
+
 def check_crops(canvas, boxes, size, kind):
     boxes = np.array(boxes)
     images = planes(canvas)[None].expand(len(boxes), -1, -1, -1)
