@@ -42,8 +42,8 @@ SIMCLR_CIFAR_VIEWS: Changes = {
     "views.blur_probability": 0.0,
 }
 
-# MoCo v3's pair for ResNet-50 (arXiv 2104.02057, which follows BYOL's, arXiv 2006.07733; the numbers
-# are main_moco.py's, with CONFIG.md's --crop-min=.2): the second view alone is solarised.
+# MoCo v3's pair for ResNet-50 (arXiv 2104.02057, after BYOL's, arXiv 2006.07733; the numbers are
+# main_moco.py's, with CONFIG.md's --crop-min=.2): the second view alone is solarised.
 MOCOV3_VIEWS: Changes = {
     "views.size": 224,
     "views.resize": 256,
