@@ -36,6 +36,11 @@ def host(numbers: Numbers) -> NDArray[Any]:
     return numbers.detach().cpu().numpy() if isinstance(numbers, Tensor) else np.asarray(numbers)
 
 
+def alone(images: Tensor) -> bool:
+    """Whether each image is worked on by itself: on a CPU it fills the cache from this size on."""
+    return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
+
+
 def crop_resize(
     images: Tensor,
     boxes: Numbers,
@@ -58,10 +63,12 @@ def crop_resize(
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     top, left, height, width = upload(boxes, images.device, dtype).unbind(1)
     down, across = images.shape[2:]
-    rows = resizing_weights(down, top, height, height / size, 0, size, interpolation)
-    cols = resizing_weights(across, left, width, width / size, 0, size, interpolation)
-    mirrored = upload(flip, images.device, torch.bool).view(-1, 1, 1)
-    cols = torch.where(mirrored, cols.flip(1), cols)
+    output = torch.arange(size, device=images.device, dtype=dtype)
+    mirrored = upload(flip, images.device, dtype).view(-1, 1)
+    rows = resizing_weights(down, top, height, height / size, output, interpolation)
+    # Column o of a mirrored crop is its column size - 1 - o.
+    output = torch.lerp(output, output.flip(0), mirrored)
+    cols = resizing_weights(across, left, width, width / size, output, interpolation)
     return _resample(rows, images, cols, interpolation, half)
 
 
@@ -84,8 +91,10 @@ def resize_window(
     (height, width), (tall, wide), (top, left) = (part.unbind(1) for part in parts)
     start = torch.zeros_like(height)
     down, across = images.shape[2:]
-    rows = resizing_weights(down, start, height, height / tall, top, size, interpolation)
-    cols = resizing_weights(across, start, width, width / wide, left, size, interpolation)
+    output = torch.arange(size, device=images.device, dtype=dtype)
+    top, left = output + top.view(-1, 1), output + left.view(-1, 1)
+    rows = resizing_weights(down, start, height, height / tall, top, interpolation)
+    cols = resizing_weights(across, start, width, width / wide, left, interpolation)
     return _resample(rows, images, cols, interpolation, half)
 
 
@@ -94,22 +103,19 @@ def resizing_weights(
     start: Tensor,
     length: Tensor,
     scale: Tensor,
-    first: Tensor | int,
-    count: int,
+    output: Tensor,
     interpolation: Interpolation,
 ) -> Tensor:
-    """Weights (B, count, extent), each row summing to 1.
+    """Weights (B, O, extent), each row summing to 1.
 
     Of a line of `extent` pixels the stretch [start, start + length) is resampled, one output
-    pixel for `scale` input pixels; the rows are output pixels first .. first + count - 1.
+    pixel for `scale` input pixels; output (O,) or (B, O) are the numbers of the output pixels.
     """
     start, length, scale = (part.view(-1, 1, 1) for part in (start, length, scale))
-    if isinstance(first, Tensor):
-        first = first.view(-1, 1, 1)
     pixels = torch.arange(extent, device=start.device, dtype=start.dtype) - start  # (B, 1, extent)
-    output = torch.arange(count, device=start.device, dtype=start.dtype).view(1, -1, 1) + first
     # PIL: centre (o + .5) * scale, pixel middles at p + .5, distances in units of max(scale, 1).
-    distance = ((pixels + 0.5) - (output + 0.5) * scale).abs_().div_(scale.clamp(min=1))
+    centre = (output.unsqueeze(-1) + 0.5) * scale
+    distance = ((pixels + 0.5) - centre).abs_().div_(scale.clamp(min=1))
     weights = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(0)
     weights = weights * ((pixels >= 0) & (pixels < length))
     return weights / weights.sum(-1, keepdim=True)
@@ -185,7 +191,7 @@ def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
 def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     """`gaussian_blur` in place; planes of the images (B, 3, H, W) contiguous."""
     rows = np.flatnonzero(sigma)
-    if images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE:
+    if alone(images):
         for row in rows:
             weights = _gaussian(sigma[row : row + 1])[0].tolist()
             image = images[row : row + 1]
@@ -193,7 +199,9 @@ def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     elif rows.size:
         pick = upload(rows, images.device)
         weights = upload(_gaussian(sigma[rows]), images.device, images.dtype)
-        down, across = (_band(weights, extent) for extent in images.shape[2:])
+        height, width = images.shape[2:]
+        down = _band(weights, height)
+        across = down if height == width else _band(weights, width)
         images.index_copy_(0, pick, _product(down, images.index_select(0, pick), across))
 
 

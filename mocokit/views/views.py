@@ -57,7 +57,7 @@ def make_views(
         images = canvases.crop(part, rows.boxes, rows.flip, spec)
         for operation in spec.order:
             _apply(operation, images, rows)
-        out[part].copy_(_normalise(spec, images))
+        _put(out[part], _normalise(spec, images))
     return out
 
 
@@ -73,7 +73,7 @@ def evaluation_views(
     out = _empty(spec, canvases)
     for part in canvases.parts(heights, widths, spec.size):
         images = canvases.resize(part, resized[part], corner[part], spec)
-        out[part].copy_(_normalise(spec, images))
+        _put(out[part], _normalise(spec, images))
     return out
 
 
@@ -88,6 +88,14 @@ def _empty(spec: ViewSpec, canvases: "_Canvases") -> Tensor:
     shape = (len(canvases.heights), 3, spec.size, spec.size)
     device = canvases.device
     return torch.empty(shape, device=device, memory_format=torch.channels_last)
+
+
+def _put(out: Tensor, images: Tensor) -> None:
+    """Copy to channels last; on a CPU, stacking planes takes half the time of a copy."""
+    if out.device.type == "cpu":
+        torch.stack(images.unbind(1), -1, out=out.permute(0, 2, 3, 1))
+    else:
+        out.copy_(images)
 
 
 def _normalise(spec: ViewSpec, images: Tensor) -> Tensor:
