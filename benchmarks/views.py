@@ -2,14 +2,18 @@
 
 An image counts once, when both of its views are made. Every pipeline starts from decoded pixels in
 the form it wants (PIL images, uint8 tensors, our flat buffer), ends with a normalised float32
-batch, and draws anew in every round. Rounds are interleaved (A B C A B C), ratios are taken within
-a round. Peers that are not installed are skipped with a sentence.
+batch, and draws anew for every batch. Rounds are interleaved (A B C A B C), each pipeline making
+batches for at least a fifth of a second in its turn; ratios are taken within a round. On two cores
+every pipeline runs in two processes of one thread, ours and kornia's also on two torch threads.
+Peers that are not installed are skipped with a sentence.
 
     python benchmarks/views.py [--quick] [--rounds 15]
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
+import itertools
 import multiprocessing
 import os
 import platform
@@ -34,6 +38,7 @@ from mocokit.views.views import make_views
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 BASE = "authors' (torchvision v1 on PIL)"
 OURS = "mocokit"
+TURN = 0.2  # seconds
 Run = Callable[[int, slice], object]  # (round, which images) -> two batches of views
 
 
@@ -51,9 +56,8 @@ class Task:
         draw = np.random.default_rng(0)
         shape = (self.batch, max(2, self.height // 16), max(2, self.width // 16), 3)
         coarse = draw.integers(0, 256, shape, dtype=np.uint8)
-        fields = [
-            np.asarray(Image.fromarray(one).resize((self.width, self.height))) for one in coarse
-        ]
+        size = (self.width, self.height)
+        fields = [np.asarray(Image.fromarray(one).resize(size)) for one in coarse]
         noise = draw.normal(0, 8, (self.batch, self.height, self.width, 3))
         return (np.stack(fields) + noise).clip(0, 255).astype(np.uint8)
 
@@ -170,15 +174,13 @@ PIPELINES: dict[str, tuple[str, Callable[[Task], Run], bool]] = {
 
 
 class Contender:
-    """One pipeline on so many cores: by torch's threads, or by processes of one thread each."""
+    """One pipeline on so many torch threads, or in so many processes of one thread each."""
 
-    def __init__(self, run: Run, batch: int, cores: int, threads: bool) -> None:
-        self.run, self.parts = run, [slice(0, batch)]
-        self.threads = cores if threads else 1
-        self.links: list = []
-        if cores > 1 and not threads:
-            self.parts = [slice(k * batch // cores, (k + 1) * batch // cores) for k in range(cores)]
-            self.links = [self._worker(part) for part in self.parts]
+    def __init__(self, run: Run, batch: int, threads: int = 1, processes: int = 0) -> None:
+        self.run, self.batch, self.threads, self.repeats = run, batch, threads, 1
+        bounds = [k * batch // max(processes, 1) for k in range(processes + 1)]
+        self.links = [self._worker(slice(*pair)) for pair in itertools.pairwise(bounds)]
+        self.repeats = max(1, round(TURN / min(self.time(number)[0] for number in range(2))))
 
     def _worker(self, part: slice):
         ours, theirs = multiprocessing.Pipe()
@@ -187,19 +189,23 @@ class Contender:
         return ours
 
     def time(self, number: int) -> tuple[float, float]:
-        """Seconds of the clock and of the processor (this process's) for one batch."""
+        """Seconds of the clock and of the processor (this process's) for a batch."""
         torch.set_num_threads(self.threads)
         clock, processor = time.perf_counter(), time.process_time()
-        if self.links:  # what workers make is not sent back, which a loader would have to do
-            for link in self.links:
-                link.send(number)
-            for link in self.links:
-                link.recv()
-        else:
-            self.run(number, self.parts[0])
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        return time.perf_counter() - clock, time.process_time() - processor
+        for repeat in range(self.repeats):
+            self._once(1000 * number + repeat)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ends = time.perf_counter(), time.process_time()
+        return (ends[0] - clock) / self.repeats, (ends[1] - processor) / self.repeats
+
+    def _once(self, number: int) -> None:
+        if not self.links:
+            self.run(number, slice(None))
+        for link in self.links:  # what they make is not sent back, which a loader would have to do
+            link.send(number)
+        for link in self.links:
+            link.recv()
 
 
 def _serve(link, run: Run, part: slice) -> None:
@@ -216,9 +222,15 @@ def contenders(task: Task, cores: int, chosen: list[str]) -> dict[str, Contender
     ready = {}
     for name in chosen:
         _, make, threads = PIPELINES[name]
-        ready[name] = Contender(make(task), task.batch, cores, threads)
+        run = make(task)
+        if cores == 1:
+            ready[name] = Contender(run, task.batch)
+            continue
+        ready[name] = Contender(run, task.batch, processes=cores)
+        if threads:
+            ready[f"{name}, torch threads"] = Contender(run, task.batch, threads=cores)
     if torch.cuda.is_available() and cores == 1:
-        ready[f"{OURS}, CUDA"] = Contender(mocokit_(task, "cuda"), task.batch, 1, True)
+        ready[f"{OURS}, CUDA"] = Contender(mocokit_(task, "cuda"), task.batch)
     return ready
 
 
@@ -237,9 +249,6 @@ def installed() -> list[str]:
 def measure(task: Task, cores: int, chosen: list[str], rounds: int) -> list[str]:
     """Rows of the table."""
     ready = contenders(task, cores, chosen)
-    for number in range(2):
-        for contender in ready.values():
-            contender.time(number)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ready}
     for number in range(2, 2 + rounds):
         for name, contender in ready.items():
@@ -247,12 +256,8 @@ def measure(task: Task, cores: int, chosen: list[str], rounds: int) -> list[str]
     rows = []
     for name, pairs in seconds.items():
         rates = [task.batch / clock for clock, _ in pairs]
-        ratio = statistics.median(
-            base / clock for (clock, _), (base, _) in zip(pairs, seconds[BASE], strict=True)
-        )
-        of_processor = statistics.median(
-            base / own for (_, own), (_, base) in zip(pairs, seconds[BASE], strict=True)
-        )
+        ratios = np.array(seconds[BASE]) / np.array(pairs)  # (rounds, 2): by clock, by processor
+        ratio, of_processor = np.median(ratios, axis=0)
         alone = f"{of_processor:.2f}" if cores == 1 else "-"
         rows.append(
             f"| {task.size} | {cores} | {name} | {statistics.median(rates):.0f} | "
@@ -262,11 +267,10 @@ def measure(task: Task, cores: int, chosen: list[str], rounds: int) -> list[str]
 
 
 def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text(encoding="utf-8").splitlines() if found.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    return next(names, platform.processor() or "unknown processor")
 
 
 def main() -> None:
@@ -275,9 +279,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else arguments.rounds
-    tasks = [Task(32, 128, 32, 32), Task(224, 32, 300, 400)]
-    if arguments.quick:
-        tasks = [Task(32, 32, 32, 32), Task(224, 4, 300, 400)]
+    small, large = (32, 4) if arguments.quick else (128, 32)
+    tasks = [Task(32, small, 32, 32), Task(224, large, 300, 400)]
     chosen = installed()
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}"
@@ -285,8 +288,8 @@ def main() -> None:
         if importlib.util.find_spec("PIL" if package == "pillow" else package)
     )
     device = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    print(f"{date.today()}; {processor_name()}, {os.cpu_count()} cores{device}; {versions}; ")
-    print(f"n = {rounds} interleaved rounds of one batch each.\n")
+    print(f"{date.today()}; {processor_name()}, {os.cpu_count()} cores{device}; {versions};")
+    print(f"n = {rounds} interleaved rounds.\n")
     print("| px | cores | pipeline | images/s, median | min-max | x authors' | x by CPU time |")
     print("|---|---|---|---|---|---|---|")
     for task in tasks:
