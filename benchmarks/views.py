@@ -144,12 +144,11 @@ def each(images: list, both: Callable[[object], list[Tensor]]) -> Run:
 def kornia(task: Task) -> Run:
     import kornia.augmentation as K
 
-    kernel = (kernel_size(task.size),) * 2
     view = torch.nn.Sequential(
         K.RandomResizedCrop((task.size, task.size), scale=(0.2, 1.0)),
         K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
         K.RandomGrayscale(p=0.2),
-        K.RandomGaussianBlur(kernel, (0.1, 2.0), p=0.5),
+        K.RandomGaussianBlur((kernel_size(task.size),) * 2, (0.1, 2.0), p=0.5),
         K.RandomHorizontalFlip(p=0.5),
         K.Normalize(MEAN, STD),
     )
@@ -235,7 +234,7 @@ def contenders(task: Task, cores: int, chosen: list[str]) -> dict[str, Contender
 
 
 def installed() -> list[str]:
-    """The pipelines that can run here; says which cannot."""
+    """The pipelines that can run here."""
     found = []
     for name, (package, _, _) in PIPELINES.items():
         try:
@@ -291,11 +290,10 @@ def main() -> None:
     print(f"{date.today()}; {processor_name()}, {os.cpu_count()} cores{device}; {versions};")
     print(f"n = {rounds} interleaved rounds.\n")
     print("| px | cores | pipeline | images/s, median | min-max | x authors' | x by CPU time |")
-    print("|---|---|---|---|---|---|---|")
-    for task in tasks:
-        for cores in (1, 2):
-            for row in measure(task, cores, chosen, rounds):
-                print(row, flush=True)
+    print("|" + 7 * "---|")
+    for task, cores in itertools.product(tasks, (1, 2)):
+        for row in measure(task, cores, chosen, rounds):
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

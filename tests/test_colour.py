@@ -8,9 +8,17 @@ import torch
 import torchvision.transforms.functional as TF
 from reference_views import jitter as reference
 
+from mocokit.views import separable
 from mocokit.views.colour import grayscale, jitter, solarize_rows
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
+
+
+@pytest.fixture(params=["sorted", "one by one"], autouse=True)
+def _how(request, monkeypatch):
+    """On a CPU images of more than DENSE_SIDE pixels are changed one by one."""
+    if request.param == "one by one":
+        monkeypatch.setattr(separable, "DENSE_SIDE", 0)
 
 
 def images(count, height=24, width=17, seed=0):

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from reference_views import crop_exact, crop_levels, gaussian, picture
 
 from mocokit.views import separable
-from mocokit.views.separable import crop_resize, gaussian_blur, resize_window
+from mocokit.views.separable import crop_boxes, crop_resize, gaussian_blur, resize_window
 
 LEVEL = 1 / 255
 
@@ -52,8 +52,8 @@ def test_half_products_are_right_to_a_quarter_of_a_level(device, name, kind):
     boxes = np.array([[0, 0, 300, 400], [0, 0, 99, 140], [20, 30, 224, 224], [9, 50, 63, 90]])
     images = planes(canvas)[None].expand(len(boxes), -1, -1, -1).to(device)
     flip = np.array([False, True, False, True])
-    double = crop_resize(images.double() / 255, boxes, 96, flip, kind)
-    half = crop_resize(images, boxes, 96, flip, kind, half=True if device == "cpu" else None)
+    double = crop_boxes(images.double() / 255, boxes, 96, flip, kind)
+    half = crop_boxes(images, boxes, 96, flip, kind, half=True if device == "cpu" else None)
     assert half.dtype == torch.float32 and not torch.equal(half, double.float())
     error = (half - double).abs() / LEVEL
     assert error.max() < 0.25 and error.mean() < 0.02
@@ -70,7 +70,7 @@ def test_half_products_are_right_to_a_quarter_of_a_level(device, name, kind):
 def test_half_products_leave_uniform_images_uniform(level, kind):
     images = torch.full((3, 3, 70, 80), level, dtype=torch.uint8)
     boxes = np.array([[3, 60, 67, 11], [0, 0, 1, 1], [0, 0, 70, 80]])
-    crops = crop_resize(images, boxes, 33, np.array([True, False, True]), kind, half=True)
+    crops = crop_boxes(images, boxes, 33, np.array([True, False, True]), kind, half=True)
     assert (crops - level / 255).abs().max() < 0.07 * LEVEL
 
 
@@ -78,14 +78,14 @@ def check_crops(canvas, boxes, size, kind):
     boxes = np.array(boxes)
     images = planes(canvas)[None].expand(len(boxes), -1, -1, -1)
     straight = np.zeros(len(boxes), bool)
-    ours = crop_resize(images, torch.from_numpy(boxes), size, torch.from_numpy(straight), kind)
+    ours = crop_boxes(images, torch.from_numpy(boxes), size, torch.from_numpy(straight), kind)
     exact = torch.stack([crop_exact(canvas, box, size, kind) for box in boxes])
     rounded = torch.stack([crop_levels(canvas, box, size, kind) for box in boxes])
     assert ours.shape == (len(boxes), 3, size, size) and ours.dtype == torch.float32
     assert (ours - exact).abs().max() < 1e-5
     assert (ours - rounded).abs().max() < ROUNDED[kind] * LEVEL
-    halved = crop_resize(images, boxes, size, straight, kind, half=True)
-    double = crop_resize(images.double() / 255, boxes, size, straight, kind)
+    halved = crop_boxes(images, boxes, size, straight, kind, half=True)
+    double = crop_boxes(images.double() / 255, boxes, size, straight, kind)
     assert halved.dtype == torch.float32 and halved.min() >= 0 and halved.max() <= 1
     error = (halved - double).abs() / LEVEL
     assert error.max() < 0.25 and error.mean() < 0.02

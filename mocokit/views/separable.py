@@ -41,7 +41,16 @@ def alone(images: Tensor) -> bool:
     return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
 
 
-def crop_resize(
+def crop_resize(images: Tensor, boxes: Numbers, size: int, flip: Numbers) -> Tensor:
+    """Crops (B, 3, size, size) in [0, 1] of images (B, 3, H, W), uint8 or float in [0, 1].
+
+    boxes (B, 4) hold top, left, height, width, within the image; flip (B,) mirrors left to right.
+    float64 images stay float64, all others are computed in float32.
+    """
+    return crop_boxes(images, boxes, size, flip, half=False)
+
+
+def crop_boxes(
     images: Tensor,
     boxes: Numbers,
     size: int,
@@ -49,11 +58,9 @@ def crop_resize(
     interpolation: Interpolation = "bilinear",
     half: bool | None = None,
 ) -> Tensor:
-    """Crops (B, 3, size, size) in [0, 1] of images (B, 3, H, W), uint8 or float in [0, 1].
+    """As `crop_resize`; `half` multiplies uint8 images in float16, None does so on a CUDA device.
 
-    boxes (B, 4) hold top, left, height, width, within the image; flip (B,) mirrors left to right.
-    float64 images stay float64, all others give float32. `half` multiplies uint8 images in
-    float16, which is right to a quarter of a level; None does so on a CUDA device.
+    That is right to a quarter of a level.
     """
     if images.ndim != 4 or len(boxes) != len(images) or len(flip) != len(images):
         raise ValueError(

@@ -23,7 +23,7 @@ from mocokit.views.params import Table, ViewSpec
 from mocokit.views.separable import (
     DENSE_SIDE,
     blur_rows,
-    crop_resize,
+    crop_boxes,
     resize_window,
     upload,
 )
@@ -174,7 +174,7 @@ class _Canvases:
         else:
             images = self._gather(part, boxes)
             boxes = np.concatenate([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], axis=1)
-        return crop_resize(images, boxes, spec.size, flip, spec.interpolation)
+        return crop_boxes(images, boxes, spec.size, flip, spec.interpolation)
 
     def resize(self, part: slice, resized: Sizes, corner: Sizes, spec: ViewSpec) -> Tensor:
         """Windows (n, 3, size, size), float32 in [0, 1], of the images resized as a whole."""
