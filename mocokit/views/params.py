@@ -76,8 +76,6 @@ def draw_table(
 
     View 0 is the first; where the settings tell two views apart, all others are as the second.
     """
-    tall, wide = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
-
     # One call for all numbers, which is several times as fast as one for each.
     slots = np.arange(Slot.SOLARIZE + 1)
     numbers = uniform(seed, epoch, np.asarray(index, np.int64)[:, None], view, slots)  # (N, slots)
@@ -91,22 +89,17 @@ def draw_table(
     def factor(slot: int, strength: float) -> NDArray[np.float64]:
         return _between(numbers[:, slot], max(0.0, 1.0 - strength), 1.0 + strength)
 
-    def several(slot: int, count: int) -> NDArray[np.float64]:
-        return numbers[:, slot : slot + count]
-
-    areas, ratios = (several(slot, _CROP_TRIES) for slot in (Slot.CROP_AREA, Slot.CROP_RATIO))
-    size = _crop_size(spec, areas, ratios, tall, wide)
-    place = numbers[:, Slot.CROP_TOP], numbers[:, Slot.CROP_LEFT]
+    keys = numbers[:, Slot.JITTER_ORDER : Slot.JITTER_ORDER + 4]
     blurred = happens("blur", Slot.BLUR, spec.blur_probability)
     return Table(
-        boxes=_place(*size, *place, tall, wide),
+        boxes=_boxes(spec, numbers, np.asarray(heights, np.int64), np.asarray(widths, np.int64)),
         flip=happens("flip", Slot.FLIP, spec.flip_probability),
         jitter=happens("jitter", Slot.JITTER, spec.jitter_probability),
         brightness=factor(Slot.BRIGHTNESS, spec.brightness),
         contrast=factor(Slot.CONTRAST, spec.contrast),
         saturation=factor(Slot.SATURATION, spec.saturation),
         hue=_between(numbers[:, Slot.HUE], -spec.hue, spec.hue),
-        order=np.argsort(several(Slot.JITTER_ORDER, 4), axis=1, kind="stable").astype(np.int64),
+        order=np.argsort(keys, axis=1, kind="stable").astype(np.int64),
         grayscale=happens("grayscale", Slot.GRAYSCALE, spec.grayscale_probability),
         sigma=np.where(blurred, _between(numbers[:, Slot.SIGMA], *spec.blur_sigma), 0.0),
         solarize=happens("solarize", Slot.SOLARIZE, spec.solarize_probability),
@@ -115,6 +108,19 @@ def draw_table(
 
 def _between(share: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
     return low + (high - low) * share
+
+
+def _boxes(
+    spec: ViewSpec,
+    numbers: NDArray[np.float64],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Boxes (N, 4) from the numbers of all slots (N, slots)."""
+    tries = np.arange(_CROP_TRIES)
+    areas, ratios = numbers[:, Slot.CROP_AREA + tries], numbers[:, Slot.CROP_RATIO + tries]
+    size = _crop_size(spec, areas, ratios, heights, widths)
+    return _place(*size, numbers[:, Slot.CROP_TOP], numbers[:, Slot.CROP_LEFT], heights, widths)
 
 
 def _crop_size(
