@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from mocokit.chance import Slot, uniform
 
 Interpolation = Literal["bilinear", "bicubic"]
+Shares = float | tuple[float, float]  # of both views, or of the first and of the second
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _CROP_TRIES = 10
 BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its mass
@@ -34,9 +35,9 @@ class ViewSpec:
     saturation: float
     hue: float
     grayscale_probability: float
-    blur_probability: float | tuple[float, float]
+    blur_probability: Shares
     blur_sigma: tuple[float, float]
-    solarize_probability: float | tuple[float, float]
+    solarize_probability: Shares
     flip_probability: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -80,9 +81,7 @@ def draw_table(
     slots = np.arange(Slot.SOLARIZE + 1)
     numbers = uniform(seed, epoch, np.asarray(index, np.int64)[:, None], view, slots)  # (N, slots)
 
-    def happens(
-        operation: str, slot: int, probability: float | tuple[float, float]
-    ) -> NDArray[np.bool_]:
+    def happens(operation: str, slot: int, probability: Shares) -> NDArray[np.bool_]:
         share = probability[min(view, 1)] if isinstance(probability, tuple) else probability
         return (numbers[:, slot] < share) & (operation in spec.order)
 
@@ -225,7 +224,7 @@ def _rows(spec: ViewSpec) -> dict[str, tuple[str, str]]:
     }
 
 
-def _shares(probability: float | tuple[float, float]) -> str:
+def _shares(probability: Shares) -> str:
     if isinstance(probability, tuple):
         return f"{probability[0]:.4g} first, {probability[1]:.4g} second"
     return f"{probability:.4g}"
