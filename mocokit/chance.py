@@ -30,6 +30,7 @@ class Slot(IntEnum):
     GRAYSCALE = 40
     BLUR = 41
     SIGMA = 42
+    SOLARIZE = 43
 
     SUBSTITUTE = 100  # which image stands in for one that cannot be read
     HOLD_OUT = 110  # which labelled images are kept for the monitor

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Shares = Share | tuple[Share, Share]  # of both views, or of the first and of the second
+ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize"]
 
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -52,14 +54,22 @@ class Views(Section):
     )
     crop_area: tuple[float, float] = setting((0.2, 1.0), "share of the image's area in a crop")
     crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width over height of a crop")
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "how crops and evaluation views are resized; both antialiased, as in PIL"
+    )
     jitter_probability: float = setting(0.8, "share of views with colour jitter", ge=0, le=1)
     brightness: float = setting(0.4, "brightness factor is in [1-b, 1+b]", ge=0)
     contrast: float = setting(0.4, "contrast factor is in [1-c, 1+c]", ge=0)
     saturation: float = setting(0.4, "saturation factor is in [1-s, 1+s]", ge=0)
     hue: float = setting(0.1, "hue shift in turns of the colour circle is in [-h, h]", ge=0, le=0.5)
     grayscale_probability: float = setting(0.2, "share of views made gray", ge=0, le=1)
-    blur_probability: float = setting(0.5, "share of views with Gaussian blur", ge=0, le=1)
+    blur_probability: Shares = setting(
+        0.5, "share of views with Gaussian blur; two numbers: of first views, of second views"
+    )
     blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels")
+    solarize_probability: Shares = setting(
+        0.0, "share of views whose bright half is inverted; two numbers: of first, of second views"
+    )
     flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
     mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")

@@ -40,6 +40,34 @@ def cifar(size: int = 32) -> ViewSpec:
     )
 
 
+def v3(size: int = 224) -> ViewSpec:
+    """MoCo v3's pair: blur of all first and few second views, solarisation of second ones."""
+    return spec_of(
+        size=size,
+        order=("crop", "jitter", "grayscale", "blur", "solarize", "flip"),
+        saturation=0.2,
+        blur_probability=(1.0, 0.1),
+        solarize_probability=(0.0, 0.2),
+    )
+
+
+def simclr(size: int = 224) -> ViewSpec:
+    """SimCLR's views at full strength."""
+    return spec_of(
+        size=size,
+        resize=size,
+        order=("crop", "flip", "jitter", "grayscale", "blur"),
+        crop_area=(0.08, 1.0),
+        interpolation="bicubic",
+        brightness=0.8,
+        contrast=0.8,
+        saturation=0.8,
+        hue=0.2,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+
+
 @cache
 def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
     """(H, W, 3): a smooth coloured field with noise, so that all frequencies occur."""
@@ -59,21 +87,37 @@ def flat(canvases: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, NDArray, NDArra
     return torch.from_numpy(pixels), heights, widths
 
 
-def crop_levels(canvas: NDArray[np.uint8], box: Sequence[int], size: int) -> Tensor:
+def resized(part: Image.Image, size: tuple[int, int], kind: str) -> Image.Image:
+    """PIL's resize, first across, then down; since version 13 PIL sometimes begins with down."""
+    filter_ = Image.Resampling[kind.upper()]
+    return part.resize((size[0], part.height), filter_).resize(size, filter_)
+
+
+def crop_levels(
+    canvas: NDArray[np.uint8], box: Sequence[int], size: int, kind: str = "bilinear"
+) -> Tensor:
     """(3, size, size) in [0, 1]: PIL's own crop and resize in whole levels."""
     top, left, height, width = (int(side) for side in box)
     part = Image.fromarray(canvas).crop((left, top, left + width, top + height))
-    return TF.to_tensor(part.resize((size, size), Image.Resampling.BILINEAR))
+    return TF.to_tensor(resized(part, (size, size), kind))
 
 
-def crop_exact(canvas: NDArray[np.uint8], box: Sequence[int], size: int) -> Tensor:
-    """As `crop_levels`, unrounded: PIL's floating-point mode, channel by channel."""
+def crop_exact(
+    canvas: NDArray[np.uint8], box: Sequence[int], size: int, kind: str = "bilinear"
+) -> Tensor:
+    """As `crop_levels`, unrounded: PIL's floating-point mode, channel by channel.
+
+    Only there PIL does not cut overshoots off, so that is done here, after each of the two.
+    """
     top, left, height, width = (int(side) for side in box)
     part = canvas[top : top + height, left : left + width].astype(np.float32)
-    planes = [
-        np.asarray(Image.fromarray(part[..., c]).resize((size, size), Image.Resampling.BILINEAR))
-        for c in range(3)
-    ]
+    planes = []
+    for channel in range(3):
+        plane = part[..., channel]
+        for shape in ((size, height), (size, size)):
+            image = Image.fromarray(plane).resize(shape, Image.Resampling[kind.upper()])
+            plane = np.asarray(image).clip(0, 255)
+        planes.append(plane)
     return torch.from_numpy(np.stack(planes)) / 255
 
 
@@ -100,7 +144,7 @@ def replay(
     crop = crop_exact if exact else crop_levels
     views = []
     for row, canvas in enumerate(canvases):
-        view = crop(canvas, table.boxes[row], spec.size)
+        view = crop(canvas, table.boxes[row], spec.size, spec.interpolation)
         for operation in spec.order:
             if operation == "flip" and table.flip[row]:
                 view = TF.hflip(view)
@@ -111,6 +155,8 @@ def replay(
                 view = TF.rgb_to_grayscale(view, num_output_channels=3)
             elif operation == "blur" and table.sigma[row]:
                 view = torch.from_numpy(gaussian(view.double().numpy(), table.sigma[row])).float()
+            elif operation == "solarize" and table.solarize[row]:
+                view = TF.solarize(view, 0.5)
         views.append(view)
     return torch.stack(views)
 

@@ -37,6 +37,7 @@ def test_slots_are_pinned():
         "GRAYSCALE": 40,
         "BLUR": 41,
         "SIGMA": 42,
+        "SOLARIZE": 43,
         "SUBSTITUTE": 100,
         "HOLD_OUT": 110,
         "KEY_SHUFFLE": 200,

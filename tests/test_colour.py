@@ -8,9 +8,17 @@ import torch
 import torchvision.transforms.functional as TF
 from reference_views import jitter as reference
 
-from mocokit.views.colour import grayscale, jitter
+from mocokit.views import separable
+from mocokit.views.colour import grayscale, jitter, solarize_rows
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
+
+
+@pytest.fixture(params=["sorted", "one by one"], autouse=True)
+def _how(request, monkeypatch):
+    """On a CPU images of more than DENSE_SIDE pixels are changed one by one."""
+    if request.param == "one by one":
+        monkeypatch.setattr(separable, "DENSE_SIDE", 0)
 
 
 def images(count, height=24, width=17, seed=0):
@@ -116,6 +124,22 @@ def test_no_images():
 def test_grayscale_is_torchvisions():
     pixels = images(5)
     assert (grayscale(pixels) - TF.rgb_to_grayscale(pixels, 3)).abs().max() < 1e-6
+
+
+def test_solarisation_is_torchvisions_to_the_bit():
+    pixels = images(6)
+    pixels[:, :, 4, :3] = torch.tensor([0.5, np.nextafter(np.float32(0.5), 0), 127 / 255])
+    for rows in ([0, 1, 2], [1, 4], [5]):
+        ours = pixels.clone()
+        solarize_rows(ours, np.array(rows))
+        expected = pixels.clone()
+        expected[rows] = TF.solarize(pixels[rows], 0.5)
+        assert torch.equal(ours, expected)
+    # On whole levels it is PIL's, whose threshold is 128.
+    whole = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    ours = (whole / 255).contiguous()
+    solarize_rows(ours, np.array([0]))
+    assert torch.equal((255 * ours).round(), torch.where(whole >= 128, 255 - whole, whole).float())
 
 
 @pytest.mark.parametrize("level", [0.0, 0.3, 1.0])

@@ -22,6 +22,7 @@ LAYERS = [
     {"methods", "engine", "views", "data"},
     {"nets"},
     {"recipes"},
+    {"view_settings"},
     {"sizes"},
     {"settings"},
     {"config"},

@@ -5,15 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference_views import cifar, spec_of, v1, v2
+from pydantic import ValidationError
+from reference_views import cifar, spec_of, v1, v2, v3
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from mocokit.chance import Slot, uniform
-from mocokit.config import Views
+from mocokit.config import Settings, Views
+from mocokit.errors import UserError
+from mocokit.settings import from_yaml, replace, to_yaml
 from mocokit.views.params import ViewSpec, canvas_bound, describe, draw_table
 
-N = 20_000
+N = 100_000
 
 
 def draw(spec, n=N, height=300, width=400, view=0, seed=1, epoch=2):
@@ -124,6 +127,43 @@ def test_factors_shares_and_orders():
     assert len(counts) == 24 and stats.chisquare(counts).pvalue > 1e-3
 
 
+def test_the_two_views_have_shares_of_their_own():
+    first, second = draw(v3()), draw(v3(), view=1)
+    assert (first.sigma > 0).all() and not first.solarize.any()
+    assert stats.binomtest(int((second.sigma > 0).sum()), N, 0.1).pvalue > 1e-3
+    assert stats.binomtest(int(second.solarize.sum()), N, 0.2).pvalue > 1e-3
+    assert abs(np.corrcoef(second.sigma > 0, second.solarize)[0, 1]) < 4.5 / math.sqrt(N)
+    third = draw(v3(), view=2)
+    assert 0.08 < (third.sigma > 0).mean() < 0.12 and 0.18 < third.solarize.mean() < 0.22
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_one_number_is_that_number_for_both_views(view):
+    one = spec_of(order=v3().order, blur_probability=0.3, solarize_probability=0.2)
+    pair = spec_of(order=v3().order, blur_probability=[0.3, 0.3], solarize_probability=[0.2, 0.2])
+    assert same(draw(one, view=view), draw(pair, view=view))
+    # And without solarisation no other number moves.
+    bare = draw(spec_of(blur_probability=0.3), view=view)
+    assert not bare.solarize.any()
+    assert same(draw(one, view=view)[:-1], bare[:-1])
+
+
+@pytest.mark.parametrize("value", [1.5, [0.1], [0.1, 2], [0.1, 0.2, 0.3], "often"])
+def test_other_shares_are_refused(value):
+    with pytest.raises(ValidationError):
+        spec_of(blur_probability=value)
+    with pytest.raises(ValidationError):
+        spec_of(solarize_probability=value)
+    with pytest.raises(UserError, match=r"views\.blur_probability = "):
+        replace(Settings(), {"views.blur_probability": value})
+
+
+def test_a_pair_of_shares_survives_the_file():
+    ours = replace(Settings(), {"views.blur_probability": [1, 0.1]})
+    assert ours.views.blur_probability == (1.0, 0.1)
+    assert from_yaml(to_yaml(ours)) == ours
+
+
 def places(boxes, height=300, width=400):
     """Where a box lies of where it could, (N, 2) in (0, 1)."""
     return (boxes[:, :2] + 0.5) / (np.array([height, width]) - boxes[:, 2:] + 1)
@@ -202,7 +242,7 @@ def test_types_and_shapes_also_without_images():
         table = draw(v2(), n)
         assert table.boxes.shape == table.order.shape == (n, 4)
         assert table.boxes.dtype == table.order.dtype == np.int64
-        for name in ("flip", "jitter", "grayscale"):
+        for name in ("flip", "jitter", "grayscale", "solarize"):
             assert getattr(table, name).dtype == bool and getattr(table, name).shape == (n,)
         for name in ("brightness", "contrast", "saturation", "hue", "sigma"):
             assert getattr(table, name).dtype == np.float64 and getattr(table, name).shape == (n,)
@@ -237,3 +277,10 @@ def test_description_names_every_number():
     blur = {row[0]: row for row in describe(v2())}["Gaussian blur"]
     assert blur[1] == "0.5" and "[0.1, 2] pixels" in blur[2]
     assert [row[0] for row in describe(v2())][1] == "colour jitter"
+    third = {row[0]: row for row in describe(v3())}
+    assert third["Gaussian blur"][1] == "1 first, 0.1 second"
+    assert third["solarize"] == (
+        "solarize",
+        "0 first, 0.2 second",
+        "x becomes 1 - x where x is .5 or more",
+    )

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from reference_views import crop_exact, crop_levels, gaussian, picture
 
 from mocokit.views import separable
-from mocokit.views.separable import crop_resize, gaussian_blur, resize_window
+from mocokit.views.separable import crop_boxes, crop_resize, gaussian_blur, resize_window
 
 LEVEL = 1 / 255
 
@@ -17,21 +17,84 @@ def planes(canvas):
     return torch.from_numpy(canvas).permute(2, 0, 1)
 
 
-def check_crops(canvas, boxes, size):
+# PIL rounds twice, after the columns and after the rows; a row of the cubic's weights has an
+# absolute sum of up to 1.25.
+ROUNDED = {"bilinear": 1.002, "bicubic": 1.13}
+both_kinds = pytest.mark.parametrize("kind", ROUNDED)
+
+
+def of_noise(name, height, width):
+    draw = np.random.default_rng(1)
+    if name == "picture":
+        return picture(height, width)
+    if name == "bright":
+        return (255 - draw.integers(0, 20, (height, width, 3))).astype(np.uint8)
+    return (255 * draw.integers(0, 2, (height, width, 3))).astype(np.uint8)
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["picture", "bright", "black and white"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_half_products_are_right_to_a_quarter_of_a_level(device, name, kind):
+    canvas = of_noise(name, 300, 400)
+    boxes = np.array([[0, 0, 300, 400], [0, 0, 99, 140], [20, 30, 224, 224], [9, 50, 63, 90]])
+    images = planes(canvas)[None].expand(len(boxes), -1, -1, -1).to(device)
+    flip = np.array([False, True, False, True])
+    double = crop_boxes(images.double() / 255, boxes, 96, flip, kind)
+    half = crop_boxes(images, boxes, 96, flip, kind, half=True if device == "cpu" else None)
+    assert half.dtype == torch.float32 and not torch.equal(half, double.float())
+    error = (half - double).abs() / LEVEL
+    assert error.max() < 0.25 and error.mean() < 0.02
+    sizes, resized = np.array([[300, 400]] * 4), np.array([[120, 160]] * 4)
+    corner = np.array([[0, 0], [10, 20], [24, 64], [3, 60]])
+    double = resize_window(images.double() / 255, sizes, resized, corner, 96, kind)
+    half = resize_window(images, sizes, resized, corner, 96, kind, half=True)
+    error = (half - double).abs() / LEVEL
+    assert error.max() < 0.25 and error.mean() < 0.02
+
+
+@pytest.mark.parametrize("level", [0, 1, 100, 128, 255])
+@both_kinds
+def test_half_products_leave_uniform_images_uniform(level, kind):
+    images = torch.full((3, 3, 70, 80), level, dtype=torch.uint8)
+    boxes = np.array([[3, 60, 67, 11], [0, 0, 1, 1], [0, 0, 70, 80]])
+    crops = crop_boxes(images, boxes, 33, np.array([True, False, True]), kind, half=True)
+    assert (crops - level / 255).abs().max() < 0.07 * LEVEL
+
+
+def check_crops(canvas, boxes, size, kind):
     boxes = np.array(boxes)
     images = planes(canvas)[None].expand(len(boxes), -1, -1, -1)
-    ours = crop_resize(images, torch.from_numpy(boxes), size, torch.zeros(len(boxes), dtype=bool))
-    exact = torch.stack([crop_exact(canvas, box, size) for box in boxes])
-    rounded = torch.stack([crop_levels(canvas, box, size) for box in boxes])
+    straight = np.zeros(len(boxes), bool)
+    ours = crop_boxes(images, torch.from_numpy(boxes), size, torch.from_numpy(straight), kind)
+    exact = torch.stack([crop_exact(canvas, box, size, kind) for box in boxes])
+    rounded = torch.stack([crop_levels(canvas, box, size, kind) for box in boxes])
     assert ours.shape == (len(boxes), 3, size, size) and ours.dtype == torch.float32
     assert (ours - exact).abs().max() < 1e-5
-    # PIL rounds twice, after the columns and after the rows.
-    assert (ours - rounded).abs().max() < 1.002 * LEVEL
+    assert (ours - rounded).abs().max() < ROUNDED[kind] * LEVEL
+    halved = crop_boxes(images, boxes, size, straight, kind, half=True)
+    double = crop_boxes(images.double() / 255, boxes, size, straight, kind)
+    assert halved.dtype == torch.float32 and halved.min() >= 0 and halved.max() <= 1
+    error = (halved - double).abs() / LEVEL
+    assert error.max() < 0.25 and error.mean() < 0.02
     return ((ours * 255).round() - rounded * 255).abs().mean()
 
 
+@both_kinds
 @pytest.mark.parametrize("size", [8, 32, 224])
-def test_crops_are_pils_enlarging_and_shrinking(size):
+def test_crops_are_pils_enlarging_and_shrinking(size, kind):
     height, width = 150, 260
     boxes = [
         (0, 0, height, width),
@@ -46,7 +109,7 @@ def test_crops_are_pils_enlarging_and_shrinking(size):
         (70, 90, 2, 3),
         (3, 5, 8, 224),
     ]
-    assert check_crops(picture(height, width), boxes, size) < 0.3
+    assert check_crops(picture(height, width), boxes, size, kind) < 0.3
 
 
 @given(data=st.data())
@@ -58,7 +121,7 @@ def test_any_box_of_any_image(data):
     wide = data.draw(st.integers(1, width - left))
     size = data.draw(st.integers(1, 70))
     canvas = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    check_crops(canvas, [(top, left, tall, wide)], size)
+    check_crops(canvas, [(top, left, tall, wide)], size, data.draw(st.sampled_from([*ROUNDED])))
 
 
 def test_flip_mirrors_the_crop():

@@ -131,6 +131,8 @@ def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 on request means float32
+        # Views are summed in float32.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cudnn.benchmark = False  # it would choose by timing
         torch.backends.cudnn.deterministic = deterministic
         if deterministic:

@@ -6,13 +6,15 @@ its image, and two pipelines that differ in the order of their operations share 
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mocokit.chance import Slot, uniform
 
+Interpolation = Literal["bilinear", "bicubic"]
+Shares = float | tuple[float, float]  # of both views, or of the first and of the second
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _CROP_TRIES = 10
 BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its mass
@@ -26,14 +28,16 @@ class ViewSpec:
     order: tuple[str, ...]
     crop_area: tuple[float, float]
     crop_ratio: tuple[float, float]
+    interpolation: Interpolation
     jitter_probability: float
     brightness: float
     contrast: float
     saturation: float
     hue: float
     grayscale_probability: float
-    blur_probability: float
+    blur_probability: Shares
     blur_sigma: tuple[float, float]
+    solarize_probability: Shares
     flip_probability: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -53,6 +57,7 @@ class Table(NamedTuple):
     order: NDArray[np.int64]  # (N, 4) 0 brightness 1 contrast 2 saturation 3 hue, applied in turn
     grayscale: NDArray[np.bool_]  # (N,)
     sigma: NDArray[np.float64]  # (N,) pixels, 0 where not blurred
+    solarize: NDArray[np.bool_]  # (N,)
 
     def rows(self, part: slice) -> "Table":
         """Some of the rows, as a table."""
@@ -68,41 +73,53 @@ def draw_table(
     heights: ArrayLike,
     widths: ArrayLike,
 ) -> Table:
-    """The rows of these images: stable numbers `index` (N,), canvases of heights x widths (N,)."""
-    numbers = np.asarray(index, np.int64)
-    tall, wide = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
+    """The rows of these images: stable numbers `index` (N,), canvases of heights x widths (N,).
 
-    def draw(slot: int) -> NDArray[np.float64]:
-        return uniform(seed, epoch, numbers, view, slot)
+    View 0 is the first; where the settings tell two views apart, all others are as the second.
+    """
+    # One call for all numbers, which is several times as fast as one for each.
+    slots = np.arange(Slot.SOLARIZE + 1)
+    numbers = uniform(seed, epoch, np.asarray(index, np.int64)[:, None], view, slots)  # (N, slots)
 
-    def happens(operation: str, slot: int, probability: float) -> NDArray[np.bool_]:
-        return (draw(slot) < probability) & (operation in spec.order)
+    def happens(operation: str, slot: int, probability: Shares) -> NDArray[np.bool_]:
+        share = probability[min(view, 1)] if isinstance(probability, tuple) else probability
+        return (numbers[:, slot] < share) & (operation in spec.order)
 
     def factor(slot: int, strength: float) -> NDArray[np.float64]:
-        return _between(draw(slot), max(0.0, 1.0 - strength), 1.0 + strength)
+        return _between(numbers[:, slot], max(0.0, 1.0 - strength), 1.0 + strength)
 
-    tries = np.arange(_CROP_TRIES)
-    shapes = uniform(seed, epoch, numbers[:, None], view, Slot.CROP_AREA + tries)
-    ratios = uniform(seed, epoch, numbers[:, None], view, Slot.CROP_RATIO + tries)
-    size = _crop_size(spec, shapes, ratios, tall, wide)
-    keys = uniform(seed, epoch, numbers[:, None], view, Slot.JITTER_ORDER + np.arange(4))
+    keys = numbers[:, Slot.JITTER_ORDER : Slot.JITTER_ORDER + 4]
     blurred = happens("blur", Slot.BLUR, spec.blur_probability)
     return Table(
-        boxes=_place(*size, draw(Slot.CROP_TOP), draw(Slot.CROP_LEFT), tall, wide),
+        boxes=_boxes(spec, numbers, np.asarray(heights, np.int64), np.asarray(widths, np.int64)),
         flip=happens("flip", Slot.FLIP, spec.flip_probability),
         jitter=happens("jitter", Slot.JITTER, spec.jitter_probability),
         brightness=factor(Slot.BRIGHTNESS, spec.brightness),
         contrast=factor(Slot.CONTRAST, spec.contrast),
         saturation=factor(Slot.SATURATION, spec.saturation),
-        hue=_between(draw(Slot.HUE), -spec.hue, spec.hue),
+        hue=_between(numbers[:, Slot.HUE], -spec.hue, spec.hue),
         order=np.argsort(keys, axis=1, kind="stable").astype(np.int64),
         grayscale=happens("grayscale", Slot.GRAYSCALE, spec.grayscale_probability),
-        sigma=np.where(blurred, _between(draw(Slot.SIGMA), *spec.blur_sigma), 0.0),
+        sigma=np.where(blurred, _between(numbers[:, Slot.SIGMA], *spec.blur_sigma), 0.0),
+        solarize=happens("solarize", Slot.SOLARIZE, spec.solarize_probability),
     )
 
 
 def _between(share: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
     return low + (high - low) * share
+
+
+def _boxes(
+    spec: ViewSpec,
+    numbers: NDArray[np.float64],
+    heights: NDArray[np.int64],
+    widths: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Boxes (N, 4) from the numbers of all slots (N, slots)."""
+    tries = np.arange(_CROP_TRIES)
+    areas, ratios = numbers[:, Slot.CROP_AREA + tries], numbers[:, Slot.CROP_RATIO + tries]
+    size = _crop_size(spec, areas, ratios, heights, widths)
+    return _place(*size, numbers[:, Slot.CROP_TOP], numbers[:, Slot.CROP_LEFT], heights, widths)
 
 
 def _crop_size(
@@ -163,17 +180,32 @@ def canvas_bound(spec: ViewSpec) -> int:
 
 def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
     """The augmentation as a table: (operation, probability, parameters), in applied order."""
+    names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
+    rows = _rows(spec)
+    return [
+        *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
+        ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
+        (
+            "evaluation view",
+            "1",
+            f"short side resized to {spec.resize}, {spec.interpolation}, antialiased; "
+            f"centre crop {spec.size} x {spec.size}; normalised",
+        ),
+    ]
+
+
+def _rows(spec: ViewSpec) -> dict[str, tuple[str, str]]:
+    """Probability and parameters of each operation."""
 
     def factor(strength: float) -> str:
         return _span(max(0.0, 1 - strength), 1 + strength)
 
-    size = f"{spec.size} x {spec.size}"
-    rows = {
+    return {
         "crop": (
             "1",
             f"area uniform in {_span(*spec.crop_area)} of the image, width/height log-uniform in "
             f"{_span(*spec.crop_ratio)}, ten tries, else the central crop; "
-            f"resized to {size}, bilinear, antialiased",
+            f"resized to {spec.size} x {spec.size}, {spec.interpolation}, antialiased",
         ),
         "jitter": (
             f"{spec.jitter_probability:.4g}",
@@ -183,23 +215,19 @@ def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
         ),
         "grayscale": (f"{spec.grayscale_probability:.4g}", "0.2989 R + 0.587 G + 0.114 B"),
         "blur": (
-            f"{spec.blur_probability:.4g}",
+            _shares(spec.blur_probability),
             f"Gaussian, sigma uniform in {_span(*spec.blur_sigma)} pixels of the view, "
             f"cut at {BLUR_TAILS:g} sigma, edges repeated",
         ),
+        "solarize": (_shares(spec.solarize_probability), "x becomes 1 - x where x is .5 or more"),
         "flip": (f"{spec.flip_probability:.4g}", "left to right"),
     }
-    names = {"crop": "random resized crop", "jitter": "colour jitter", "blur": "Gaussian blur"}
-    return [
-        *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
-        ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
-        (
-            "evaluation view",
-            "1",
-            f"short side resized to {spec.resize}, bilinear, antialiased; centre crop {size}; "
-            "normalised",
-        ),
-    ]
+
+
+def _shares(probability: Shares) -> str:
+    if isinstance(probability, tuple):
+        return f"{probability[0]:.4g} first, {probability[1]:.4g} second"
+    return f"{probability:.4g}"
 
 
 def _span(low: float, high: float) -> str:

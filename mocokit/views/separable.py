@@ -1,7 +1,9 @@
 """Crop, antialiased resize, flip and Gaussian blur as one primitive: rows @ image @ cols^T.
 
-Resizing is PIL's: a triangle as wide as one output pixel (one input pixel when enlarging), its
-weights renormalised inside the box, so that nothing beyond the crop is ever seen.
+Resizing is PIL's: a triangle as wide as one output pixel (one input pixel when enlarging), or the
+cubic of a = -1/2, twice as wide; its weights renormalised inside the box, so that nothing beyond
+the crop is ever seen. The columns come first, as in PIL before version 13 and in torch; this
+matters to the cubic alone, whose overshoots are cut off after each of the two.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.views.params import BLUR_TAILS
+from mocokit.views.params import BLUR_TAILS, Interpolation
 
 Numbers = Tensor | NDArray[Any]
 # On a CPU a large dense product loses to adding shifted copies: at 224 pixels 3.6 ms against 0.2
@@ -34,11 +36,31 @@ def host(numbers: Numbers) -> NDArray[Any]:
     return numbers.detach().cpu().numpy() if isinstance(numbers, Tensor) else np.asarray(numbers)
 
 
+def alone(images: Tensor) -> bool:
+    """Whether each image is worked on by itself: on a CPU it fills the cache from this size on."""
+    return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
+
+
 def crop_resize(images: Tensor, boxes: Numbers, size: int, flip: Numbers) -> Tensor:
     """Crops (B, 3, size, size) in [0, 1] of images (B, 3, H, W), uint8 or float in [0, 1].
 
     boxes (B, 4) hold top, left, height, width, within the image; flip (B,) mirrors left to right.
     float64 images stay float64, all others are computed in float32.
+    """
+    return crop_boxes(images, boxes, size, flip, half=False)
+
+
+def crop_boxes(
+    images: Tensor,
+    boxes: Numbers,
+    size: int,
+    flip: Numbers,
+    interpolation: Interpolation = "bilinear",
+    half: bool | None = None,
+) -> Tensor:
+    """As `crop_resize`; `half` multiplies uint8 images in float16, None does so on a CUDA device.
+
+    That is right to a quarter of a level.
     """
     if images.ndim != 4 or len(boxes) != len(images) or len(flip) != len(images):
         raise ValueError(
@@ -47,14 +69,24 @@ def crop_resize(images: Tensor, boxes: Numbers, size: int, flip: Numbers) -> Ten
         )
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     top, left, height, width = upload(boxes, images.device, dtype).unbind(1)
-    rows = triangles(images.shape[2], top, height, height / size, 0, size)
-    cols = triangles(images.shape[3], left, width, width / size, 0, size)
-    mirrored = upload(flip, images.device, torch.bool).view(-1, 1, 1)
-    return _product(rows, images, torch.where(mirrored, cols.flip(1), cols))
+    down, across = images.shape[2:]
+    output = torch.arange(size, device=images.device, dtype=dtype)
+    mirrored = upload(flip, images.device, dtype).view(-1, 1)
+    rows = resizing_weights(down, top, height, height / size, output, interpolation)
+    # Column o of a mirrored crop is its column size - 1 - o.
+    output = torch.lerp(output, output.flip(0), mirrored)
+    cols = resizing_weights(across, left, width, width / size, output, interpolation)
+    return _resample(rows, images, cols, interpolation, half)
 
 
 def resize_window(
-    images: Tensor, sizes: Numbers, resized: Numbers, corner: Numbers, size: int
+    images: Tensor,
+    sizes: Numbers,
+    resized: Numbers,
+    corner: Numbers,
+    size: int,
+    interpolation: Interpolation = "bilinear",
+    half: bool | None = None,
 ) -> Tensor:
     """A size x size window, its top left at corner (B, 2), of each image resized as a whole.
 
@@ -65,38 +97,85 @@ def resize_window(
     parts = [upload(part, images.device, dtype) for part in (sizes, resized, corner)]
     (height, width), (tall, wide), (top, left) = (part.unbind(1) for part in parts)
     start = torch.zeros_like(height)
-    rows = triangles(images.shape[2], start, height, height / tall, top, size)
-    cols = triangles(images.shape[3], start, width, width / wide, left, size)
-    return _product(rows, images, cols)
+    down, across = images.shape[2:]
+    output = torch.arange(size, device=images.device, dtype=dtype)
+    top, left = output + top.view(-1, 1), output + left.view(-1, 1)
+    rows = resizing_weights(down, start, height, height / tall, top, interpolation)
+    cols = resizing_weights(across, start, width, width / wide, left, interpolation)
+    return _resample(rows, images, cols, interpolation, half)
 
 
-def triangles(
-    extent: int, start: Tensor, length: Tensor, scale: Tensor, first: Tensor | int, count: int
+def resizing_weights(
+    extent: int,
+    start: Tensor,
+    length: Tensor,
+    scale: Tensor,
+    output: Tensor,
+    interpolation: Interpolation,
 ) -> Tensor:
-    """Resizing weights (B, count, extent), each row summing to 1.
+    """Weights (B, O, extent), each row summing to 1.
 
     Of a line of `extent` pixels the stretch [start, start + length) is resampled, one output
-    pixel for `scale` input pixels; the rows are output pixels first .. first + count - 1.
+    pixel for `scale` input pixels; output (O,) or (B, O) are the numbers of the output pixels.
     """
     start, length, scale = (part.view(-1, 1, 1) for part in (start, length, scale))
-    if isinstance(first, Tensor):
-        first = first.view(-1, 1, 1)
     pixels = torch.arange(extent, device=start.device, dtype=start.dtype) - start  # (B, 1, extent)
-    output = torch.arange(count, device=start.device, dtype=start.dtype).view(1, -1, 1) + first
-    # PIL: centre (o + .5) * scale, pixel middles at p + .5, half-width max(scale, 1).
-    offset = (pixels + 0.5) - (output + 0.5) * scale
-    weights = offset.abs_().div_(scale.clamp(min=1)).neg_().add_(1).clamp_(min=0)
+    # PIL: centre (o + .5) * scale, pixel middles at p + .5, distances in units of max(scale, 1).
+    centre = (output.unsqueeze(-1) + 0.5) * scale
+    distance = ((pixels + 0.5) - centre).abs_().div_(scale.clamp(min=1))
+    weights = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(0)
     weights = weights * ((pixels >= 0) & (pixels < length))
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _product(rows: Tensor, images: Tensor, cols: Tensor) -> Tensor:
-    """rows (B, I, H) @ images (B, 3, H, W) @ cols^T (B, J, W) -> (B, 3, I, J)."""
-    if images.dtype == torch.uint8:
-        rows = rows / 255
+def _cubic(distance: Tensor) -> Tensor:
+    """PIL's BICUBIC: Keys' cubic with a = -1/2, of distances of 0 and more."""
+    x = distance.clamp(max=2)
+    inner = (1.5 * x - 2.5) * x * x + 1
+    outer = ((x - 5) * x + 8) * x - 4
+    return torch.where(x < 1, inner, -0.5 * outer)
+
+
+def _resample(
+    rows: Tensor, images: Tensor, cols: Tensor, interpolation: Interpolation, half: bool | None
+) -> Tensor:
+    """Images (B, 3, H, W) under weights rows (B, I, H) and cols (B, J, W), in [0, 1]."""
+    cut = interpolation == "bicubic"
+    half = images.device.type == "cuda" if half is None else half
+    if half and images.dtype == torch.uint8 and rows.dtype == torch.float32:
+        return _half_product(rows, images, cols, cut)
+    top = 255.0 if images.dtype == torch.uint8 else 1.0
     images = images.to(rows.dtype, memory_format=torch.contiguous_format)
+    product = _product(rows / top, images, cols, (0.0, top) if cut else None)
+    return product.clamp_(0, 1) if cut else product
+
+
+def _half_product(rows: Tensor, images: Tensor, cols: Tensor, cut: bool) -> Tensor:
+    """Of uint8 images: factors in float16, sums in float32, rounded to float16 after each product.
+
+    Levels are exact in float16, and rounded more finely around 0, hence centred; what rounding the
+    weights does to their sums is divided out.
+    """
+    levels = images.to(torch.float16, memory_format=torch.contiguous_format).sub_(128)
+    rows, cols = rows.half(), cols.half()
+    product = _product(rows, levels, cols, (-128.0, 127.0) if cut else None).float()
+    sums = rows.sum(2, dtype=torch.float32)[:, None, :, None] * 255
+    product.div_(sums * cols.sum(2, dtype=torch.float32)[:, None, None, :]).add_(128 / 255)
+    return product.clamp_(0, 1)
+
+
+def _product(
+    rows: Tensor, images: Tensor, cols: Tensor, limits: tuple[float, float] | None = None
+) -> Tensor:
+    """rows (B, I, H) @ images (B, 3, H, W) @ cols^T (B, J, W) -> (B, 3, I, J).
+
+    What the columns give is cut to the limits before the rows have their turn.
+    """
+    across = images.flatten(1, 2) @ cols.mT
+    if limits:
+        across.clamp_(*limits)
     # Plane by plane, or matmul would copy `rows` for each of the three.
-    planes = (images.flatten(1, 2) @ cols.mT).view(*images.shape[:3], -1).unbind(1)
+    planes = across.view(*images.shape[:3], -1).unbind(1)
     return torch.stack([rows @ plane for plane in planes], dim=1)
 
 
@@ -119,7 +198,7 @@ def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
 def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     """`gaussian_blur` in place; planes of the images (B, 3, H, W) contiguous."""
     rows = np.flatnonzero(sigma)
-    if images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE:
+    if alone(images):
         for row in rows:
             weights = _gaussian(sigma[row : row + 1])[0].tolist()
             image = images[row : row + 1]
@@ -127,7 +206,9 @@ def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     elif rows.size:
         pick = upload(rows, images.device)
         weights = upload(_gaussian(sigma[rows]), images.device, images.dtype)
-        down, across = (_band(weights, extent) for extent in images.shape[2:])
+        height, width = images.shape[2:]
+        down = _band(weights, height)
+        across = down if height == width else _band(weights, width)
         images.index_copy_(0, pick, _product(down, images.index_select(0, pick), across))
 
 

@@ -78,6 +78,7 @@ def _caption(spec: ViewSpec, table: Table, row: int) -> list[str]:
         "jitter": "jitter " + " ".join(steps) if table.jitter[row] else "",
         "grayscale": "gray" if table.grayscale[row] else "",
         "blur": f"blur {table.sigma[row]:.2f}" if table.sigma[row] else "",
+        "solarize": "solarize" if table.solarize[row] else "",
     }
     # Jitter is as long as all others together, so it has the second line to itself.
     others = [words[operation] for operation in spec.order if operation != "jitter"]
