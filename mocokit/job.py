@@ -136,7 +136,7 @@ def open_job(
     for notice in notices:
         speaker.say(f"note: {notice}", "yellow")
     parts = build.build_parts(settings, effect, device)
-    if out is None and not folder.is_run:
+    if out is None and not resume:  # chosen some seconds ago: another run may have taken it since
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     return Job(settings, effect, world, device, splits, folder, parts, speaker)
 

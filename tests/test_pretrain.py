@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import mocokit
-from mocokit import build
-from mocokit.engine import checkpoint, folder as folder_module
+from mocokit import build, recipes
+from mocokit.engine import checkpoint
 from mocokit.engine.due import Due
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import Interrupted, NonFiniteLoss, UserError
@@ -382,11 +382,13 @@ def test_a_rate_stated_beside_a_file_is_what_runs(finished, toy_npz, tmp_path):
 
 def test_two_new_runs_get_two_folders(toy_npz, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    next_folder = folder_module.next_folder
-    answers = iter([RunFolder(tmp_path / "runs" / "demo-toy-001")])
-    (tmp_path / "runs" / "demo-toy-001").mkdir(parents=True)  # another run has just been faster
-    monkeypatch.setattr(
-        folder_module, "next_folder", lambda *a: next(answers, None) or next_folder(*a)
-    )
+    build_parts = build.build_parts
+
+    def meanwhile(*arguments):  # another run is faster while this one builds its network
+        taken = RunFolder(tmp_path / "runs" / "demo-toy-001")
+        taken.create(recipes.demo(), {})
+        return build_parts(*arguments)
+
+    monkeypatch.setattr(build, "build_parts", meanwhile)
     got = mocokit.pretrain("demo", toy_npz, epochs=1, batch_size=32, settings=FAST)
     assert got.folder.name == "demo-toy-002"
