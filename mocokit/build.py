@@ -84,6 +84,22 @@ def build_encoder(settings: Settings) -> Encoder:
     return encoder
 
 
+def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
+    """The learning rate of every step."""
+    optim = settings.optim
+    return Schedule(
+        lr=effect.lr,
+        kind=optim.schedule,
+        per=optim.per,
+        epochs=settings.train.epochs,
+        steps_per_epoch=effect.steps_per_epoch,
+        first_epoch=optim.first_epoch,
+        drops=optim.drops,
+        drop_factor=optim.drop_factor,
+        warmup_epochs=optim.warmup_epochs,
+    )
+
+
 def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> Parts:
     """The method on its device, its optimiser and schedule, as they are before the first step."""
     method, optim = settings.method, settings.optim
@@ -105,22 +121,12 @@ def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> P
         # Shapes learnt on the way would make a kernel depend on what the process saw before.
         moco.encoder.compile(dynamic=False)
         moco.key_encoder.compile(dynamic=False)
-    schedule = Schedule(
-        lr=effect.lr,
-        kind=optim.schedule,
-        per=optim.per,
-        epochs=settings.train.epochs,
-        steps_per_epoch=effect.steps_per_epoch,
-        first_epoch=optim.first_epoch,
-        drops=optim.drops,
-        drop_factor=optim.drop_factor,
-        warmup_epochs=optim.warmup_epochs,
-    )
     optimizer = build_optimizer(
         optim.name, moco.encoder.parameters(), effect.lr, optim.momentum, optim.weight_decay
     )
     half = settings.engine.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
+    schedule = build_schedule(settings, effect)
     return Parts(moco, optimizer, schedule, scaler, view_spec(settings))
 
 

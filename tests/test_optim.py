@@ -8,27 +8,15 @@ import torch
 from torch import nn
 
 from mocokit import recipes
-from mocokit.build import build_parts
-from mocokit.engine.optim import Schedule, build_optimizer, set_lr
+from mocokit.build import build_parts, build_schedule
+from mocokit.engine.optim import build_optimizer, set_lr
 from mocokit.settings import replace
 from mocokit.sizes import in_effect
 
 
 def schedule(recipe, images=None, **changes):
     settings = replace(recipe, {k.replace("__", "."): v for k, v in changes.items()})
-    effect = in_effect(settings, images or settings.train.batch_size * 10)
-    o = settings.optim
-    return Schedule(
-        lr=effect.lr,
-        kind=o.schedule,
-        per=o.per,
-        epochs=settings.train.epochs,
-        steps_per_epoch=effect.steps_per_epoch,
-        first_epoch=o.first_epoch,
-        drops=o.drops,
-        drop_factor=o.drop_factor,
-        warmup_epochs=o.warmup_epochs,
-    )
+    return build_schedule(settings, in_effect(settings, images or settings.train.batch_size * 10))
 
 
 def test_v1_drops_at_epochs_120_and_160():
