@@ -82,6 +82,22 @@ def test_pieces_give_the_gradients_of_the_sum(scale):
         torch.testing.assert_close(p.grad, q, atol=1e-10, rtol=1e-12)
 
 
+def test_pieces_are_differentiated_outside_autocast():
+    """As a loop would: the gradient of a float32 product is not cast down to bfloat16."""
+    torch.manual_seed(0)
+    weight, inputs = nn.Parameter(torch.randn(30, 20)), torch.randn(10, 30)
+
+    def loss_of(piece):
+        with torch.autocast("cpu", enabled=False):
+            return (inputs[piece] @ weight).square().sum()
+
+    (expected,) = torch.autograd.grad(loss_of(slice(0, 10)), [weight])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = sum_of_pieces(loss_of, [slice(0, 4), slice(4, 10)], [weight])
+    total.backward()
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_pieces_leave_unused_parameters_without_gradient():
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     x = torch.arange(4.0)
