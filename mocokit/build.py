@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mocokit.chance import Slot
+from mocokit.build_method import build_method
 from mocokit.config import Settings
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
@@ -18,17 +18,14 @@ from mocokit.engine.runtime import (
     autocast,
     default_precision,
     default_threads,
-    seed_libraries,
 )
 from mocokit.errors import UserError
-from mocokit.evaluate.features import evaluating
 from mocokit.evaluate.monitor import KnnMonitor
-from mocokit.methods.moco import MoCo
-from mocokit.nets.backbones import build_backbone
+from mocokit.methods.method import Method
 from mocokit.nets.batchnorm import group_sizes, share_of_groups
-from mocokit.nets.heads import Encoder, build_head
+from mocokit.nets.heads import Encoder
 from mocokit.settings import get, replace
-from mocokit.sizes import InEffect, count_groups
+from mocokit.sizes import InEffect, count_shares
 from mocokit.views.params import ViewSpec, canvas_bound
 
 MAX_WORKERS = 8
@@ -38,7 +35,7 @@ MAX_WORKERS = 8
 class Parts:
     """All that the loop works with."""
 
-    method: MoCo
+    method: Method
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
@@ -64,26 +61,6 @@ def view_spec(settings: Settings) -> ViewSpec:
     return ViewSpec(**settings.views.model_dump())
 
 
-def build_encoder(settings: Settings) -> Encoder:
-    """Backbone and head with their initial weights, which follow from the seed."""
-    net = settings.net
-    seed_libraries(settings.seed, 0, Slot.INITIALISE)
-    backbone = build_backbone(
-        net.backbone, net.stem, settings.method.group_size, net.zero_init_last
-    )
-    head = build_head(net.head, int(backbone.num_features), net.hidden, net.dim)  # type: ignore[arg-type]
-    encoder = Encoder(backbone, head)
-    try:
-        with evaluating(encoder):
-            encoder(torch.zeros(2, 3, settings.views.size, settings.views.size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"net.backbone {net.backbone} cannot take views of {settings.views.size} pixels "
-            f"({str(error).splitlines()[0]}); set views.size, or another backbone"
-        ) from None
-    return encoder
-
-
 def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
     """The learning rate of every step."""
     optim = settings.optim
@@ -102,53 +79,43 @@ def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
 
 def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> Parts:
     """The method on its device, its optimiser and schedule, as they are before the first step."""
-    method, optim = settings.method, settings.optim
-    moco = MoCo(
-        build_encoder(settings),
-        dim=settings.net.dim,
-        queue_size=method.queue_size,
-        temperature=method.temperature,
-        momentum=effect.key_momentum,
-        count_groups=partial(count_groups, settings),
-        shuffle=method.shuffle,
-        symmetric=method.symmetric,
-        micro_batch=settings.train.micro_batch,
-    )
-    moco = moco.to(device)
+    optim = settings.optim
+    method = build_method(settings, effect).to(device)
     if settings.engine.memory_format == "channels_last":
-        moco = moco.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        method = method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.engine.compile:
-        # Shapes learnt on the way would make a kernel depend on what the process saw before.
-        moco.encoder.compile(dynamic=False)
-        moco.key_encoder.compile(dynamic=False)
+        for part in method.children():
+            if isinstance(part, Encoder):
+                # Shapes learnt on the way would make a kernel depend on what was seen before.
+                part.compile(dynamic=False)
     optimizer = build_optimizer(
-        optim.name, moco.encoder.parameters(), effect.lr, optim.momentum, optim.weight_decay
+        optim.name, method.trained(), effect.lr, optim.momentum, optim.weight_decay, optim.trust
     )
     half = settings.engine.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     schedule = build_schedule(settings, effect)
-    return Parts(moco, optimizer, schedule, scaler, view_spec(settings))
+    return Parts(method, optimizer, schedule, scaler, view_spec(settings))
 
 
 def build_loader(
     settings: Settings, source: Source, world: World, device: torch.device, start_step: int
 ) -> Loader:
     """This process's share of every global batch, from `start_step` on: whole groups of images."""
-    groups_of = partial(count_groups, settings)
+    shares_of = partial(count_shares, settings)
     last = len(source) % settings.train.batch_size
-    if world.size > groups_of(settings.train.batch_size):
+    if world.size > shares_of(settings.train.batch_size):
         raise UserError(
-            f"{world.size} processes for {groups_of(settings.train.batch_size)} batch-norm groups; "
+            f"{world.size} processes for {shares_of(settings.train.batch_size)} batch-norm groups; "
             "a process holds whole groups, so start fewer, or lower method.group_size"
         )
-    if settings.data.last == "keep" and last and world.size > groups_of(last):
+    if settings.data.last == "keep" and last and world.size > shares_of(last):
         raise UserError(
             f"data.last=keep leaves a last batch of {last} images, too few for {world.size} "
             "processes; set data.last=drop"
         )
 
     def share(images: int) -> slice:
-        sizes = group_sizes(images, groups_of(images))
+        sizes = group_sizes(images, shares_of(images))
         mine = share_of_groups(len(sizes), world.rank, world.size)
         start = sum(sizes[: mine.start])
         return slice(start, start + sum(sizes[mine]))
@@ -167,10 +134,10 @@ def build_loader(
     )
 
 
-def groups_of_process(settings: Settings, world: World) -> int:
-    """Batch-norm groups of a full batch that this process holds."""
-    groups = count_groups(settings, settings.train.batch_size)
-    return len(range(groups)[share_of_groups(groups, world.rank, world.size)])
+def share_of_process(settings: Settings, world: World) -> float:
+    """This process's part of a full batch, by batch-norm groups or, without them, by images."""
+    shares = count_shares(settings, settings.train.batch_size)
+    return len(range(shares)[share_of_groups(shares, world.rank, world.size)]) / shares
 
 
 def count_workers(settings: Settings, device: torch.device) -> int:

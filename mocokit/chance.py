@@ -36,6 +36,8 @@ class Slot(IntEnum):
     HOLD_OUT = 110  # which labelled images are kept for the monitor
 
     KEY_SHUFFLE = 200  # the order of the key images before they are cut into groups
+    ENQUEUE = 201  # which view's keys join the queue, where those of one do
+    BANK_NEGATIVES = 202  # which entries of a memory bank are compared with
 
     # Procedural images (data/patterns.py) own 300-399.
     PATTERN = 300

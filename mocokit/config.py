@@ -100,10 +100,13 @@ class Net(Section):
         "imagenet", "small: a 3x3 stem of stride 1 and no max-pool, for images of about 32 pixels"
     )
     zero_init_last: bool = setting(False, "start each residual block's last BN scale at zero")
-    head: Literal["linear", "mlp"] = setting(
-        "mlp", "projection head: one layer, or two with a ReLU"
+    head: Literal["linear", "mlp", "mlp_bn"] = setting(
+        "mlp", "projection head: one layer, two with a ReLU, or two with batch norm and a ReLU"
     )
-    hidden: Positive | None = setting(None, "width of the mlp head; null is the backbone's")
+    predictor: bool = setting(False, "an mlp_bn from dim to dim after the query's head alone")
+    hidden: Positive | None = setting(
+        None, "width of an mlp head and of the predictor; null is the backbone's"
+    )
     dim: int = setting(128, "dimensions of queries and keys", ge=2)
     calibrate_head: bool = setting(
         False, "rescale the head's layers to zero mean and unit variance on the first group"
@@ -111,28 +114,69 @@ class Net(Section):
 
 
 class Method(Section):
-    name: Literal["moco"] = setting("moco", "the mechanism that supplies keys and negatives")
-    temperature: float = setting(0.2, "softmax temperature of InfoNCE", gt=0)
-    queue_size: int = setting(65536, "keys held as negatives", ge=1)
+    name: Literal["moco", "simclr", "memorybank"] = setting(
+        "moco", "what supplies keys and negatives: a queue, the batch itself, or a bank of the data"
+    )
+    loss: Literal["info_nce", "nce", "dcl", "dclw", "align_uniform", "dual_temperature"] = setting(
+        "info_nce", "the loss between them; nce is the memory bank's alone"
+    )
+    temperature: float = setting(0.2, "softmax temperature", gt=0)
+    queue_size: Positive | None = setting(65536, "moco: keys held as negatives; else null")
     momentum: float = setting(0.999, "key encoder's momentum, at momentum_batch", ge=0, le=1)
     momentum_batch: Positive | None = setting(
         256, "batch the momentum was quoted at; null keeps it at any batch"
     )
+    momentum_schedule: Literal["constant", "cosine"] = setting(
+        "constant", "cosine: the key encoder's momentum rises to 1 over the run"
+    )
     symmetric: bool = setting(False, "each view is query once and key once")
+    enqueue: Literal["both", "one"] = setting(
+        "both", "moco, symmetric: keys of both views join the queue, or of one drawn at random"
+    )
+    bank_negatives: Positive | None = setting(
+        None, "memorybank: entries drawn as negatives; null compares with all of the bank"
+    )
+    bank_momentum: float = setting(0.5, "memorybank: share of the old in a new entry", ge=0, le=1)
+    batch_norm: Literal["groups", "whole"] = setting(
+        "groups", "statistics of groups of images, or of the whole batch over all GPUs"
+    )
     group_size: int = setting(32, "images that share batch-norm statistics", ge=2)
     groups: Literal["auto"] | Positive = setting(
         "auto", "batch-norm groups of a batch; auto is batch / group_size, at least two"
     )
     shuffle: bool = setting(True, "permute the key images before they are cut into groups")
+    chunk: Positive | None = place(
+        None, "compare with this many negatives at a time, to save memory; null: with all at once"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name == "moco" and self.queue_size is None:
+            raise ValueError("queue_size must be a number for moco, whose negatives are a queue")
+        if self.name != "moco" and self.queue_size is not None:
+            raise ValueError(
+                f"queue_size must be null for {self.name}, which has no queue; set "
+                "method.queue_size=null"
+            )
+        if self.loss == "nce" and self.name != "memorybank":
+            raise ValueError("loss nce needs name=memorybank; info_nce is its like elsewhere")
+        if self.loss == "nce" and self.bank_negatives is None:
+            raise ValueError("loss nce needs bank_negatives, such as InstDisc's 4096")
+        if self.loss == "nce" and self.chunk is not None:
+            raise ValueError("chunk does not apply to loss nce, whose negatives are each image's")
+        return self
 
 
 class Optim(Section):
-    name: Literal["sgd", "adamw"] = setting("sgd", "optimiser")
+    name: Literal["sgd", "adamw", "lars"] = setting("sgd", "optimiser")
     lr: float = setting(0.03, "peak learning rate, at lr_batch", gt=0)
     lr_batch: int = setting(256, "batch the learning rate was quoted at", ge=1)
     scale: Literal["linear", "sqrt", "none"] = setting("linear", "how lr follows the batch")
-    momentum: float = setting(0.9, "momentum of SGD", ge=0, lt=1)
-    weight_decay: float = setting(1e-4, "weight decay on all parameters, BN and biases too", ge=0)
+    momentum: float = setting(0.9, "momentum of SGD and LARS", ge=0, lt=1)
+    weight_decay: float = setting(
+        1e-4, "weight decay on all parameters, BN and biases too (LARS: on neither)", ge=0
+    )
+    trust: float = setting(0.001, "lars: trust coefficient", gt=0)
     schedule: Literal["steps", "cosine"] = setting("cosine", "how the learning rate falls")
     per: Literal["epoch", "step"] = setting("epoch", "how often the learning rate changes")
     first_epoch: Literal[0, 1] = setting(0, "number of the first epoch in the cosine")

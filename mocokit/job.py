@@ -102,7 +102,7 @@ class Job:
         """Make running statistics the mean over all groups of the world, before they are read."""
         if self.world.size == 1:
             return
-        share = build.groups_of_process(self.settings, self.world) / self.effect.groups
+        share = build.share_of_process(self.settings, self.world)
         for name, tensor in self.parts.method.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 tensor.mul_(share)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
@@ -24,12 +24,14 @@ from mocokit.engine.runtime import autocast, joined_world, on_first, seed_librar
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
-from mocokit.methods.method import Draw, Output
-from mocokit.methods.parts import follow, to_device
+from mocokit.methods.method import Draw, Output, Views
+from mocokit.methods.processes import to_device
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups
 from mocokit.nets.heads import calibrate_head
 from mocokit.views.params import draw_table
-from mocokit.views.views import make_views
+from mocokit.views.views import ViewsOnDemand, make_views
+
+HELD_VIEWS = 2**30  # bytes of views that a step in pieces holds at once
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def train(job: Job, stop: StopSignals) -> None:
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
             images = job.images_of(step)
-            views = two_views(job, step, batch)
+            views = make_batch_views(job, step, batch)
             index = to_device(batch.index, device)
             method.loss_scale = scaler.get_scale()
             with autocast(device, settings.engine.precision):
@@ -111,7 +113,7 @@ def train(job: Job, stop: StopSignals) -> None:
             torch.autograd.backward(scaler.scale(output.loss))
             scaler.unscale_(optimizer)
             logged = due.log(step + 1)
-            norm = gradient_norm(method.encoder.parameters()) if logged else None
+            norm = gradient_norm(method.trained()) if logged else None
             if stepped(scaler, optimizer):
                 method.update(output.keep, step, (step + 1) / job.effect.total_steps)
             optimizer.zero_grad(set_to_none=True)
@@ -131,22 +133,21 @@ def train(job: Job, stop: StopSignals) -> None:
                 raise stop.error(job.step, job.folder.path)
 
 
-def two_views(job: Job, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Query and key view, each (n, 3, S, S), drawn from chance and made on the device."""
+def make_batch_views(job: Job, step: int, batch: Batch) -> tuple[Views, ...]:
+    """The method's views of a batch, each (n, 3, S, S), drawn from chance and made on the device.
+
+    In a step that is done in pieces, views too large to be held are made again for each piece.
+    """
     epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
     sizes = batch.heights, batch.widths
     pixels = batch.pixels.to(job.device, non_blocking=True)
-    query, key = (
-        make_views(
-            spec,
-            draw_table(spec, seed, epoch, batch.index, view, *sizes),
-            pixels,
-            *sizes,
-            job.device,
-        )
-        for view in (0, 1)
-    )
-    return query, key
+    tables = [
+        draw_table(spec, seed, epoch, batch.index, view, *sizes)
+        for view in range(job.parts.method.views)
+    ]
+    if job.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
+        return tuple(ViewsOnDemand(spec, table, pixels, *sizes, job.device) for table in tables)
+    return tuple(make_views(spec, table, pixels, *sizes, job.device) for table in tables)
 
 
 def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
@@ -176,7 +177,7 @@ def calibrate_on_first_group(job: Job, loader: Loader) -> None:
     """Scale the head's start on the first group of the first batch, which every world has alike."""
     method = job.parts.method
     if job.world.writes:
-        views, _ = two_views(job, 0, loader.batch_at(0))
+        views = make_batch_views(job, 0, loader.batch_at(0))[0]
         first = group_sizes(job.images_of(0), job.effect.groups)[0]
         with moving_once(method.encoder, 0):
             set_groups(method.encoder, 1)
@@ -184,4 +185,4 @@ def calibrate_on_first_group(job: Job, loader: Loader) -> None:
     if job.world.size > 1:
         for parameter in method.encoder.parameters():
             dist.broadcast(parameter.data, 0)
-    follow(method.key_encoder, method.encoder, 0.0)
+    method.begin_anew()

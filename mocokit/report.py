@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocokit import build, settings as settings_
+from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
 from mocokit.engine.record import BadImages, Meter, Metrics, Progress
 from mocokit.engine.runtime import peak_memory
@@ -33,7 +34,9 @@ def start(job: Job) -> None:
     shown = f"{settings.engine.precision} on {job.device}"
     say(
         f"{effect.total_steps:,} steps of {settings.train.batch_size} images in {effect.groups} "
-        f"batch-norm groups, lr {effect.lr:.3g}, key momentum {effect.key_momentum:.6g}, {shown}"
+        f"batch-norm group{'s' if effect.groups > 1 else ''}, lr {effect.lr:.3g}, "
+        + (f"key momentum {effect.key_momentum:.6g}, " if effect.key_momentum is not None else "")
+        + shown
     )
     if settings.recipe in RECIPES:
         changed = settings_.difference(RECIPES[settings.recipe](), settings)
@@ -43,12 +46,7 @@ def start(job: Job) -> None:
     if job.step:
         say(f"resumed after step {job.step} of {effect.total_steps}")
     else:
-        level = job.parts.method.chance_loss
-        say(
-            "What to expect: the queue starts with random vectors, so the first losses may be low "
-            "and contrast near 100 %; as keys fill the queue, the loss rises towards "
-            f"{level:.2f}, the level of chance, and falls later. That is healthy."
-        )
+        say(f"What to expect: {job.parts.method.expectation}")
     say(f"run folder: {job.folder.path}")
     if job.world.writes:
         job.folder.readme.write_text(_readme(job, {}), encoding="utf-8")
@@ -163,7 +161,7 @@ def finish(job: Job) -> dict[str, Any]:
     if monitor is not None:
         job.speaker.say("scoring the final weights ...")
         result |= dict(monitor.run(method.encoder))
-        untrained = build.build_encoder(job.settings).to(job.device)
+        untrained = build_encoder(job.settings).to(job.device)
         baselines = {
             "knn_random_weights": monitor.random_weights(untrained),
             "knn_raw_pixels": monitor.raw_pixels(),

@@ -23,10 +23,10 @@ class InEffect:
     total_steps: int
     groups: int
     lr: float
-    key_momentum: float
+    key_momentum: float | None  # None where no key encoder follows
 
     def as_dict(self) -> dict[str, int | float]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def in_effect(settings: Settings, images: int) -> InEffect:
@@ -42,7 +42,7 @@ def in_effect(settings: Settings, images: int) -> InEffect:
         total_steps=steps * settings.train.epochs,
         groups=count_groups(settings, batch),
         lr=optim.lr * factor,
-        key_momentum=method.momentum**horizon,
+        key_momentum=method.momentum**horizon if method.name == "moco" else None,
     )
 
 
@@ -53,10 +53,17 @@ def count_groups(settings: Settings, batch: int) -> int:
     to which query (MoCo v1, section 3.3, "Shuffling BN").
     """
     method = settings.method
+    if method.batch_norm == "whole":
+        return 1
     if method.groups == "auto":
         return max(1, min(max(2, round(batch / method.group_size)), batch // 2))
     share = batch / settings.train.batch_size  # a last partial batch has fewer groups
     return max(1, min(round(method.groups * share), batch // 2))
+
+
+def count_shares(settings: Settings, batch: int) -> int:
+    """What processes share of a batch: whole groups, or single images where there are none."""
+    return batch if settings.method.batch_norm == "whole" else count_groups(settings, batch)
 
 
 def fit(
@@ -88,10 +95,22 @@ def fit(
         if value in stated and quoted_at not in stated:  # what a user states is what runs
             changes[quoted_at] = batch
     fitted = replace(settings, changes)
-    if count_groups(fitted, batch) < 2:
+    if fitted.method.name == "moco" and count_groups(fitted, batch) < 2:
         notices.append(
             "one batch-norm group: the key shuffle cannot hide statistics, contrast accuracy may "
             "be won by a leak"
+        )
+    if fitted.method.batch_norm == "whole" and fitted.train.micro_batch is not None:
+        raise UserError(
+            f"train.micro_batch {fitted.train.micro_batch} cuts a batch whose statistics are one "
+            "(method.batch_norm=whole), which would be another method; set "
+            "method.batch_norm=groups, as the recipe endtoend does, or leave micro_batch out"
+        )
+    if fitted.method.name == "memorybank":
+        size = images * fitted.net.dim * 4 / 2**20
+        notices.append(
+            f"memory bank of {images:,} x {fitted.net.dim} float32: {size:,.0f} MiB on each "
+            "device, and in each checkpoint"
         )
     return fitted, notices
 
@@ -121,7 +140,7 @@ def _queue(
     settings: Settings, images: int, batch: int, stated: Collection[str], notices: list[str]
 ) -> dict[str, int]:
     size, limit = settings.method.queue_size, images / 10
-    if size <= limit:
+    if size is None or size <= limit:
         return {}
     if "method.queue_size" in stated:
         notices.append(

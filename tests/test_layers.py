@@ -18,6 +18,7 @@ LAYERS = [
     {"report"},
     {"job", "export"},
     {"build"},
+    {"build_method"},
     {"evaluate"},
     {"methods", "engine", "views", "data"},
     {"nets"},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mocokit.methods.losses import contrast_logits, info_nce, nt_xent
+from mocokit.methods.losses import info_nce, nt_xent
 
 
 def unit(*shape, seed=0):
@@ -33,12 +33,6 @@ def test_info_nce_is_equation_1(n, k, temperature):
     assert float(loss.detach()) == pytest.approx(expected, abs=1e-12)
     loss.backward()
     np.testing.assert_allclose(query.grad.numpy(), gradient, atol=1e-12)
-
-
-def test_the_positive_comes_first():
-    logits = contrast_logits(unit(3, 4), unit(3, 4), unit(5, 4, seed=1), 0.5)
-    assert logits.shape == (3, 6)
-    torch.testing.assert_close(logits[:, 0], torch.full((3,), 2.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])

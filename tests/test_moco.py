@@ -12,6 +12,7 @@ from nets import small_encoder
 from reference import ReferenceMoCo
 
 from mocokit.chance import Slot
+from mocokit.methods.losses import LOSSES
 from mocokit.methods.method import Draw
 from mocokit.methods.moco import MoCo
 
@@ -19,9 +20,11 @@ BATCH, GROUPS, QUEUE, STEPS = 12, 3, 30, 20  # 30 is no multiple of 12: the queu
 
 
 def build(encoder, groups=GROUPS, momentum=0.9, dtype=torch.float64, **options):
-    options = {"queue_size": QUEUE, "temperature": 0.2, "dim": 8} | options
+    options = {"queue_size": QUEUE, "dim": 8} | options
+    loss = LOSSES[options.pop("loss", "info_nce")](options.pop("temperature", 0.2))
     torch.manual_seed(1)
-    return MoCo(encoder, momentum=momentum, count_groups=lambda n: groups, **options).to(dtype)
+    moco = MoCo(encoder, loss=loss, momentum=momentum, count_groups=lambda n: groups, **options)
+    return moco.to(dtype)
 
 
 def batches(dtype=torch.float64, steps=STEPS, batch=BATCH):

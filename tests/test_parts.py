@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from torch import nn
+from torch.nn import functional as F
 
-from mocokit.methods.parts import Queue, follow, gather, rank_and_world, sum_of_pieces
+from mocokit.methods.parts import Bank, Queue, follow
+from mocokit.methods.processes import gather, gather_with_gradient, rank_and_world
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 50), max_size=8))
@@ -62,46 +64,26 @@ def test_follow_halves_in_69_steps_at_099():
 def test_alone_there_is_nothing_to_gather():
     rows = torch.randn(3, 2)
     assert rank_and_world() == (0, 1) and gather(rows, [3]) is rows
+    assert gather_with_gradient(rows, [3]) is rows
 
 
-@pytest.mark.parametrize("scale", [1.0, 65536.0])
-def test_pieces_give_the_gradients_of_the_sum(scale):
+def test_bank_starts_uniform_with_rows_of_length_about_1():
     torch.manual_seed(0)
-    net, inputs = nn.Linear(3, 2).double(), torch.randn(10, 3, dtype=torch.float64)
-
-    def loss_of(piece):
-        return net(inputs[piece]).square().sum()
-
-    (scale * loss_of(slice(0, 10))).backward()
-    expected = [p.grad.clone() for p in net.parameters()]
-    net.zero_grad()
-    total = sum_of_pieces(loss_of, [slice(0, 4), slice(4, 5), slice(5, 10)], net.parameters())
-    torch.testing.assert_close(total, loss_of(slice(0, 10)))
-    (scale * total).backward()
-    for p, q in zip(net.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, q, atol=1e-10, rtol=1e-12)
+    rows = Bank(2000, 128).rows
+    assert float(rows.abs().max()) <= (128 / 3) ** -0.5
+    assert float(rows.norm(dim=1).mean()) == pytest.approx(1.0, abs=0.01)
 
 
-def test_pieces_are_differentiated_outside_autocast():
-    """As a loop would: the gradient of a float32 product is not cast down to bfloat16."""
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_bank_blends_and_normalises(momentum):
     torch.manual_seed(0)
-    weight, inputs = nn.Parameter(torch.randn(30, 20)), torch.randn(10, 30)
-
-    def loss_of(piece):
-        with torch.autocast("cpu", enabled=False):
-            return (inputs[piece] @ weight).square().sum()
-
-    (expected,) = torch.autograd.grad(loss_of(slice(0, 10)), [weight])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        total = sum_of_pieces(loss_of, [slice(0, 4), slice(4, 10)], [weight])
-    total.backward()
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-4)
-
-
-def test_pieces_leave_unused_parameters_without_gradient():
-    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    x = torch.arange(4.0)
-    pieces = [slice(0, 2), slice(2, 4)]
-    sum_of_pieces(lambda s: (used * x[s]).sum(), pieces, [used, unused]).backward()
-    torch.testing.assert_close(used.grad, torch.tensor([2.0, 4.0]))
-    assert unused.grad is None
+    bank = Bank(6, 4).double()
+    before, index = bank.rows.clone(), torch.tensor([4, 0, 4])
+    vectors = F.normalize(torch.randn(3, 4).double(), dim=1)
+    bank.blend(index, vectors, momentum)
+    for row, vector in ((4, vectors[0]), (0, vectors[1])):  # of a double the first counts
+        mixed = momentum * before[row] + (1 - momentum) * vector
+        torch.testing.assert_close(bank.rows[row], mixed / mixed.norm())
+    for row in (1, 2, 3, 5):
+        assert torch.equal(bank.rows[row], before[row])
+    assert int(bank.seen) == 3 and "rows" in bank.state_dict()

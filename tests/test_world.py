@@ -32,7 +32,7 @@ def pretrain_in_double(data, out, settings, patch=setattr):
     """
     assert mocokit.pretrain
     loop = sys.modules["mocokit.pretrain"]  # the module; the package's name is the function
-    build_parts, two_views, update = build.build_parts, loop.two_views, MoCo.update
+    build_parts, views, update = build.build_parts, loop.make_batch_views, MoCo.update
 
     def in_double(*arguments):
         parts = build_parts(*arguments)
@@ -44,7 +44,7 @@ def pretrain_in_double(data, out, settings, patch=setattr):
         torch.save(self.queue.rows, f"{out}.queue{os.environ.get('RANK', '0')}")
 
     patch(build, "build_parts", in_double)
-    patch(loop, "two_views", lambda *rest: tuple(view.double() for view in two_views(*rest)))
+    patch(loop, "make_batch_views", lambda *rest: tuple(v.double() for v in views(*rest)))
     patch(MoCo, "update", record)
     mocokit.pretrain("demo", data, out, epochs=4, batch_size=32, settings=settings)
 

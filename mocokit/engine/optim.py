@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mocokit.engine.lars import LARS
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -53,12 +55,15 @@ def build_optimizer(
     lr: float,
     momentum: float,
     weight_decay: float,
+    trust: float = 0.001,
 ) -> torch.optim.Optimizer:
-    """SGD (no Nesterov) or AdamW on all parameters alike, fused where the device allows.
+    """SGD (no Nesterov) or AdamW on all parameters alike, fused where the device allows; or LARS.
 
-    The weight decay covers batch norm and biases too, as in the authors' code.
+    The weight decay covers batch norm and biases too, as in the authors' code; not with LARS.
     """
     parameters = [p for p in parameters if p.requires_grad]
+    if name == "lars":
+        return LARS(parameters, lr, momentum, weight_decay, trust)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
     options["fused" if parameters[0].is_cuda else "foreach"] = True
     if name == "adamw":

@@ -1,8 +1,9 @@
 """What the loop asks of a method: forward computes, update changes."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from numpy.typing import NDArray
@@ -10,6 +11,17 @@ from torch import Tensor, nn
 
 from mocokit import chance
 from mocokit.nets.heads import Encoder
+
+
+class Views(Protocol):
+    """One view of each of n images: a tensor (n, 3, S, S), or what makes some of it when asked."""
+
+    def __len__(self) -> int: ...
+
+    @overload
+    def __getitem__(self, rows: slice) -> Tensor: ...
+    @overload
+    def __getitem__(self, rows: NDArray[Any]) -> Tensor: ...
 
 
 class Output(NamedTuple):
@@ -39,11 +51,12 @@ class Method(nn.Module, ABC):
     """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
 
     encoder: Encoder
+    views = 2  # of each image, that a forward wants
     loss_scale = 1.0  # what the loop multiplies the loss by before it is differentiated
 
     @abstractmethod
-    def forward(self, views: tuple[Tensor, Tensor], index: Tensor, draw: Draw) -> Output:
-        """Two views of this process's images, each (n, 3, S, S), and the images' numbers (n,).
+    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
+        """Views of this process's images, each (n, 3, S, S), and the images' numbers (n,).
 
         Changes no parameter, queue or bank; only running batch-norm statistics move.
         """
@@ -51,6 +64,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def update(self, keep: Any, step: int, progress: float) -> None:
         """After the optimiser's step, and only if it was taken: what follows from it."""
+
+    def begin_anew(self) -> None:
+        """The encoder was given other weights before the first step: take them over."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def health(self) -> dict[str, float]:
         """State worth recording that is not a metric of the batch."""
@@ -60,6 +80,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def chance_loss(self) -> float:
         """The loss of an encoder that tells nothing apart, such as ln(1 + K)."""
+
+    @property
+    @abstractmethod
+    def expectation(self) -> str:
+        """What a person should expect of the loss, in a few sentences."""
 
 
 def as_float(tensor: Tensor) -> Tensor:

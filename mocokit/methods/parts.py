@@ -1,15 +1,10 @@
-"""Parts that methods share: the queue, the slow follower, and what crosses processes."""
+"""Parts that methods share: the queue, the memory bank, the slow follower."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+import math
 
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-Piece = TypeVar("Piece")
 
 
 class Queue(nn.Module):
@@ -43,6 +38,36 @@ class Queue(nn.Module):
         self.filled.add_(count).clamp_(max=size)
 
 
+class Bank(nn.Module):
+    """One vector for each image of the data: `rows` (N, C), kept in checkpoints.
+
+    Starts uniform in +-1/sqrt(C/3), of length about 1 (InstDisc's code); `seen` counts the vectors
+    blended in so far.
+    """
+
+    rows: Tensor
+    seen: Tensor
+
+    def __init__(self, images: int, dim: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(dim / 3)
+        self.register_buffer("rows", torch.empty(images, dim).uniform_(-bound, bound))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def blend(self, index: Tensor, vectors: Tensor, momentum: float) -> None:
+        """Move the rows of images (n,) towards vectors (n, C): m old + (1 - m) new, normalised.
+
+        InstDisc (arXiv 1805.01978, section 3.2). An image that comes twice, as a substitute may,
+        takes the first.
+        """
+        rows = F.normalize(self.rows[index].lerp(vectors.to(self.rows.dtype), 1 - momentum), dim=1)
+        # Equal numbers then write equal rows, in whatever order a device writes them.
+        first = (index[:, None] == index[None]).to(torch.uint8).argmax(1)
+        self.rows.index_copy_(0, index, rows[first])
+        self.seen.add_(len(index))
+
+
 @torch.no_grad()
 def follow(key_module: nn.Module, module: nn.Module, momentum: float) -> None:
     """Move the key module's parameters towards the module's: k <- m k + (1 - m) q.
@@ -53,79 +78,3 @@ def follow(key_module: nn.Module, module: nn.Module, momentum: float) -> None:
     queries: list[Tensor] = [*module.parameters()]
     torch._foreach_mul_(keys, momentum)
     torch._foreach_add_(keys, queries, alpha=1.0 - momentum)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; (0, 1) on its own."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting for what the device is doing."""
-    tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-@torch.no_grad()
-def gather(rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all processes in their order, without gradient; process r holds counts[r].
-
-    (counts[rank], ...) -> (sum(counts), ...).
-    """
-    if len(counts) == 1:
-        return rows
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-class _DeliverGradients(torch.autograd.Function):
-    """Hands gradients that were computed beforehand to whoever differentiates the loss."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, *parameters):  # type: ignore[no-untyped-def]
-        ctx.gradients = gradients
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, scale):  # type: ignore[no-untyped-def]
-        gradients = ctx.gradients
-        ctx.gradients = None
-        return None, None, *(g if g is None else g * scale.to(g.dtype) for g in gradients)
-
-
-def sum_of_pieces(
-    loss_of: Callable[[Piece], Tensor],
-    pieces: Sequence[Piece],
-    parameters: Iterable[nn.Parameter],
-    scale: float = 1.0,
-) -> Tensor:
-    """The sum of the pieces' losses, of which only one piece's activations are held at a time.
-
-    Each piece is differentiated as soon as it is computed; the sum then delivers the gradients, so
-    for the caller (and for DDP) it is a loss like any other. Without gradients being recorded, or
-    for a single piece, this is the plain sum. `scale` is the caller's loss scaling: it must be on
-    the loss while gradients are float16, and is taken off again here.
-    """
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        return torch.stack([loss_of(piece) for piece in pieces]).sum()
-    leaves = [p for p in parameters if p.requires_grad]
-    gradients: list[Tensor | None] = [None] * len(leaves)
-    total: Tensor | None = None
-    for piece in pieces:
-        loss = loss_of(piece)
-        with torch.autocast(loss.device.type, enabled=False):  # as where a loop differentiates
-            parts = torch.autograd.grad(loss * scale, leaves, allow_unused=True)
-        for number, part in enumerate(parts):
-            if part is not None:
-                before = gradients[number]
-                part = part / scale
-                gradients[number] = part if before is None else before.add_(part)
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    result: Tensor = _DeliverGradients.apply(total.requires_grad_(), gradients, *leaves)
-    return result

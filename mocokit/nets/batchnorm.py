@@ -6,11 +6,13 @@ section 3.3). Here the groups are explicit, so one process with 8 groups and 8 p
 group are the same computation.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -54,6 +56,7 @@ class _GroupedBatchNorm(nn.Module):
             momentum,
         )
         self.groups: int | None = None  # of the next batches; None follows from group_size
+        self.whole = False  # one batch over all processes, instead of groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -71,6 +74,8 @@ class _GroupedBatchNorm(nn.Module):
         momentum = self.momentum
         if momentum is None:  # a plain average over batches, as torch's batch norm does
             momentum = 1.0 / float(self.num_batches_tracked)
+        if self.whole and dist.is_initialized() and dist.get_world_size() > 1:
+            return self._synchronised(inputs, momentum)
         # Each group moves its own copy of the running statistics; their mean is kept.
         means = self.running_mean.repeat(groups, 1)
         variances = self.running_var.repeat(groups, 1)
@@ -84,8 +89,45 @@ class _GroupedBatchNorm(nn.Module):
         self.running_var.copy_(variances.mean(0))
         return outputs[0] if groups == 1 else torch.cat(outputs)
 
+    def _synchronised(self, inputs: Tensor, momentum: float) -> Tensor:
+        """Batch norm whose statistics are those of all processes' inputs together.
+
+        torch's own SyncBatchNorm does not run on a CPU, where two processes are tested against one.
+        """
+        values = inputs.float() if inputs.dtype in (torch.bfloat16, torch.float16) else inputs
+        others = [dim for dim in range(inputs.ndim) if dim != 1]
+        shape = (1, -1, *(1 for _ in others[1:]))
+        size = values.new_tensor(float(inputs.numel() // inputs.shape[1]))
+        sums = _SumOverProcesses.apply(torch.cat([values.sum(others), size[None]]))
+        mean = sums[:-1] / sums[-1]
+        centred = values - mean.view(shape)
+        var = _SumOverProcesses.apply(centred.square().sum(others)) / sums[-1]
+        with torch.no_grad():
+            unbiased = var * sums[-1] / (sums[-1] - 1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        outputs: Tensor = centred * scale.view(shape) + self.bias.view(shape)
+        return outputs.to(inputs.dtype)
+
     def extra_repr(self) -> str:
         return f"{self.channels}, group_size={self.group_size}"
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
 
 
 class GroupedBatchNorm2d(_GroupedBatchNorm):
@@ -143,6 +185,15 @@ def _grouped(norm: _BatchNorm, group_size: int) -> _GroupedBatchNorm:
         new = GroupedBatchNorm2d(norm.num_features, group_size, norm.eps, norm.momentum)
     new.load_state_dict(norm.state_dict())
     return new.train(norm.training)
+
+
+def use_whole(module: nn.Module) -> None:
+    """Let every batch norm below `module` take its statistics over the whole batch at once.
+
+    Over all processes: SimCLR's global batch norm (arXiv 2002.05709, section 2.2).
+    """
+    for layer in _layers(module):
+        layer.whole, layer.group_size = True, sys.maxsize
 
 
 def set_groups(module: nn.Module, groups: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Projection heads, and the encoder: a backbone with its head."""
+"""Projection heads and predictors, and the encoder: a backbone with its head."""
 
 from typing import cast
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 def build_head(kind: str, features: int, hidden: int | None, dim: int) -> nn.Sequential:
     """(N, features) -> (N, dim): one layer (MoCo v1), or two with a ReLU between (MoCo v2).
 
-    No batch norm, biases on, as in the authors' code.
+    No batch norm, biases on, as in the authors' code. `mlp_bn` has a batch norm before its ReLU
+    (BYOL, arXiv 2006.07733, section 3.3), and serves as a predictor too.
     """
     if kind == "linear":
         return nn.Sequential(nn.Linear(features, dim))
     width = hidden or features
-    return nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, dim))
+    norm = [nn.BatchNorm1d(width)] if kind == "mlp_bn" else []
+    return nn.Sequential(nn.Linear(features, width), *norm, nn.ReLU(), nn.Linear(width, dim))
 
 
 class Encoder(nn.Module):

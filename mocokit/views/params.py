@@ -43,6 +43,11 @@ class ViewSpec:
     std: tuple[float, float, float]
     resize: int
 
+    @property
+    def bytes(self) -> int:
+        """Memory of one view, float32."""
+        return 3 * 4 * self.size**2
+
 
 class Table(NamedTuple):
     """What happens to each of N images, on the host; rows belong to images."""
@@ -59,7 +64,7 @@ class Table(NamedTuple):
     sigma: NDArray[np.float64]  # (N,) pixels, 0 where not blurred
     solarize: NDArray[np.bool_]  # (N,)
 
-    def rows(self, part: slice) -> "Table":
+    def rows(self, part: slice | NDArray[np.int64]) -> "Table":
         """Some of the rows, as a table."""
         return Table._make(column[part] for column in self)
 

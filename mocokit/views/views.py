@@ -36,7 +36,6 @@ _CACHED_FLOATS = 2**19
 _GATHERED_PIXELS = 2**25
 
 
-@torch.no_grad()
 def make_views(
     spec: ViewSpec,
     table: Table,
@@ -50,7 +49,11 @@ def make_views(
     pixels: the canvases one after another, uint8, each H x W x 3 in rows, in host memory (pinned,
     if it is to reach a CUDA device without waiting) or on the device.
     """
-    canvases = _Canvases.lay_out(pixels, heights, widths, torch.device(device))
+    return _views(spec, table, _Canvases.lay_out(pixels, heights, widths, torch.device(device)))
+
+
+@torch.no_grad()
+def _views(spec: ViewSpec, table: Table, canvases: "_Canvases") -> Tensor:
     out = _empty(spec, canvases)
     for part in canvases.parts(table.boxes[:, 2], table.boxes[:, 3], spec.size):
         rows = table.rows(part)
@@ -59,6 +62,31 @@ def make_views(
             _apply(operation, images, rows)
         _put(out[part], _normalise(spec, images))
     return out
+
+
+class ViewsOnDemand:
+    """The views that `make_views` makes, but only the rows that are asked for, each time anew.
+
+    For batches whose views would fill the memory: canvases are uint8, and often smaller.
+    """
+
+    def __init__(
+        self,
+        spec: ViewSpec,
+        table: Table,
+        pixels: Tensor,
+        heights: Sizes,
+        widths: Sizes,
+        device: torch.device | str,
+    ) -> None:
+        self._spec, self._table = spec, table
+        self._canvases = _Canvases.lay_out(pixels, heights, widths, torch.device(device))
+
+    def __len__(self) -> int:
+        return len(self._canvases.heights)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Tensor:
+        return _views(self._spec, self._table.rows(rows), self._canvases.select(rows))
 
 
 @torch.no_grad()
@@ -150,6 +178,11 @@ class _Canvases:
             flat, heights, widths, ends - heights * widths, device, _way(device, heights, widths)
         )
 
+    def select(self, rows: slice | NDArray[np.int64]) -> "_Canvases":
+        """Some of the canvases, in any order; the pixels stay where they are."""
+        parts = (self.heights[rows], self.widths[rows], self.starts[rows])
+        return _Canvases(self.pixels, *parts, self.device, self.way)
+
     def parts(self, tall: Sizes, wide: Sizes, size: int) -> Iterator[slice]:
         """Consecutive images whose work fits the memory; tall, wide (N,): the pixels they need."""
         if self.way != "gathered":
@@ -190,9 +223,13 @@ class _Canvases:
         return resize_window(images, sizes, resized, corner, spec.size, spec.interpolation)
 
     def _grid(self, part: slice) -> Tensor:
-        """Canvases of one size (n, 3, H, W), a view."""
-        shape = (len(self.heights), int(self.heights[0]), int(self.widths[0]), 3)
-        return self.pixels.view(shape)[part].permute(0, 3, 1, 2)
+        """Canvases of one size (n, 3, H, W), a view where they lie one after another."""
+        height, width = int(self.heights[0]), int(self.widths[0])
+        numbers = self.starts[part] // (height * width)
+        images = self.pixels.view(-1, height, width, 3).permute(0, 3, 1, 2)
+        if (np.diff(numbers) == 1).all():
+            return images[int(numbers[0]) : int(numbers[-1]) + 1]
+        return images[upload(numbers, self.device)]
 
     def _gather(self, part: slice, boxes: Sizes) -> Tensor:
         """Boxes (n, 4) of the canvases, each in the top left of (n, 3, tallest, widest)."""

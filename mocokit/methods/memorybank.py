@@ -1,0 +1,151 @@
+"""The memory bank: keys are vectors stored for every image when it was last seen.
+
+InstDisc (arXiv 1805.01978), and the improved bank that MoCo compares itself with (arXiv
+1911.05722, figure 2b).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mocokit.chance import Slot
+from mocokit.methods.contrast import Contrast
+from mocokit.methods.gradients import loss_in_pieces
+from mocokit.methods.losses import Loss, dots, nce
+from mocokit.methods.method import Draw, Method, Output, Views
+from mocokit.methods.parts import Bank
+from mocokit.methods.pieces import Encoding, GroupPlan
+from mocokit.methods.processes import gather, sum_over_processes, to_device
+from mocokit.methods.similarity import Negatives
+from mocokit.nets.heads import Encoder
+
+
+class Seen(NamedTuple):
+    """What the bank takes in after a step, of the whole batch."""
+
+    vectors: Tensor  # (B, C)
+    images: Tensor  # (B,) their numbers
+    constant: Tensor  # of NCE; in effect from the first step on
+
+
+class MemoryBank(Method):
+    """One view, one encoder: a query's key is its image's own entry of a bank of N vectors.
+
+    With `noise` the loss is InstDisc's NCE: for each image `negatives` entries drawn with
+    replacement, which may hold its own. Otherwise `loss` compares with `negatives` entries drawn
+    for the whole batch, or with all of the bank (None); an image's own entry is left out. Entries
+    move by `momentum` towards what was computed, after the scores.
+    """
+
+    views = 1
+    constant: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        loss: Loss,
+        images: int,
+        dim: int,
+        negatives: int | None,
+        momentum: float,
+        count_groups: Callable[[int], int],
+        noise: bool = False,
+        whole: bool = False,
+        micro_batch: int | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.bank = Bank(images, dim)
+        self.register_buffer("constant", torch.zeros(()))  # 0: not yet estimated
+        self.loss, self.noise, self.negatives, self.momentum = loss, noise, negatives, momentum
+        self.count_groups, self.whole = count_groups, whole
+        self.micro_batch, self.chunk = micro_batch, chunk
+
+    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
+        (view,) = views
+        plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
+        contrast = Contrast(self.loss, plan)
+        seen: list[Seen] = []
+
+        def loss_of(query: Tensor, _: slice) -> Tensor:
+            loss, constant = self.contrast(query, index, draw, contrast)
+            vectors = gather(query.detach(), plan.counts)
+            seen.append(Seen(vectors, gather(index, plan.counts), constant))
+            return loss
+
+        loss = loss_in_pieces(
+            Encoding([self.encoder], lambda rows: view[rows]),
+            plan.pieces(),
+            loss_of,
+            self.trained(),
+            together=True,
+            scale=self.loss_scale,
+        )
+        return Output(loss, contrast.metrics(), seen[0])
+
+    def update(self, keep: Seen, step: int, progress: float) -> None:
+        self.bank.blend(keep.images, keep.vectors, self.momentum)
+        self.constant.copy_(keep.constant)
+
+    def contrast(
+        self, query: Tensor, index: Tensor, draw: Draw, contrast: Contrast
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of this process's queries (n, C) against the bank as it is; NCE's constant."""
+        rows, size = self.bank.rows, len(self.bank.rows)
+        key = rows[index]
+        if not self.noise:
+            if self.negatives is None:
+                negatives = Negatives(rows, torch.arange(size, device=rows.device), self.chunk)
+            else:
+                drawn = self._draw(draw, self.negatives, rows.device)
+                negatives = Negatives(rows[drawn], drawn, self.chunk)
+            return contrast(query, key, negatives, index), self.constant
+        plan, count = contrast.plan, self.negatives or size
+        drawn = self._draw(draw, plan.images * count, rows.device).view(plan.images, count)
+        with torch.autocast(query.device.type, enabled=False):
+            others = torch.bmm(rows[drawn[plan.own]], query[:, :, None])[:, :, 0]  # (n, m)
+        positive = dots(query, key)
+        contrast.record(query, positive, others.detach().amax(1))
+        constant = self._constant(positive, others, plan)
+        weight = len(query) * plan.world / plan.images
+        loss = nce(positive, others, size, self.loss.temperature, constant) * weight
+        return loss, constant
+
+    def _draw(self, draw: Draw, count: int, device: torch.device) -> Tensor:
+        """Numbers of `count` images of the data, with replacement."""
+        numbers = (draw(Slot.BANK_NEGATIVES, count) * len(self.bank.rows)).astype(np.int64)
+        return to_device(numbers, device)
+
+    @torch.no_grad()
+    def _constant(self, positive: Tensor, others: Tensor, plan: GroupPlan) -> Tensor:
+        """NCE's Z, estimated once from the first batch: N times the mean of exp(s / t)."""
+        scores = torch.cat([positive[:, None], others], 1) / self.loss.temperature
+        total = sum_over_processes(scores.exp().sum())
+        estimate = total / (plan.images * scores.shape[1]) * len(self.bank.rows)
+        return torch.where(self.constant > 0, self.constant, estimate)
+
+    def health(self) -> dict[str, float]:
+        return {"bank_seen": min(float(self.bank.seen) / len(self.bank.rows), 1.0)}
+
+    @property
+    def chance_loss(self) -> float:
+        size = len(self.bank.rows)
+        count = self.negatives or size
+        if not self.noise:
+            return self.loss.by_chance(count if self.negatives else count - 1)
+        # All similarities equal: every probability is 1 / N, whatever the constant was.
+        level = torch.zeros(1, 1, dtype=torch.float64)
+        constant = torch.tensor(float(size), dtype=torch.float64)
+        return float(nce(level[0], level.expand(1, count), size, 1.0, constant))
+
+    @property
+    def expectation(self) -> str:
+        return (
+            f"the bank starts with random vectors: the loss stays near {self.chance_loss:.2f}, the "
+            "level of chance, in the first epoch, after which every image has an entry of its own."
+        )

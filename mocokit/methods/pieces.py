@@ -1,0 +1,119 @@
+"""Which images of a step a process holds, in which batch-norm groups, encoded piece by piece.
+
+A piece is a run of whole groups, so that pieces compute what the undivided step does.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mocokit.chance import Slot
+from mocokit.methods.method import Draw, Views, as_float
+from mocokit.methods.processes import gather, rank_and_world, to_device
+from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_of_groups
+
+
+class Piece(NamedTuple):
+    """Some of a process's images, and into how many batch-norm groups they are cut."""
+
+    rows: slice
+    groups: int
+
+
+class GroupPlan:
+    """Which images of a global batch this process holds, in how many groups and pieces.
+
+    `whole` is batch norm over the whole batch: then images are shared one by one, and a process's
+    part is a single group and piece.
+    """
+
+    def __init__(
+        self, images: int, groups: int, micro_batch: int | None, whole: bool = False
+    ) -> None:
+        rank, self.world = rank_and_world()
+        self.images, self.groups, self.whole = images, 1 if whole else groups, whole
+        sizes = group_sizes(images, images if whole else groups)
+        shares = [share_of_groups(len(sizes), r, self.world) for r in range(self.world)]
+        self.counts = [sum(sizes[share]) for share in shares]  # images of each process
+        start = sum(self.counts[:rank])
+        self.own = slice(start, start + self.counts[rank])
+        self._sizes = [self.counts[rank]] if whole else sizes[shares[rank]]
+        self._micro_batch = micro_batch
+
+    def pieces(self, views: int = 1) -> list[Piece]:
+        """Pieces of this process's images, or of several views of them one after another."""
+        if self._micro_batch is None:
+            images, groups = sum(self._sizes) * views, len(self._sizes) * views
+            return [Piece(slice(0, images), 1 if self.whole else groups)]
+        return _cut(self._sizes * views, self._micro_batch)
+
+    def key_order(self, draw: Draw, shuffle: bool) -> NDArray[np.int64]:
+        """The order (B,) in which key images are cut into groups: position i holds order[i].
+
+        Shuffled, so that a query and its key seldom share statistics (MoCo v1, section 3.3).
+        """
+        if shuffle and self.groups > 1:
+            return np.argsort(draw(Slot.KEY_SHUFFLE, self.images), kind="stable")
+        return np.arange(self.images)
+
+
+def taken(view: Views, order: NDArray[np.int64], plan: GroupPlan) -> Callable[[slice], Tensor]:
+    """Gives rows of this process's images where those of the whole batch are put in this order."""
+    if (order == np.arange(plan.images)).all():
+        return lambda rows: view[rows]
+    mine = order[plan.own]
+    if plan.world > 1:
+        view = gather(view[:], plan.counts)
+    if isinstance(view, Tensor):
+        images = view
+        return lambda rows: images[to_device(mine[rows], images.device)]
+    return lambda rows: view[mine[rows]]
+
+
+def _cut(sizes: list[int], micro_batch: int) -> list[Piece]:
+    """Runs of whole groups of at most `micro_batch` images, or of one group."""
+    pieces, start, held = [], 0, [0, 0]
+    for size in sizes:
+        if held[1] and held[0] + size > micro_batch:
+            pieces.append(Piece(slice(start, start + held[0]), held[1]))
+            start, held = start + held[0], [0, 0]
+        held = [held[0] + size, held[1] + 1]
+    return [*pieces, Piece(slice(start, start + held[0]), held[1])]
+
+
+class Encoding:
+    """Images to unit vectors, a piece at a time, through the modules of `network` in turn.
+
+    `take` gives the images of some rows, in the order in which they are cut into groups.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], take: Callable[[slice], Tensor]) -> None:
+        self.network, self.take = nn.ModuleList(parts), take
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """Unit vectors (n, C), float32 outside autocast."""
+        set_groups(self.network, piece.groups)
+        outputs = self.take(piece.rows)
+        for part in self.network:
+            outputs = part(outputs)
+        return normalise(outputs)
+
+    def all(self, pieces: Sequence[Piece]) -> Tensor:
+        """Unit vectors of all pieces; running statistics move as in one undivided forward."""
+        with moving_once(self.network, len(pieces)) as statistics:
+            vectors = []
+            for piece in pieces:
+                vectors.append(self(piece))
+                statistics.part(piece.groups)
+            return torch.cat(vectors)
+
+
+def normalise(projections: Tensor) -> Tensor:
+    """Unit vectors (N, C), in float32 outside autocast."""
+    with torch.autocast(projections.device.type, enabled=False):
+        return F.normalize(as_float(projections), dim=1)

@@ -1,0 +1,73 @@
+"""What crosses processes: rows gathered with and without gradient, numbers brought to a device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) on its own."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """Numbers of the host on the device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(numbers)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@torch.no_grad()
+def gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of all processes in their order, without gradient; process r holds counts[r].
+
+    (counts[rank], ...) -> (sum(counts), ...).
+    """
+    if len(counts) == 1:
+        return rows
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """As `gather`; the gradient of a row is the sum of what all processes make of it.
+
+    With each process's loss being its share of the whole, that is the gradient of the whole: the
+    sum that a loss over other processes' rows lacks when it is gathered without.
+    """
+    if len(counts) == 1:
+        return rows
+    gathered: Tensor = _Gather.apply(rows, counts)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, counts):  # type: ignore[no-untyped-def]
+        start = sum(counts[: dist.get_rank()])
+        ctx.own = slice(start, start + len(rows))
+        return gather(rows, counts)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.own], None
+
+
+@torch.no_grad()
+def sum_over_processes(number: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, without gradient."""
+    if rank_and_world()[1] == 1:
+        return number
+    total = number.clone()
+    dist.all_reduce(total)
+    return total

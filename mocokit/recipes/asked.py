@@ -1,0 +1,112 @@
+"""From a command's words to settings: which recipe or file, which data, what was stated."""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mocokit.config import Settings
+from mocokit.errors import UserError
+from mocokit.recipes import imagenet, mechanisms, small
+from mocokit.settings import load, replace, stated_in
+
+RECIPES: dict[str, Callable[[], Settings]] = {
+    function.__name__: function
+    for function in (
+        small.demo,
+        imagenet.mocov1,
+        imagenet.mocov2,
+        imagenet.mocov2_800,
+        imagenet.mocov2_symmetric,
+        imagenet.mocov2plus,
+        imagenet.ablation_a,
+        imagenet.ablation_b,
+        imagenet.ablation_c,
+        mechanisms.endtoend,
+        mechanisms.endtoend_4096,
+        mechanisms.endtoend_v1,
+        mechanisms.simclr,
+        mechanisms.simclr_256,
+        mechanisms.memorybank,
+        mechanisms.memorybank_softmax,
+        small.mocov2_cifar10,
+        small.mocov2_cifar10_symmetric,
+        small.endtoend_cifar10,
+        small.simclr_cifar10,
+        small.memorybank_cifar10,
+        small.memorybank_softmax_cifar10,
+    )
+}
+
+
+def by_name(name: str) -> Settings:
+    """The recipe of that name; raises UserError with the nearest known one."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(RECIPES)}"
+        raise UserError(f"there is neither a recipe nor a file or folder named {name!r}; {hint}")
+    return RECIPES[name]()
+
+
+def asked(
+    recipe: str | None, data: str | None, changes: Mapping[str, Any], needs_data: bool = True
+) -> tuple[Settings, frozenset[str]]:
+    """The settings of a command, and the dotted paths that its user stated.
+
+    `recipe` is a recipe's name or a .yaml file; else a path, which then is the data of mocov2.
+    Nothing at all is the embedded demo, the only recipe with data of its own. Raises UserError for
+    what does not exist.
+    """
+    if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
+        if data is None and _exists(recipe):
+            recipe, data = "mocov2", recipe
+        elif data is None and ("/" in recipe or "." in recipe):
+            raise UserError(f"there is no file or folder {recipe}; give an existing path of images")
+    stated = set(changes)
+    if recipe is not None and recipe.endswith((".yaml", ".yml")):
+        base = load(Path(recipe))
+        stated |= stated_in(Path(recipe))
+        # What a user states beside a file is what runs: the file's quoted batch is not theirs.
+        for value in ("optim.lr", "method.momentum"):
+            if value in changes and f"{value}_batch" not in changes:
+                stated.discard(f"{value}_batch")
+    else:
+        base = by_name(recipe or ("demo" if data is None else "mocov2"))
+    if data is not None:
+        changes = {**changes, "data.path": data}
+    settings = replace(base, changes)
+    path = settings.data.path
+    if path is not None and _exists(os.path.join(path, "config.yaml")):
+        raise UserError(
+            f"{path} is a run folder, not images; repeat its run with {path}/config.yaml, or go on "
+            f"with it by --out {path}"
+        )
+    if path is None and needs_data and settings.recipe != "demo":
+        raise UserError(
+            f"{settings.recipe} needs images: mocokit pretrain {settings.recipe} FOLDER; "
+            "`mocokit pretrain` alone is the demo"
+        )
+    if path is not None and not _exists(path):
+        raise UserError(f"there is no file or folder {path}; give an existing path of images")
+    if path is not None:  # a run must find them again from anywhere
+        settings = replace(settings, {"data.path": os.path.abspath(path)})
+    return settings, frozenset(stated)
+
+
+def _exists(path: str) -> bool:
+    """False too for what cannot be looked up: a name too long, a folder that is closed to us."""
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
+def merge(flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of settings by flags, where given, and by --set; raises UserError on a double."""
+    given = {path: value for path, value in flags.items() if value is not None}
+    for path in given.keys() & assignments.keys():
+        raise UserError(f"{path} is stated twice, by its flag and by --set; keep one")
+    if "recipe" in assignments:
+        raise UserError("recipe is a name, not a setting; give another recipe as first argument")
+    return {**given, **assignments}
