@@ -16,17 +16,16 @@ from torch import nn
 
 from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
-from mocokit.data.loader import Loader
 from mocokit.data.source import open_data
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
-from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
+from mocokit.engine.runtime import World, autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output, Views
 from mocokit.methods.processes import to_device
-from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups
+from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
 from mocokit.nets.heads import calibrate_head
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
@@ -96,7 +95,7 @@ def train(job: Job, stop: StopSignals) -> None:
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
     loader = build.build_loader(settings, job.splits.train, job.world, device, job.step)
     if job.step == 0 and settings.net.calibrate_head:
-        calibrate_on_first_group(job, loader)
+        calibrate_on_first_group(job)
     model = replicated(method, job)
     watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
     with report.recording(job) as record:
@@ -173,13 +172,14 @@ def replicated(method: nn.Module, job: Job) -> nn.Module:
     return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
 
 
-def calibrate_on_first_group(job: Job, loader: Loader) -> None:
-    """Scale the head's start on the first group of the first batch, which every world has alike."""
+def calibrate_on_first_group(job: Job) -> None:
+    """Scale the head's start on the first group of the first batch, whatever a process's share."""
     method = job.parts.method
     if job.world.writes:
-        views = make_batch_views(job, 0, loader.batch_at(0))[0]
+        everything = build.build_loader(job.settings, job.splits.train, World(), job.device, 0)
+        views = make_batch_views(job, 0, everything.batch_at(0))[0][:]
         first = group_sizes(job.images_of(0), job.effect.groups)[0]
-        with moving_once(method.encoder, 0):
+        with moving_once(method.encoder, 0), alone(method.encoder):
             set_groups(method.encoder, 1)
             calibrate_head(method.encoder, views[:first])
     if job.world.size > 1:

@@ -52,7 +52,7 @@ def _one_by_one(
     with moving_once(encoding.network, len(pieces)) as statistics:
         for piece in pieces:
             loss = loss_of(encoding(piece), piece.rows)
-            statistics.part(piece.groups)
+            statistics.part(len(piece.groups))
             gradients.add(loss * gradients.scale)
             losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -67,7 +67,7 @@ def _all_together(
         for piece, state in zip(pieces, chance, strict=True):
             state.remember()
             parts.append(encoding(piece))
-            statistics.part(piece.groups)
+            statistics.part(len(piece.groups))
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors, slice(0, len(vectors)))
     (wanted,) = torch.autograd.grad(loss * gradients.scale, [vectors])

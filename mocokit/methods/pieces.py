@@ -19,10 +19,10 @@ from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_o
 
 
 class Piece(NamedTuple):
-    """Some of a process's images, and into how many batch-norm groups they are cut."""
+    """Some of a process's images, and the sizes of the batch-norm groups that they are cut into."""
 
     rows: slice
-    groups: int
+    groups: tuple[int, ...]
 
 
 class GroupPlan:
@@ -47,10 +47,9 @@ class GroupPlan:
 
     def pieces(self, views: int = 1) -> list[Piece]:
         """Pieces of this process's images, or of several views of them one after another."""
-        if self._micro_batch is None:
-            images, groups = sum(self._sizes) * views, len(self._sizes) * views
-            return [Piece(slice(0, images), 1 if self.whole else groups)]
-        return _cut(self._sizes * views, self._micro_batch)
+        # With `whole` statistics, of all views together.
+        sizes = [sum(self._sizes) * views] if self.whole else self._sizes * views
+        return _cut(sizes, self._micro_batch or sum(sizes))
 
     def key_order(self, draw: Draw, shuffle: bool) -> NDArray[np.int64]:
         """The order (B,) in which key images are cut into groups: position i holds order[i].
@@ -77,13 +76,15 @@ def taken(view: Views, order: NDArray[np.int64], plan: GroupPlan) -> Callable[[s
 
 def _cut(sizes: list[int], micro_batch: int) -> list[Piece]:
     """Runs of whole groups of at most `micro_batch` images, or of one group."""
-    pieces, start, held = [], 0, [0, 0]
+    pieces: list[Piece] = []
+    start = 0
+    held: tuple[int, ...] = ()
     for size in sizes:
-        if held[1] and held[0] + size > micro_batch:
-            pieces.append(Piece(slice(start, start + held[0]), held[1]))
-            start, held = start + held[0], [0, 0]
-        held = [held[0] + size, held[1] + 1]
-    return [*pieces, Piece(slice(start, start + held[0]), held[1])]
+        if held and sum(held) + size > micro_batch:
+            pieces.append(Piece(slice(start, start + sum(held)), held))
+            start, held = start + sum(held), ()
+        held = (*held, size)
+    return [*pieces, Piece(slice(start, start + sum(held)), held)]
 
 
 class Encoding:
@@ -109,7 +110,7 @@ class Encoding:
             vectors = []
             for piece in pieces:
                 vectors.append(self(piece))
-                statistics.part(piece.groups)
+                statistics.part(len(piece.groups))
             return torch.cat(vectors)
 
 

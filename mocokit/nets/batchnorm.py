@@ -55,7 +55,8 @@ class _GroupedBatchNorm(nn.Module):
             eps,
             momentum,
         )
-        self.groups: int | None = None  # of the next batches; None follows from group_size
+        # Of the next batches: how many, or their sizes; None follows from group_size.
+        self.groups: int | tuple[int, ...] | None = None
         self.whole = False  # one batch over all processes, instead of groups
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -70,6 +71,7 @@ class _GroupedBatchNorm(nn.Module):
                 inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         groups = self.groups or max(1, round(len(inputs) / self.group_size))
+        sizes = group_sizes(len(inputs), groups) if isinstance(groups, int) else [*groups]
         self.num_batches_tracked += 1
         momentum = self.momentum
         if momentum is None:  # a plain average over batches, as torch's batch norm does
@@ -77,17 +79,15 @@ class _GroupedBatchNorm(nn.Module):
         if self.whole and dist.is_initialized() and dist.get_world_size() > 1:
             return self._synchronised(inputs, momentum)
         # Each group moves its own copy of the running statistics; their mean is kept.
-        means = self.running_mean.repeat(groups, 1)
-        variances = self.running_var.repeat(groups, 1)
+        means = self.running_mean.repeat(len(sizes), 1)
+        variances = self.running_var.repeat(len(sizes), 1)
         outputs = [
             F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
-            for part, mean, var in zip(
-                torch.split(inputs, group_sizes(len(inputs), groups)), means, variances, strict=True
-            )
+            for part, mean, var in zip(torch.split(inputs, sizes), means, variances, strict=True)
         ]
         self.running_mean.copy_(means.mean(0))
         self.running_var.copy_(variances.mean(0))
-        return outputs[0] if groups == 1 else torch.cat(outputs)
+        return outputs[0] if len(sizes) == 1 else torch.cat(outputs)
 
     def _synchronised(self, inputs: Tensor, momentum: float) -> Tensor:
         """Batch norm whose statistics are those of all processes' inputs together.
@@ -196,10 +196,24 @@ def use_whole(module: nn.Module) -> None:
         layer.whole, layer.group_size = True, sys.maxsize
 
 
-def set_groups(module: nn.Module, groups: int | None) -> None:
-    """Say into how many groups the next batches are to be cut; None follows from group_size."""
+def set_groups(module: nn.Module, groups: int | tuple[int, ...] | None) -> None:
+    """Say into how many groups the next batches are to be cut, or of which sizes.
+
+    None follows from group_size.
+    """
     for layer in _layers(module):
         layer.groups = groups
+
+
+@contextmanager
+def alone(module: nn.Module) -> Iterator[None]:
+    """Let one process run forwards by itself: its statistics wait for no other's."""
+    layers = [layer for layer in _layers(module) if layer.whole]
+    for layer in layers:
+        layer.whole = False
+    yield
+    for layer in layers:
+        layer.whole = True
 
 
 @contextmanager

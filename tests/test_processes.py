@@ -1,0 +1,77 @@
+"""A gather with gradient between two real processes, against one process that holds all rows."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_world import free_port
+from torch.nn import functional as F
+
+from mocokit.methods.losses import InfoNCE, nt_xent
+from mocokit.methods.processes import gather_with_gradient, sum_over_processes
+from mocokit.methods.similarity import Negatives
+
+COUNTS = [3, 2]
+
+
+def projections():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, sum(COUNTS), 4, generator=generator, dtype=torch.float64)
+
+
+def share_of_nt_xent(rank):
+    """The gradient of a process's own rows by NT-Xent over the views of both processes."""
+    start = sum(COUNTS[:rank])
+    own = slice(start, start + COUNTS[rank])
+    mine = projections()[:, own].clone().requires_grad_()
+    a, b = F.normalize(mine, dim=2)
+    rows = torch.cat([gather_with_gradient(view, COUNTS) for view in (a, b)])
+    images = torch.arange(sum(COUNTS))
+    negatives = Negatives(rows, images.repeat(2))
+    queries, partners = torch.cat([a, b]), torch.cat([b, a])
+    sums, _, number = negatives.compare(queries, [0.3], images[own].repeat(2))
+    mean = InfoNCE(0.3)((queries * partners).sum(1), sums, number)
+    (mean * len(queries) / (2 * sum(COUNTS))).backward()  # this process's part of the mean
+    return mine.grad
+
+
+def test_invariant_11_a_differentiable_gather_gives_the_gradient_of_one_process(tmp_path):
+    import subprocess
+
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env=os.environ | address | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    together = torch.cat([torch.tensor(one["gradient"], dtype=torch.float64) for one in found], 1)
+    whole = projections().requires_grad_()
+    nt_xent(*F.normalize(whole, dim=2), 0.3).backward()
+    torch.testing.assert_close(together, whole.grad, atol=1e-12, rtol=1e-12)
+    assert [one["sum"] for one in found] == [3.0, 3.0]
+
+
+def test_alone_a_sum_is_itself():
+    assert sum_over_processes(torch.tensor(2.0)) == pytest.approx(2.0)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    answer = {
+        "gradient": share_of_nt_xent(rank).tolist(),
+        "sum": float(sum_over_processes(torch.tensor(1.0 + rank))),
+    }
+    with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
+        json.dump(answer, file)
+    dist.destroy_process_group()

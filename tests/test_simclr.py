@@ -1,0 +1,155 @@
+"""End-to-end contrast against transcriptions of SimCLR and of MoCo's end-to-end mechanism."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from nets import small_encoder
+from reference import reference_endtoend, reference_simclr
+
+from mocokit.chance import Slot
+from mocokit.methods.losses import LOSSES
+from mocokit.methods.method import Draw
+from mocokit.methods.simclr import SimCLR
+from mocokit.nets.batchnorm import use_whole
+
+BATCH, GROUPS, T = 12, 3, 0.3
+
+
+def build(encoder, loss="info_nce", whole=False, **options):
+    method = SimCLR(
+        encoder, loss=LOSSES[loss](T), count_groups=lambda n: 1 if whole else GROUPS,
+        batch_size=BATCH, whole=whole, **options,
+    )  # fmt: skip
+    if whole:
+        use_whole(method)
+    return method.double()
+
+
+def batch(step=0, images=BATCH):
+    generator = torch.Generator().manual_seed(step)
+    views = torch.randn(2, images, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return views, Draw(0, step, images)
+
+
+def gradients(module):
+    return [p.grad.clone() for p in module.parameters()]
+
+
+def step(method, views, draw):
+    method.zero_grad()
+    output = method(tuple(views), torch.arange(len(views[0])), draw)
+    output.loss.backward()
+    return output, gradients(method.encoder)
+
+
+def same(a, b, tolerance=1e-10):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=tolerance, rtol=0)
+
+
+def test_simclr_is_algorithm_1_with_one_batch_of_2n_views():
+    plain, grouped = small_encoder()
+    plain, method = plain.double(), build(grouped, whole=True)
+    for number in range(3):
+        views, draw = batch(number)
+        output, ours = step(method, views, draw)
+        plain.zero_grad()
+        loss = reference_simclr(plain, *views, T)
+        loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-12)
+        same(ours, gradients(plain))
+    same(plain.buffers(), method.encoder.buffers())  # running statistics too
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_endtoend_is_mocos_in_shuffled_groups(symmetric):
+    plain, grouped = small_encoder()
+    plain, method = plain.double(), build(grouped, symmetric=symmetric)
+    for number in range(3):
+        views, draw = batch(number)
+        order = torch.from_numpy(np.argsort(draw(Slot.KEY_SHUFFLE, BATCH), kind="stable"))
+        output, ours = step(method, views, draw)
+        plain.zero_grad()
+        loss = reference_endtoend(plain, *views, order, T, GROUPS, symmetric)
+        loss.backward()
+        assert float(output.loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-12)
+        same(ours, gradients(plain))
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "dcl", "dclw", "align_uniform", "dual_temperature"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 4, 9])
+def test_pieces_equal_the_undivided_step(micro_batch, symmetric, loss):
+    """GradCache: gradients, loss and metrics; running statistics move once."""
+    _, encoder = small_encoder()
+    views, draw = batch(images=11)  # uneven groups
+    whole = build(copy.deepcopy(encoder), loss, symmetric=symmetric)
+    pieces = build(copy.deepcopy(encoder), loss, symmetric=symmetric, micro_batch=micro_batch)
+    (a, ours), (b, theirs) = step(whole, views, draw), step(pieces, views, draw)
+    torch.testing.assert_close(a.loss, b.loss, atol=1e-12, rtol=0)
+    same(ours, theirs)
+    same(whole.buffers(), pieces.buffers(), 1e-12)
+    for name in a.metrics:
+        torch.testing.assert_close(a.metrics[name], b.metrics[name])
+
+
+def test_pieces_in_float32_are_right_to_1e_5():
+    _, encoder = small_encoder()
+    views, draw = batch()
+    whole = build(copy.deepcopy(encoder)).float()
+    pieces = build(copy.deepcopy(encoder), micro_batch=4).float()
+    (_, ours), (_, theirs) = step(whole, views.float(), draw), step(pieces, views.float(), draw)
+    for x, y in zip(ours, theirs, strict=True):
+        assert float((x - y).norm()) <= 1e-5 * float(x.norm()) + 1e-8
+
+
+def test_dropout_is_the_same_in_both_passes():
+    """Otherwise the cached gradients belong to other vectors than those they are handed to."""
+    _, encoder = small_encoder(batch_norm=False)
+    encoder.head.append(torch.nn.Dropout(0.5))
+    views, draw = batch()
+    pieces = build(copy.deepcopy(encoder), micro_batch=4)
+    torch.manual_seed(7)
+    output, ours = step(pieces, views, draw)
+    torch.manual_seed(7)
+    net, vectors = copy.deepcopy(encoder).double(), []
+    order = np.argsort(draw(Slot.KEY_SHUFFLE, BATCH), kind="stable")
+    for view in (views[0], views[1][order]):
+        vectors += [net(part) for part in view.split(4)]
+    z = torch.nn.functional.normalize(torch.cat(vectors), dim=1)
+    z = torch.cat([z[:BATCH], z[BATCH:][np.argsort(order)]])
+    logits = (z @ z.T / T).masked_fill(torch.eye(len(z), dtype=torch.bool), float("-inf"))
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(len(z)).roll(BATCH))
+    loss.backward()
+    assert float(output.loss.detach()) == pytest.approx(float(loss.detach()), abs=1e-12)
+    same(ours, gradients(net))
+
+
+def test_negatives_in_chunks_change_nothing():
+    _, encoder = small_encoder()
+    views, draw = batch()
+    a, b = (build(copy.deepcopy(encoder), chunk=chunk) for chunk in (None, 5))
+    same(step(a, views, draw)[1], step(b, views, draw)[1])
+
+
+def test_nothing_follows_a_step():
+    _, encoder = small_encoder()
+    method = build(encoder)
+    views, draw = batch()
+    before = {name: t.clone() for name, t in method.state_dict().items() if "running" not in name}
+    method.update(step(method, views, draw)[0].keep, 0, 0.1)
+    for name, tensor in before.items():
+        if "num_batches" not in name:
+            assert torch.equal(method.state_dict()[name], tensor), name
+
+
+def test_the_loss_starts_near_chance():
+    _, encoder = small_encoder()
+    method = build(encoder)
+    assert method.negatives == 2 * (BATCH - 1)
+    assert build(encoder, symmetric=False).negatives == BATCH - 1
+    views, draw = batch()
+    loss = float(method(tuple(views), torch.arange(BATCH), draw).loss.detach())
+    assert loss == pytest.approx(method.chance_loss, abs=1.0)
