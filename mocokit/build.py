@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mocokit.chance import Slot
 from mocokit.config import Settings
@@ -131,7 +133,12 @@ def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> P
 
 
 def build_loader(
-    settings: Settings, source: Source, world: World, device: torch.device, start_step: int
+    settings: Settings,
+    source: Source,
+    world: World,
+    device: torch.device,
+    start_step: int,
+    known_bad: Callable[[int], NDArray[np.int64]],
 ) -> Loader:
     """This process's share of every global batch, from `start_step` on: whole groups of images."""
     groups_of = partial(count_groups, settings)
@@ -163,6 +170,7 @@ def build_loader(
         workers=count_workers(settings, device),
         share=share,
         start_step=start_step,
+        known_bad=known_bad,
         pin=device.type == "cuda",
     )
 

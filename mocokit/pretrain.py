@@ -92,7 +92,9 @@ def train(job: Job, stop: StopSignals) -> None:
     settings, parts, device = job.settings, job.parts, job.device
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
-    loader = build.build_loader(settings, job.splits.train, job.world, device, job.step)
+    loader = build.build_loader(
+        settings, job.splits.train, job.world, device, job.step, job.bad.known
+    )
     if job.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(job, loader)
     model = replicated(method, job)

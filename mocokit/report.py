@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mocokit import build, settings as settings_
 from mocokit.data.batch import Batch
-from mocokit.engine.record import BadImages, Meter, Metrics, Progress
+from mocokit.engine.record import Meter, Metrics, Progress
 from mocokit.engine.runtime import peak_memory
 from mocokit.export import write_backbone
 from mocokit.job import Job
@@ -59,15 +59,10 @@ class Recording:
 
     def __init__(self, job: Job) -> None:
         self.job, self.meter = job, Meter()
-        folder, settings, writes = job.folder, job.settings, job.world.writes
-        self.metrics = Metrics(folder.metrics, job.step) if writes else None
+        self.metrics = Metrics(job.folder.metrics, job.step) if job.world.writes else None
         effect, console = job.effect, job.speaker.console
         self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
-        self.bad = BadImages(
-            folder.bad_images, len(job.splits.train), settings.data.bad_share, writes
-        )
         self._wait = 0.0
-        self._bad: tuple[tuple[int, str, str], ...] = ()
         self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -90,14 +85,9 @@ class Recording:
     ) -> None:
         """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
         self.meter.step(images, self._wait)
-        self._bad += bad
-        if self.job.world.size > 1 and norm is not None:
-            found: list[Any] = [None] * self.job.world.size
-            dist.all_gather_object(found, self._bad)
-            self._bad = tuple(one for part in found for one in part)
-        if self.job.world.size == 1 or norm is not None:
-            self.bad.note(self._bad)
-            self._bad = ()
+        self.job.bad.note(bad, self.job.step - 1)
+        if norm is not None or self.job.step % self.job.effect.steps_per_epoch == 0:
+            self.job.bad.share()
         if norm is None:
             return
         line = self._line(output, norm)
@@ -138,7 +128,7 @@ class Recording:
             "lr": job.parts.optimizer.param_groups[0]["lr"],
             **self.meter.read(),
             "peak_memory_gib": peak_memory(job.device),
-            "bad_images": self.bad.count,
+            "bad_images": job.bad.count,
         }
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     {"sizes"},
     {"settings"},
     {"config"},
+    {"places"},
     {"errors", "chance"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked

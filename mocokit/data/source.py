@@ -1,74 +1,115 @@
-"""Where images come from: everything a run asks of a data set, and the way from a path to one."""
+"""The way from a text that names images to the images."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mocokit import places
 from mocokit.data.arrays import ArraySource, open_arrays
-from mocokit.data.folder import FolderSource, open_folder
-from mocokit.data.index import Index, load_index
+from mocokit.data.folder import FolderSource, NoImages, open_folder
+from mocokit.data.index import Index, load_index, save_index
+from mocokit.data.listing import ENDINGS as LISTS, open_listing
 from mocokit.data.names import short_name, show
+from mocokit.data.protocol import Source, Splits
+from mocokit.data.several import RenumberedSource, SeveralSource, renumbered
+from mocokit.data.shards import ShardSource, is_tar, open_shards, open_shards_below
 from mocokit.errors import UserError
 
-__all__ = ["ArraySource", "FolderSource", "Index", "Source", "Splits", "load_index", "open_data"]
+__all__ = [
+    "ArraySource",
+    "FolderSource",
+    "Index",
+    "RenumberedSource",
+    "SeveralSource",
+    "ShardSource",
+    "Source",
+    "Splits",
+    "load_index",
+    "open_data",
+    "renumbered",
+    "save_index",
+]
+
+Labels = Literal["auto", "folders", "none"]
 
 
-class Source(Protocol):
-    """Images with stable numbers 0 .. len - 1.
+def open_data(path: str | Path | None, labels: Labels = "auto") -> Splits:
+    """The images at a place, or at several; None is the embedded demo set.
 
-    `name` is short and fits into a folder's name; the same content has the same `fingerprint`.
+    A place is a folder, archives, a list, arrays, a pack, or the name of a known set.
     """
-
-    name: str
-    labels: NDArray[np.int64] | None
-    classes: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image; raises BadImage."""
-        ...
-
-    def describe(self, index: int) -> str:
-        """What a person calls the image: one printable line."""
-        ...
-
-    def save_index(self, path: str | Path) -> None:
-        """Write what tells these images from others, for `load_index`."""
-        ...
-
-
-class Splits(NamedTuple):
-    """Images to train on, and others to validate on."""
-
-    train: Source
-    validation: Source | None
-
-
-def open_data(
-    path: str | Path | None, labels: Literal["auto", "folders", "none"] = "auto"
-) -> Splits:
-    """The images at a path: a folder, a .npz or a .npy; None is the embedded demo set."""
     if path is None:
         return _open_demo(labels)
-    place = Path(path).expanduser()
-    try:
-        place.stat()
-    except OSError as error:
-        why = f"there are no images at {show(place)} ({error.strerror})"
-        raise UserError(f"{why}: check data.path") from error
+    found = places.split(str(path))
+    if not found:
+        raise UserError(f"there are no images at {show(path)}: the pattern matches no file")
+    opened = list(_open_each(found, labels))
+    if len(opened) == 1:
+        return opened[0]
+    train = SeveralSource([one.train for one in opened])
+    held = [one.validation for one in opened if one.validation is not None]
+    if not held:
+        return Splits(train, None)
+    validation = SeveralSource(held)
+    if train.labels is not None and validation.labels is not None:
+        validation.relabel(train.classes)
+    else:
+        validation.labels, validation.classes = None, ()
+    return Splits(train, validation)
+
+
+def _open_each(found: list[str], labels: Labels) -> Iterator[Splits]:
+    """Neighbouring archives are one source."""
+    for tar, group in groupby(found, lambda place: is_tar(place) and not Path(place).is_dir()):
+        if tar:
+            yield Splits(*open_shards([_existing(place) for place in group], labels))
+        else:
+            yield from (_open_one(place, labels) for place in group)
+
+
+def _open_one(text: str, labels: Labels) -> Splits:
+    if places.is_elsewhere(text):
+        return _open_elsewhere(text, labels)
+    place = _existing(text)
     if place.is_dir():
-        return Splits(*open_folder(place, labels))
-    if place.suffix.lower() in (".npz", ".npy"):
+        return _open_folder(place, labels)
+    ending = place.suffix.lower()
+    if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))
-    remedy = "give a folder of images, an .npz or an .npy (unpack an archive first)"
+    if ending in LISTS:
+        return Splits(open_listing(place, labels), None)
+    if ending in (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+        remedy = "unpack it, or make it a plain .tar"
+        raise UserError(f"{show(place)} is compressed, so it cannot be read at random: {remedy}")
+    remedy = "give a folder of images, .tar archives, a .txt that lists them, an .npz or an .npy"
     raise UserError(f"{show(place)} is a file of another kind: {remedy}")
 
 
-def _open_demo(labels: Literal["auto", "folders", "none"]) -> Splits:
+def _open_folder(place: Path, labels: Labels) -> Splits:
+    try:
+        return Splits(*open_folder(place, labels))
+    except NoImages:
+        if shards := open_shards_below(place, labels):
+            return Splits(*shards)
+        raise
+
+
+def _existing(text: str) -> Path:
+    place = Path(text).expanduser()
+    try:
+        place.stat()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"there are no images at {show(place)} ({why}): check data.path") from error
+    return place
+
+
+def _open_elsewhere(text: str, labels: Labels) -> Splits:
+    raise UserError(f"{text} is not there yet")
+
+
+def _open_demo(labels: Labels) -> Splits:
     from mocokit.data.patterns import demo
 
     if labels == "folders":

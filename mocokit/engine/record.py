@@ -14,8 +14,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mocokit.errors import UserError
-
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
 
 
@@ -144,35 +142,3 @@ def clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class BadImages:
-    """bad_images.txt: each unreadable image once, with the reason; too many end the run."""
-
-    def __init__(self, path: Path, images: int, share: float, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
-        self.limit = max(10, int(share * images))
-        self._seen: set[str] = set()
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            self._seen = {line.split("\t", 1)[0] for line in lines}
-
-    @property
-    def count(self) -> int:
-        return len(self._seen)
-
-    def note(self, bad: tuple[tuple[int, str, str], ...]) -> None:
-        """Record (number, name, reason) of images; raises UserError past the limit."""
-        for number, name, reason in bad:
-            if str(number) in self._seen:
-                continue
-            self._seen.add(str(number))
-            if self._writes:
-                line = f"{number}\t{name!r}\t{reason}\n"
-                with open(self._path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(line)
-            if self.count > self.limit:
-                raise UserError(
-                    f"{self.count} images cannot be read, more than the limit of {self.limit}; "
-                    f"{self._path} names them; raise the limit with --set data.bad_share=0.1"
-                )
