@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports only from rows below its own, or from its own room.
 LAYERS = [
     {"cli"},
-    {"check"},
+    {"check", "pack"},
     {"pretrain"},
     {"report"},
     {"job", "export"},

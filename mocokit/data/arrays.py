@@ -55,9 +55,8 @@ class ArraySource:
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
-    def content(self, index: int) -> bytes:
-        """The pixels as bytes."""
-        return self.read(index).tobytes()
+    def content(self, index: int) -> None:
+        """Arrays hold bare pixels."""
 
     def index(self) -> Index:
         return Index("array", self.name, len(self), self.fingerprint)

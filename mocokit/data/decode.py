@@ -77,12 +77,33 @@ def _pixels(image: Image.Image, bound: int | None) -> NDArray[np.uint8]:
         image.draft(None, (bound, bound))
     image.load()
     turn = _TURNS.get(_orientation(image))
-    shown = _rgb(image)
-    if bound is not None and (factor := min(shown.size) // bound) > 1:
-        shown = shown.reduce(factor)
+    shown = _reduced(_rgb(image), bound)
     if turn is not None:
         shown = shown.transpose(turn)
     return np.array(shown)
+
+
+def bounded(pixels: NDArray[np.uint8], bound: int | None) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3), reduced as those of a file are."""
+    if bound is None or min(pixels.shape[:2]) // bound < 2:
+        return pixels.copy()
+    return np.array(_reduced(Image.fromarray(pixels), bound))
+
+
+def _reduced(image: Image.Image, bound: int | None) -> Image.Image:
+    factor = 1 if bound is None else min(image.size) // bound
+    return image.reduce(factor) if factor > 1 else image
+
+
+def look_at(content: bytes) -> tuple[str, int, int]:
+    """Format, height and width of an encoded image, by its head; raises BadImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                return image.format or "?", image.height, image.width
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -27,8 +27,8 @@ class Source(Protocol):
         """The pixels (H, W, 3) of an image; raises BadImage."""
         ...
 
-    def content(self, index: int) -> bytes:
-        """An image as it is stored: an encoded file, or bare pixels; raises BadImage."""
+    def content(self, index: int) -> bytes | None:
+        """An image as an encoded file; None where bare pixels are stored. Raises BadImage."""
         ...
 
     def describe(self, index: int) -> str:

@@ -57,7 +57,7 @@ class SeveralSource:
         part, own = self._place(index)
         return part.read(own, bound)
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes | None:
         part, own = self._place(index)
         return part.content(own)
 
@@ -114,7 +114,7 @@ class RenumberedSource:
         """The pixels (H, W, 3) of an image."""
         return self.source.read(self._today(index), bound)
 
-    def content(self, index: int) -> bytes:
+    def content(self, index: int) -> bytes | None:
         return self.source.content(self._today(index))
 
     def _today(self, index: int) -> int:

@@ -11,6 +11,8 @@ from mocokit.data.folder import FolderSource, NoImages, open_folder
 from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.listing import ENDINGS as LISTS, open_listing
 from mocokit.data.names import short_name, show
+from mocokit.data.pack import is_pack
+from mocokit.data.packed import PackedSource, open_pack
 from mocokit.data.protocol import Source, Splits
 from mocokit.data.several import RenumberedSource, SeveralSource, renumbered
 from mocokit.data.shards import ShardSource, is_tar, open_shards, open_shards_below
@@ -20,6 +22,7 @@ __all__ = [
     "ArraySource",
     "FolderSource",
     "Index",
+    "PackedSource",
     "RenumberedSource",
     "SeveralSource",
     "ShardSource",
@@ -77,6 +80,8 @@ def _open_one(text: str, labels: Labels) -> Splits:
     ending = place.suffix.lower()
     if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))
+    if is_pack(place):
+        return Splits(*open_pack(place, labels))
     if ending in LISTS:
         return Splits(open_listing(place, labels), None)
     if ending in (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"):

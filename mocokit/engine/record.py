@@ -5,12 +5,20 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bar,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -135,6 +143,29 @@ class Speaker:
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
+
+    @contextmanager
+    def counting(self, done: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar: call what it gives with the number of things done since the last call.
+
+        Elsewhere than on a terminal, a line every ten seconds.
+        """
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            with Bar(*columns, TimeRemainingColumn(), console=self.console) as bar:
+                task = bar.add_task(done, total=total)
+                yield lambda count: bar.advance(task, count)
+            return
+        said, count = time.monotonic(), 0
+
+        def advance(new: int) -> None:
+            nonlocal said, count
+            count += new
+            if time.monotonic() - said >= PLAIN_SECONDS:
+                said = time.monotonic()
+                self.say(f"{done} {count:,} of {total:,}")
+
+        yield advance
 
 
 def clock(seconds: float) -> str:
