@@ -38,7 +38,7 @@ def check(
     """
     speaker, path = Speaker(), Path(out)
     asked, stated = recipes.asked(recipe, None if data is None else str(data), settings or {})
-    splits = open_data(asked.data.path, asked.data.labels)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
     for note in splits.train.notes:
         speaker.say(f"note: {note}", "yellow")
     spec = build.view_spec(asked)
@@ -56,7 +56,11 @@ def check(
             names = _named(splits.validation, leaked)
             text = f"{len(leaked):,} validation images are among the training images too: {names}"
             speaker.say(text, "yellow")
-    for notice in sizes.fit(asked, len(splits.train), stated)[1]:
+    try:
+        notices = sizes.fit(asked, len(splits.train), stated)[1]
+    except UserError as error:  # too few to train on, not to look at
+        notices = [str(error)]
+    for notice in notices:
         speaker.say(f"note: {notice}", "yellow")
     canvases, _ = look(splits.train, images, bound)
     try:

@@ -134,7 +134,7 @@ def _show(asked: Settings, stated: frozenset[str]) -> None:
     settled, effect = asked, None
     notices: list[str] = []
     if asked.data.path is not None or asked.recipe == "demo":
-        images = len(open_data(asked.data.path, asked.data.labels).train)
+        images = len(open_data(asked.data.path, asked.data.labels, asked.data.root).train)
         settled, notices = sizes.fit(asked, images, stated)
         effect = sizes.in_effect(settled, images)
     settled = build.settle(settled, choose_device(asked.engine.device), None)

@@ -28,15 +28,14 @@ def pack(
     pixels are stored, which need the most room and no decoding. An attempt that was broken off is
     gone on with.
     """
-    target = Path(file)
+    speaker, target = Speaker(), Path(file)
     asked, _ = recipes.asked(recipe, str(data), settings or {})
     if target.exists():
         raise UserError(f"{show(target)} is there already: choose another file, or delete it")
     if not target.resolve().parent.is_dir():
         raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")
-    splits = open_data(asked.data.path, asked.data.labels)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
     bound = canvas_bound(build.view_spec(asked))
-    speaker = Speaker()
     for note in splits.train.notes:
         speaker.say(f"note: {note}", "yellow")
     count = sum(len(source) for source in splits if source is not None)

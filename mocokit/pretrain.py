@@ -20,6 +20,7 @@ from mocokit.data.loader import Loader
 from mocokit.data.source import open_data
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
+from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
@@ -66,7 +67,7 @@ def pretrain(
     }
     changes = recipes.merge(flags, settings or {})
     asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
-    splits = open_data(asked.data.path, asked.data.labels)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, Speaker().counting)
     with joined_world(asked.engine.device) as world, StopSignals() as stop:
         job = open_job(asked, stated, splits, out, resume, world)
         result = on_first(world, job.folder.result)

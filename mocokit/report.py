@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from mocokit import build, settings as settings_
 from mocokit.data.batch import Batch
+from mocokit.data.pack import is_pack
 from mocokit.engine.record import Meter, Metrics, Progress
-from mocokit.engine.runtime import peak_memory
+from mocokit.engine.runtime import default_threads, peak_memory
 from mocokit.export import write_backbone
 from mocokit.job import Job
 from mocokit.methods.method import Output
@@ -54,6 +56,10 @@ def start(job: Job) -> None:
         job.folder.readme.write_text(_readme(job, {}), encoding="utf-8")
 
 
+WAIT_LIMIT = 0.1  # share of the time spent waiting for images that calls for advice
+WAITS = 5  # records over which it is taken
+
+
 class Recording:
     """Writes the health line of recorded steps, and keeps the progress line up to date."""
 
@@ -63,6 +69,8 @@ class Recording:
         effect, console = job.effect, job.speaker.console
         self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
         self._wait = 0.0
+        self._waits: list[float] = []  # shares of time, of the last records
+        self._advised = False
         self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -94,6 +102,28 @@ class Recording:
         if self.metrics:
             self.metrics.write(line)
         self.progress.show(self.job.step, line)
+        self._advise(line["data_wait"])
+
+    def _advise(self, share: float) -> None:
+        """Once, what to do if the device waits for images; the first records have the start in."""
+        self._waits.append(share)
+        latest = self._waits[2:][-WAITS:]
+        if self._advised or len(latest) < WAITS or sum(latest) / WAITS <= WAIT_LIMIT:
+            return
+        self._advised = True
+        settings = self.job.settings
+        workers, cores = build.count_workers(settings, self.job.device), default_threads()
+        more = f"--set data.workers={min(2 * max(workers, 1), cores)}"
+        remedies = [f"{more} (now {workers}) would read more at once"] if workers < cores else []
+        if settings.data.path is not None and not is_pack(Path(settings.data.path)):
+            remedies.append(
+                f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
+            )
+        self.job.speaker.say(
+            f"note: {sum(latest) / WAITS:.0%} of the time went into waiting for images; "
+            + ("; ".join(remedies) or "more cores or a faster disk would help"),
+            "yellow",
+        )
 
     def scores(self, scores: dict[str, float]) -> None:
         """The monitor's scores, at an epoch's end."""

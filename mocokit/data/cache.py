@@ -11,8 +11,8 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +96,19 @@ def cache_folder() -> Path:
         home = Path("/nonexistent")
     caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
     return home / caches / "mocokit"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process makes what is to be at a path, the others wait for it."""
+    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not on Windows, where the lock is left out
+            pass
+        yield
 
 
 def _recall(path: Path, key: str) -> Listing | None:

@@ -70,12 +70,12 @@ def unpack_head(content: bytes | memoryview) -> Head:
 def write_pack(
     splits: Splits,
     target: Path,
-    bound: int,
+    bound: int | None,
     raw: bool,
     threads: int,
     advance: Callable[[int], None],
 ) -> Packed:
-    """Pack training and validation images, in this order.
+    """Pack training and validation images, in this order; without a bound, the files as they are.
 
     `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError.
     """
@@ -111,9 +111,11 @@ def write_pack(
     return Packed(bad, shrunk, os.stat(target).st_size)
 
 
-def _record(source: Source, number: int, bound: int, raw: bool) -> tuple[Head, bytes]:
+def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[Head, bytes]:
     try:
         content = source.content(number)
+        if bound is None and not raw and content is not None:
+            return Head(FILE, 0, 0, len(content), zlib.crc32(content)), content
         pixels = source.read(number, bound)
         height, width = pixels.shape[:2]
         if raw or content is None:

@@ -26,7 +26,7 @@ class PackedSource:
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int, raw: bool
+        self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int | None, raw: bool
     ) -> None:
         self.path, self.offsets, self.bound = path, offsets, bound
         self.name, self.labels, self.classes = known.name, known.labels, known.classes

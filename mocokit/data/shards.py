@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from mocokit.data.folder import VALIDATION, Labels, digest_names, find_splits, f
 from mocokit.data.index import Arrays, Index
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.tars import Member, members_of, splits_inside
-from mocokit.data.walk import Endings, has_ending, walk
+from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
 
 TARS: Endings = frozenset([b"tar"])
@@ -91,8 +90,7 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
     """
     places = [path.resolve() for path in paths]
     key = "shards 1 " + " ".join([labels, *map(str, places)])
-    split = [_SPLIT.search(path.name) for path in places]
-    words = [match[1].lower() if match else "" for match in split]
+    words = [split_word(path.name) for path in places]
     held: list[Path] = []
     train = places
     if "train" in words:
@@ -100,6 +98,12 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
         beside = next((word for word in VALIDATION if word in words), None)
         held = [path for path, word in zip(places, words, strict=True) if word == beside]
     return _sources(listed(key, lambda watch: _look(train, held, labels, watch)))
+
+
+def split_word(name: str) -> str:
+    """train, val, test, ... where a file's name says so, as in `set-train-0001.tar`; or nothing."""
+    match = _SPLIT.search(name)
+    return match[1].lower() if match else ""
 
 
 def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSource | None] | None:
@@ -192,7 +196,3 @@ def _part(
 
 def _extra(archives: Names, places: NDArray[np.int64]) -> Arrays:
     return {"archives": archives.text, "archive_ends": archives.ends, "places": places}
-
-
-def is_tar(path: Any) -> bool:
-    return has_ending(os.fsencode(path), TARS)

@@ -10,12 +10,14 @@ from mocokit.data.arrays import ArraySource, open_arrays
 from mocokit.data.folder import FolderSource, NoImages, open_folder
 from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.listing import ENDINGS as LISTS, open_listing
+from mocokit.data.named import open_named
 from mocokit.data.names import short_name, show
 from mocokit.data.pack import is_pack
 from mocokit.data.packed import PackedSource, open_pack
+from mocokit.data.parquet import Counting, open_hub, open_parquet
 from mocokit.data.protocol import Source, Splits
 from mocokit.data.several import RenumberedSource, SeveralSource, renumbered
-from mocokit.data.shards import ShardSource, is_tar, open_shards, open_shards_below
+from mocokit.data.shards import ShardSource, open_shards, open_shards_below
 from mocokit.errors import UserError
 
 __all__ = [
@@ -37,17 +39,24 @@ __all__ = [
 Labels = Literal["auto", "folders", "none"]
 
 
-def open_data(path: str | Path | None, labels: Labels = "auto") -> Splits:
+def open_data(
+    path: str | Path | None,
+    labels: Labels = "auto",
+    root: str | Path | None = None,
+    counting: Counting | None = None,
+) -> Splits:
     """The images at a place, or at several; None is the embedded demo set.
 
-    A place is a folder, archives, a list, arrays, a pack, or the name of a known set.
+    A place is a folder, archives, a list, arrays, a pack, parquet files, or the name of a known
+    set, which lies below `root` or is downloaded there. `counting(done, total)` is shown what takes
+    long.
     """
     if path is None:
         return _open_demo(labels)
     found = places.split(str(path))
     if not found:
         raise UserError(f"there are no images at {show(path)}: the pattern matches no file")
-    opened = list(_open_each(found, labels))
+    opened = list(_open_each(found, labels, root, counting))
     if len(opened) == 1:
         return opened[0]
     train = SeveralSource([one.train for one in opened])
@@ -62,21 +71,39 @@ def open_data(path: str | Path | None, labels: Labels = "auto") -> Splits:
     return Splits(train, validation)
 
 
-def _open_each(found: list[str], labels: Labels) -> Iterator[Splits]:
-    """Neighbouring archives are one source."""
-    for tar, group in groupby(found, lambda place: is_tar(place) and not Path(place).is_dir()):
-        if tar:
-            yield Splits(*open_shards([_existing(place) for place in group], labels))
+def _open_each(
+    found: list[str], labels: Labels, root: str | Path | None, counting: Counting | None
+) -> Iterator[Splits]:
+    """Neighbouring archives are one source, and so are neighbouring parquet files."""
+    for kind, group in groupby(found, _kind):
+        if kind == "elsewhere":
+            for text in group:
+                if text.startswith(places.HUB):
+                    yield open_hub(text, labels, counting)
+                else:
+                    yield open_named(text, labels, root)
+            continue
+        here = [_existing(text) for text in group]
+        if kind == "tar":
+            yield Splits(*open_shards(here, labels))
+        elif kind == "parquet":
+            yield open_parquet(here, labels, counting)
+        elif kind == "folder":
+            yield from (_open_folder(place, labels, counting) for place in here)
         else:
-            yield from (_open_one(place, labels) for place in group)
+            yield from (_open_file(place, labels) for place in here)
 
 
-def _open_one(text: str, labels: Labels) -> Splits:
+def _kind(text: str) -> str:
     if places.is_elsewhere(text):
-        return _open_elsewhere(text, labels)
-    place = _existing(text)
+        return "elsewhere"
+    place = Path(text).expanduser()
     if place.is_dir():
-        return _open_folder(place, labels)
+        return "folder"
+    return next((kind for kind in ("tar", "parquet") if place.suffix.lower() == f".{kind}"), "file")
+
+
+def _open_file(place: Path, labels: Labels) -> Splits:
     ending = place.suffix.lower()
     if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))
@@ -91,12 +118,14 @@ def _open_one(text: str, labels: Labels) -> Splits:
     raise UserError(f"{show(place)} is a file of another kind: {remedy}")
 
 
-def _open_folder(place: Path, labels: Labels) -> Splits:
+def _open_folder(place: Path, labels: Labels, counting: Counting | None) -> Splits:
     try:
         return Splits(*open_folder(place, labels))
     except NoImages:
         if shards := open_shards_below(place, labels):
             return Splits(*shards)
+        if tables := sorted(place.rglob("*.parquet")):
+            return open_parquet(tables, labels, counting)
         raise
 
 
@@ -108,10 +137,6 @@ def _existing(text: str) -> Path:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"there are no images at {show(place)} ({why}): check data.path") from error
     return place
-
-
-def _open_elsewhere(text: str, labels: Labels) -> Splits:
-    raise UserError(f"{text} is not there yet")
 
 
 def _open_demo(labels: Labels) -> Splits:
