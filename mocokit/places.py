@@ -6,6 +6,7 @@ Read before anything heavy is imported, so that a mistake in a command is told a
 import glob
 import os
 import re
+from itertools import islice
 
 from mocokit.errors import UserError
 
@@ -67,7 +68,8 @@ def expand(pattern: str) -> list[str]:
     """The texts that a pattern of braces stands for, in order and each once."""
     texts = [pattern]
     while any(_INNERMOST.search(text) for text in texts):
-        texts = [one for text in texts for one in _first_expanded(text, pattern)]
+        more = (one for text in texts for one in _first_expanded(text, pattern))
+        texts = list(islice(more, _MOST + 1))
         if len(texts) > _MOST:
             raise UserError(f"{pattern} stands for more than {_MOST:,} paths: narrow it")
     return list(dict.fromkeys(texts))
