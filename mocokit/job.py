@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
-from mocokit.data.batch import look
+from mocokit.data.arrays import ArraySource, Unread
+from mocokit.data.batch import Batch, look
 from mocokit.data.source import Index, Source, Splits, load_index, renumbered, save_index
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
+from mocokit.engine.resident import Resident
 from mocokit.engine.runtime import World, choose_device, on_first, prepare
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
@@ -40,8 +43,21 @@ class Job:
     parts: Parts
     speaker: Speaker
     bad: BadImages
+    resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """A batch's pixels on the device: sent there, or there already."""
+        if self.resident is not None:
+            return self.resident.gather(batch.index)
+        return batch.pixels.to(self.device, non_blocking=True)
+
+    def unread(self) -> Source:
+        """The images to load: of those on the device already, the numbers alone."""
+        train = self.splits.train
+        held = self.resident is not None and isinstance(train, ArraySource)
+        return Unread(train) if held else train  # type: ignore[arg-type]
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
@@ -148,7 +164,8 @@ def open_job(
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
-    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad)
+    resident = build.build_resident(splits.train, device)
+    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, resident)
 
 
 @contextlib.contextmanager

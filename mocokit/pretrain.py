@@ -93,9 +93,7 @@ def train(job: Job, stop: StopSignals) -> None:
     settings, parts, device = job.settings, job.parts, job.device
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
-    loader = build.build_loader(
-        settings, job.splits.train, job.world, device, job.step, job.bad.known
-    )
+    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, job.bad.known)
     if job.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(job, loader)
     model = replicated(method, job)
@@ -138,7 +136,7 @@ def two_views(job: Job, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
     """Query and key view, each (n, 3, S, S), drawn from chance and made on the device."""
     epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
     sizes = batch.heights, batch.widths
-    pixels = batch.pixels.to(job.device, non_blocking=True)
+    pixels = job.pixels(batch)
     query, key = (
         make_views(
             spec,

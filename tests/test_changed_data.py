@@ -16,7 +16,7 @@ import mocokit
 from mocokit.data.source import load_index
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
-from mocokit.pretrain import train as train_
+from mocokit.job import Job
 
 SETTINGS = {
     "engine.threads": 1,
@@ -38,19 +38,15 @@ def stopped(photos, tmp_path, monkeypatch):
     folder, out = tmp_path / "photos", tmp_path / "run"
     shutil.copytree(photos, folder)
 
-    def two_steps(job, stop):
-        write = job.save
+    write = Job.save
 
-        def save():
-            write()
-            if job.step == 2:
-                raise Interrupted("stopped", 75)
-
-        job.save = save
-        train_(job, stop)
+    def save(job):
+        write(job)
+        if job.step == 2:
+            raise Interrupted("stopped", 75)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mocokit.pretrain.train", two_steps)
+        patch.setattr(Job, "save", save)
         with pytest.raises(Interrupted):
             run(folder, out)
     assert checkpoint.steps(out / "checkpoints")[-1] == 2
@@ -126,7 +122,9 @@ def shared_memory():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/shm")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
     before, out = shared_memory(), tmp_path / "run"
     command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(photos), "--out", str(out)]
