@@ -5,7 +5,7 @@ the training process. Each measurement is a process of its own that is held to i
 starts when the first batch has arrived. Rounds are interleaved; ratios are taken within a round.
 On one core one loading process serves, on two cores two; the training process does nothing else.
 
-    python benchmarks/data.py FOLDER [--rounds 5] [--large]
+    python benchmarks/data.py FOLDER [--rounds 5] [--on 1 2] [--large]
 
 FOLDER has train/<class>/<image>. `--large` first enlarges its images to three times their sides.
 """
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--on", type=int, nargs="+", default=[1, 2], help="numbers of cores")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -163,7 +164,7 @@ def main() -> None:
         place = prepare(asked.folder, Path(folder), asked.large)
         rates: dict[tuple[int, str], list[float]] = {}
         for _ in range(asked.rounds):
-            for cores in (1, 2):
+            for cores in asked.on:
                 for name in PIPELINES:
                     rates.setdefault((cores, name), []).append(measured(name, place, cores))
     print("| cores | pipeline | images/s, median | min-max | x ImageFolder |")
