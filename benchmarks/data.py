@@ -106,20 +106,37 @@ PIPELINES = {  # name: (function, what it reads)
 }
 
 
-def measure(name: str, place: Path, cores: int) -> float:
-    """Images per second after the first batch."""
+def busy(pid: int) -> float:
+    """Seconds of processor time of a process and of all that it started and that still run."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        own += sum(map(busy, map(int, (task / "children").read_text().split())))
+    return own
+
+
+def measure(name: str, place: Path, cores: int) -> tuple[float, float]:
+    """Images per second after the first batch, and per second of processor time of all processes.
+
+    Processor time is read while the processes still run, at every eighth batch.
+    """
     function, what = PIPELINES[name]
     arriving = function(place if what == "folder" else place.parent / what, cores)
     next(arriving)
-    started, images = time.perf_counter(), sum(arriving)
-    return images / (time.perf_counter() - started)
+    started, worked = time.perf_counter(), busy(os.getpid())
+    images, seen, used = 0, 0, 1e-9
+    for number, count in enumerate(arriving):
+        images += count
+        if number % 8 == 7:
+            seen, used = images, busy(os.getpid()) - worked
+    return images / (time.perf_counter() - started), seen / used
 
 
-def measured(name: str, place: Path, cores: int) -> float:
+def measured(name: str, place: Path, cores: int) -> tuple[float, float]:
     command = [sys.executable, __file__, str(place), "--one", name, "--cores", str(cores)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    rate: float = json.loads(done.stdout.splitlines()[-1])
-    return rate
+    rate, per_work = json.loads(done.stdout.splitlines()[-1])
+    return rate, per_work
 
 
 def prepare(source: Path, folder: Path, large: bool) -> Path:
@@ -162,17 +179,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(asked.folder, Path(folder), asked.large)
-        rates: dict[tuple[int, str], list[float]] = {}
+        rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for _ in range(asked.rounds):
             for cores in asked.on:
                 for name in PIPELINES:
                     rates.setdefault((cores, name), []).append(measured(name, place, cores))
-    print("| cores | pipeline | images/s, median | min-max | x ImageFolder |")
-    print("|---|---|---|---|---|")
+    print("| cores | pipeline | images/s, median | min-max | x ImageFolder | x by CPU time |")
+    print("|---|---|---|---|---|---|")
     for (cores, name), found in rates.items():
-        ratio = statistics.median(a / b for a, b in zip(found, rates[cores, BASE], strict=True))
-        span = f"{min(found):.0f}-{max(found):.0f}"
-        print(f"| {cores} | {name} | {statistics.median(found):.0f} | {span} | {ratio:.2f} |")
+        pairs = list(zip(found, rates[cores, BASE], strict=True))
+        ratios = [statistics.median(one[n] / base[n] for one, base in pairs) for n in (0, 1)]
+        each = [rate for rate, _ in found]
+        shown = f"{statistics.median(each):.0f} | {min(each):.0f}-{max(each):.0f}"
+        print(f"| {cores} | {name} | {shown} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 if __name__ == "__main__":

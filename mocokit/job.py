@@ -56,8 +56,9 @@ class Job:
     def unread(self) -> Source:
         """The images to load: of those on the device already, the numbers alone."""
         train = self.splits.train
-        held = self.resident is not None and isinstance(train, ArraySource)
-        return Unread(train) if held else train  # type: ignore[arg-type]
+        if self.resident is not None and isinstance(train, ArraySource):
+            return Unread(train)
+        return train
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""

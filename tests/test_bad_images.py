@@ -13,6 +13,7 @@ from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.source import FolderSource, open_data
 from mocokit.engine.bad_images import BadImages
+from mocokit.engine.runtime import World
 
 SIZE, BATCH, EPOCHS = 24, 4, 4
 
@@ -148,3 +149,22 @@ def test_lines_cut_short_are_left_out(tmp_path: Path) -> None:
     path.write_text("3\t'a'\tempty\tstep 8\n4\t'b'\tem")
     assert BadImages(path, 100, 0.01, 4).first == {3: 7}
     assert BadImages(path, 100, 0.01, 4).state().tolist() == [[3, 7]]
+
+
+def test_processes_tell_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both know the same afterwards, in the same order; the first one writes."""
+    pair = [BadImages(tmp_path / "bad", 100, 0.01, 4, World(rank, 2)) for rank in (0, 1)]
+    pair[0].note(((9, "c", "empty"),), 2)
+    pair[1].note(((9, "c", "empty"), (4, "d", "empty")), 1)
+    told = [list(one._untold) for one in pair]
+    monkeypatch.setattr(
+        torch.distributed,
+        "all_gather_object",
+        lambda parts, mine: parts.__setitem__(slice(2), told),
+    )
+    assert pair[0].first == {} and not (tmp_path / "bad").exists()
+    for one in pair:
+        one.share()
+    assert pair[0].first == pair[1].first == {4: 1, 9: 1}
+    assert [line[0] for line in (tmp_path / "bad").read_text().splitlines()] == ["4", "9"]
+    assert pair[1].known(3).tolist() == [] and pair[1].known(4).tolist() == [4, 9]
