@@ -116,9 +116,18 @@ def test_too_many_missing_images_end_the_run_with_the_remedy(stopped):
     assert run(folder, out, **{"data.bad_share": 0.5}).folder == out
 
 
-def shared_memory():
-    folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+def family(pid):
+    """A process and all that it started and that still run."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += family(int(child))
+    return found
+
+
+def left_behind(pids):
+    """Files of shared memory that these processes made: torch names them torch_<pid>_..."""
+    return [p.name for p in Path("/dev/shm").glob("torch_*") if int(p.name.split("_")[1]) in pids]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/shm")
@@ -126,7 +135,7 @@ def shared_memory():
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
 )
 def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
-    before, out = shared_memory(), tmp_path / "run"
+    out = tmp_path / "run"
     command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(photos), "--out", str(out)]
     command += ["--set", "data.workers=2", "--set", "log.every_steps=1", "--epochs", "100000"]
     command += ["--batch-size", "32"]
@@ -135,6 +144,8 @@ def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
     while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
+    pids = family(process.pid)
+    assert len(pids) >= 4  # itself, the server, two loading processes
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:
@@ -143,4 +154,4 @@ def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
     process.wait()
     assert time.monotonic() < end
     process.stderr.close()
-    assert shared_memory() <= before
+    assert left_behind(pids) == []
