@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mocokit.build_method import build_method
 from mocokit.config import Settings
+from mocokit.data.arrays import ArraySource
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
 from mocokit.engine.due import Due
 from mocokit.engine.optim import Schedule, build_optimizer
+from mocokit.engine.resident import Resident, fits
 from mocokit.engine.runtime import (
     World,
     autocast,
@@ -98,7 +102,12 @@ def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> P
 
 
 def build_loader(
-    settings: Settings, source: Source, world: World, device: torch.device, start_step: int
+    settings: Settings,
+    source: Source,
+    world: World,
+    device: torch.device,
+    start_step: int,
+    known_bad: Callable[[int], NDArray[np.int64]],
 ) -> Loader:
     """This process's share of every global batch, from `start_step` on: whole groups of images."""
     shares_of = partial(count_shares, settings)
@@ -130,8 +139,16 @@ def build_loader(
         workers=count_workers(settings, device),
         share=share,
         start_step=start_step,
+        known_bad=known_bad,
         pin=device.type == "cuda",
     )
+
+
+def build_resident(source: Source, device: torch.device) -> Resident | None:
+    """The images on the device, if they are an array that is small beside its free memory."""
+    if isinstance(source, ArraySource) and fits(source.images, device):
+        return Resident(source.images, device)
+    return None
 
 
 def share_of_process(settings: Settings, world: World) -> float:

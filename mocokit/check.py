@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mocokit import build, recipes, sizes
 from mocokit.data.batch import look
+from mocokit.data.examine import Examined, examine
+from mocokit.data.names import show
 from mocokit.data.source import Source, open_data
 from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 
-LOOKED_AT = 200  # images that are decoded to report their sizes
+QUICK = 200  # images that a quick look decodes
+SHOWN = 10  # groups of equal images that are named
 
 
 def check(
@@ -23,32 +28,41 @@ def check(
     out: str | Path = "views.png",
     settings: Mapping[str, Any] | None = None,
     images: int = 8,
+    quick: bool = False,
 ) -> Path:
     """Report what was found and write a contact sheet of views; returns the sheet's path.
 
-    `recipe` and `data` are as in `pretrain`. The sheet shows `images` images beside the query and
-    the key view that the first epoch would make of them, with every parameter drawn.
+    `recipe` and `data` are as in `pretrain`. Every image is read; `quick` reads 200 of them. The
+    sheet shows `images` images beside the query and the key view that the first epoch would make
+    of them, with every parameter drawn.
     """
     speaker, path = Speaker(), Path(out)
     asked, stated = recipes.asked(recipe, None if data is None else str(data), settings or {})
-    splits = open_data(asked.data.path, asked.data.labels)
-    _tell(speaker, "train", splits.train)
-    if splits.validation is not None:
-        _tell(speaker, "validation", splits.validation)
-    found, bad = look(splits.train, LOOKED_AT, None)
-    if not found:
-        raise UserError(f"none of {len(bad)} images looked at can be read: {bad[0]}")
-    heights, widths = zip(*(canvas.shape[:2] for canvas in found.values()), strict=True)
-    speaker.say(
-        f"{len(found)} looked at: {min(heights)} to {max(heights)} pixels high, "
-        f"{min(widths)} to {max(widths)} wide"
-    )
-    for line in bad:
-        speaker.say(f"cannot be read: {line}", "yellow")
-    for notice in sizes.fit(asked, len(splits.train), stated)[1]:
-        speaker.say(f"note: {notice}", "yellow")
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
+    for note in splits.train.notes:
+        speaker.say(f"note: {note}", "yellow")
     spec = build.view_spec(asked)
-    canvases, _ = look(splits.train, images, canvas_bound(spec))
+    bound = canvas_bound(spec)
+    examined: list[Examined] = []
+    for split, source in zip(("train", "validation"), splits, strict=True):
+        if source is not None:
+            _tell_counts(speaker, split, source)
+            if quick:
+                _quick(speaker, source)
+            else:
+                examined.append(_full(speaker, source, bound))
+    if len(examined) == 2 and splits.validation is not None:
+        for leaked in examined[1].twins(examined[0]):
+            names = _named(splits.validation, leaked)
+            text = f"{len(leaked):,} validation images are among the training images too: {names}"
+            speaker.say(text, "yellow")
+    try:
+        notices = sizes.fit(asked, len(splits.train), stated)[1]
+    except UserError as error:  # too few to train on, not to look at
+        notices = [str(error)]
+    for notice in notices:
+        speaker.say(f"note: {notice}", "yellow")
+    canvases, _ = look(splits.train, images, bound)
     try:
         contact_sheet(spec, list(canvases.values()), list(canvases), asked.seed, path)
     except (OSError, ValueError) as error:
@@ -57,9 +71,65 @@ def check(
     return path
 
 
-def _tell(speaker: Speaker, split: str, source: Source) -> None:
+def _tell_counts(speaker: Speaker, split: str, source: Source) -> None:
     text = f"{split}: {len(source):,} images"
-    if source.labels is not None:
+    if source.labels is not None and len(source.classes):
         counts = np.bincount(source.labels, minlength=len(source.classes))
-        text += f", {len(counts)} classes of {counts.min():,} to {counts.max():,}"
+        few, many = int(counts.argmin()), int(counts.argmax())
+        text += f", {len(counts)} classes of {counts[few]:,} to {counts[many]:,}"
+        if counts[few] < counts[many]:
+            text += f" ({source.classes[few]}, {source.classes[many]})"
     speaker.say(text, "bold")
+
+
+def _quick(speaker: Speaker, source: Source) -> None:
+    found, bad = look(source, QUICK, None)
+    if not found:
+        raise UserError(f"none of {len(bad)} images looked at can be read: {bad[0]}")
+    heights, widths = np.array([canvas.shape[:2] for canvas in found.values()]).T
+    speaker.say(f"{len(found)} looked at: {_sizes(heights, widths)}")
+    _tell_bad(speaker, bad)
+
+
+def _full(speaker: Speaker, source: Source, bound: int) -> Examined:
+    with speaker.counting("read", len(source)) as advance:
+        found = examine(source, bound, default_threads(), advance)
+    if not len(found.heights):
+        raise UserError(f"none of {len(source):,} images can be read: {found.bad[0]}")
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common())
+    speaker.say(f"formats: {kinds}")
+    speaker.say(f"sizes: {_sizes(found.heights, found.widths)}")
+    groups = list(found.twins())
+    if groups:
+        extra = sum(len(group) - 1 for group in groups)
+        speaker.say(f"duplicates: {extra:,} images have the content of another", "yellow")
+        for group in groups[:SHOWN]:
+            speaker.say(f"  {_named(source, group, ' = ')}")
+        if len(groups) > SHOWN:
+            speaker.say(f"  and {len(groups) - SHOWN:,} more groups")
+    else:
+        speaker.say("duplicates: none")
+    _tell_bad(speaker, found.bad)
+    if not found.bad:
+        speaker.say("unreadable: none")
+    return found
+
+
+def _tell_bad(speaker: Speaker, bad: list[str]) -> None:
+    for line in bad:
+        speaker.say(f"cannot be read: {line}", "yellow")
+    if bad:
+        speaker.say(f"unreadable: {len(bad):,}", "yellow")
+
+
+def _sizes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> str:
+    short = np.minimum(heights, widths)
+    return (
+        f"{heights.min()} to {heights.max()} pixels high, {widths.min()} to {widths.max()} wide, "
+        f"short side {np.median(short):.0f} in the middle"
+    )
+
+
+def _named(source: Source, numbers: NDArray[np.int64], between: str = ", ") -> str:
+    names = between.join(show(source.describe(number)) for number in numbers[:SHOWN].tolist())
+    return names + (" ..." if len(numbers) > SHOWN else "")

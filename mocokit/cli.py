@@ -77,6 +77,7 @@ def check_data(
     ] = None,
     data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
     out: Annotated[str, typer.Option(help="where to write the sheet")] = "views.png",
+    quick: Annotated[bool, typer.Option("--quick", help="read 200 images, not all")] = False,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
@@ -86,7 +87,29 @@ def check_data(
     recipes.asked(recipe, data, changes)  # mistakes come before heavy imports
     from mocokit.check import check
 
-    check(recipe, data, out, changes)
+    check(recipe, data, out, changes, quick=quick)
+
+
+@app.command("pack")
+def pack_data(
+    data: Annotated[str, typer.Argument(help="the images: a folder, archives, a list, arrays")],
+    file: Annotated[str, typer.Argument(help="the file to write")],
+    recipe: Annotated[
+        str, typer.Option(help="whose largest crop says how far images may be shrunk")
+    ] = "mocov2",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="store bare pixels: most room, no decoding")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Put all images, no larger than training needs, into one file that is faster to read."""
+    changes = settings_.parse_assignments(assignments or [])
+    recipes.asked(recipe, data, changes)
+    from mocokit.pack import pack
+
+    pack(data, file, recipe, raw, changes)
 
 
 @app.command("recipes")
@@ -111,7 +134,7 @@ def _show(asked: Settings, stated: frozenset[str]) -> None:
     settled, effect = asked, None
     notices: list[str] = []
     if asked.data.path is not None or asked.recipe == "demo":
-        images = len(open_data(asked.data.path, asked.data.labels).train)
+        images = len(open_data(asked.data.path, asked.data.labels, asked.data.root).train)
         settled, notices = sizes.fit(asked, images, stated)
         effect = sizes.in_effect(settled, images)
     settled = build.settle(settled, choose_device(asked.engine.device), None)

@@ -36,7 +36,12 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    path: str | None = place(None, "folder or .npz of images; null is the embedded demo set")
+    path: str | None = place(
+        None, "folder, archives, list, arrays, a known set, or several joined by ::; null: the demo"
+    )
+    root: str | None = place(
+        None, "where sets known by name lie or are downloaded to; null: the user's cache folder"
+    )
     labels: Literal["auto", "folders", "none"] = setting(
         "auto", "auto: labels of an .npz or of train/ and val/; folders: every folder is a class"
     )

@@ -4,21 +4,24 @@ import contextlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
-from mocokit.data.batch import look
-from mocokit.data.index import load_index
-from mocokit.data.source import Splits
+from mocokit.data.arrays import ArraySource, Unread
+from mocokit.data.batch import Batch, look
+from mocokit.data.source import Index, Source, Splits, load_index, renumbered, save_index
 from mocokit.engine import checkpoint
+from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
+from mocokit.engine.resident import Resident
 from mocokit.engine.runtime import World, choose_device, on_first, prepare
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
@@ -39,8 +42,23 @@ class Job:
     folder: RunFolder
     parts: Parts
     speaker: Speaker
+    bad: BadImages
+    resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """A batch's pixels on the device: sent there, or there already."""
+        if self.resident is not None:
+            return self.resident.gather(batch.index)
+        return batch.pixels.to(self.device, non_blocking=True)
+
+    def unread(self) -> Source:
+        """The images to load: of those on the device already, the numbers alone."""
+        train = self.splits.train
+        if self.resident is not None and isinstance(train, ArraySource):
+            return Unread(train)
+        return train
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
@@ -55,12 +73,14 @@ class Job:
             "scaler": self.parts.scaler.state_dict(),
             "settings": settings_.to_yaml(self.settings),
             "fingerprint": self.splits.train.fingerprint,
+            "bad_images": self.bad.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.parts.method.load_state_dict(state["method"])
         self.parts.optimizer.load_state_dict(state["optimizer"])
         self.parts.scaler.load_state_dict(state["scaler"])
+        self.bad.load(state["bad_images"])
         self.step = self.saved = int(state["step"])
 
     def save(self) -> None:
@@ -69,6 +89,7 @@ class Job:
         Raises NonFiniteLoss rather than keep weights that are not finite.
         """
         self.average_statistics()
+        self.bad.share()
         check_weights(self.parts.method, self.step)
         if not self.world.writes or self.saved == self.step:
             return
@@ -109,6 +130,15 @@ class Job:
                 dist.all_reduce(tensor)
 
 
+class Decision(NamedTuple):
+    """What the first process decides for all: where, how, on which images, and what to tell."""
+
+    folder: RunFolder
+    settings: Settings
+    images: Index
+    notices: list[str]
+
+
 def open_job(
     asked: Settings,
     stated: Collection[str],
@@ -120,17 +150,12 @@ def open_job(
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     speaker = Speaker(world.writes)
     device = choose_device(asked.engine.device, world)
-    fitted, notices = sizes.fit(asked, len(splits.train), stated)
-
-    def decide() -> tuple[RunFolder, Settings]:
-        folder = _choose_folder(fitted, splits, out, resume)
-        stored = folder.settings() if folder.is_run else None
-        settings = build.settle(fitted, device, stored)
-        if stored is not None:
-            _refuse_another_identity(folder, settings, splits)
-        return folder, settings
-
-    folder, settings = on_first(world, decide)
+    asking = Asking(asked, stated, splits.train, device)
+    folder, settings, images, notices = on_first(world, lambda: _decide(asking, out, resume))
+    found = renumbered(splits.train, images)
+    if found is None:
+        raise UserError("a process sees other images than the first: give all of them the same")
+    splits = splits._replace(train=found[0])
     effect = sizes.in_effect(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
     for notice in notices:
@@ -138,7 +163,10 @@ def open_job(
     parts = build.build_parts(settings, effect, device)
     if out is None and not resume:  # chosen some seconds ago: another run may have taken it since
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
-    return Job(settings, effect, world, device, splits, folder, parts, speaker)
+    share, spe = settings.data.bad_share, effect.steps_per_epoch
+    bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
+    resident = build.build_resident(splits.train, device)
+    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, resident)
 
 
 @contextlib.contextmanager
@@ -154,51 +182,72 @@ def begun(job: Job) -> Iterator[None]:
         yield
 
 
-def _choose_folder(
-    settings: Settings, splits: Splits, out: str | Path | None, resume: bool
-) -> RunFolder:
+class Asking(NamedTuple):
+    """A command's settings, those its user stated, its images, and the device to run on."""
+
+    settings: Settings
+    stated: Collection[str]
+    train: Source
+    device: torch.device
+
+    def anew(self, folder: RunFolder) -> Decision:
+        """A new run in this folder."""
+        settings, notices = sizes.fit(self.settings, len(self.train), self.stated)
+        settings = build.settle(settings, self.device, None)
+        notices = [*self.train.notes, *notices]
+        return Decision(folder, settings, self.train.index(), notices)
+
+    def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
+        """The run that this folder holds, on the images it began with; what speaks against it."""
+        stored = folder.settings()
+        # Killed before its first step, it has no index, and nothing to contradict.
+        index = load_index(folder.index) if folder.index.is_file() else self.train.index()
+        found = renumbered(self.train, index)
+        settings, notices = sizes.fit(self.settings, index.length, self.stated)
+        settings = build.settle(settings, self.device, stored)
+        conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
+        changed = [f"since the run began, {found[1]}"] if found and found[1] else []
+        notices = [*self.train.notes, *changed, *notices]
+        return Decision(folder, settings, index, notices), conflicts
+
+
+def _decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
+    recipe, name = asking.settings.recipe, asking.train.name
     if out is not None:
-        folder = RunFolder(Path(out))
-        if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
-            raise UserError(f"--out {out} is a file; name a folder")
-        if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
-            raise UserError(f"--out {out} holds other files and no run; name a new folder")
-        if resume and not folder.is_run:
-            raise UserError(f"--resume: there is no run in {out}; leave it out to start one")
-        return folder
-    name = splits.train.name
-    if resume:
-        for folder in unfinished(settings.recipe, name):
-            try:
-                stored = folder.settings()
-            except UserError:
-                continue  # another run's broken config.yaml
-            device = torch.device("cpu")  # autos take the stored values, so the device is moot
-            settled = build.settle(settings, device, stored)
-            if not folder.conflicts(settled) and _same_data(folder, splits):
-                return folder
-        raise UserError(
-            f"--resume: runs/ holds no unfinished run of {settings.recipe} on {name} with these "
-            "settings; leave --resume out to start one"
-        )
-    return next_folder(settings.recipe, name)
+        folder = _named_folder(out, resume)
+        if not folder.is_run:
+            return asking.anew(folder)
+        decision, conflicts = asking.going_on(folder)
+        if conflicts:
+            raise UserError(
+                f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
+                "name another --out, or state the same settings"
+            )
+        return decision
+    if not resume:
+        return asking.anew(next_folder(recipe, name))
+    for folder in unfinished(recipe, name):
+        try:
+            decision, conflicts = asking.going_on(folder)
+        except UserError:
+            continue  # another run's broken config.yaml
+        if not conflicts:
+            return decision
+    raise UserError(
+        f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
+        "settings; leave --resume out to start one"
+    )
 
 
-def _same_data(folder: RunFolder, splits: Splits) -> bool:
-    if not folder.index.is_file():
-        return True  # killed before its first step: nothing to contradict
-    return load_index(folder.index).fingerprint == splits.train.fingerprint
-
-
-def _refuse_another_identity(folder: RunFolder, settings: Settings, splits: Splits) -> None:
-    conflicts = folder.conflicts(settings)
-    if not _same_data(folder, splits):
-        conflicts.append("the data's images")
-    if conflicts:
-        raise UserError(
-            f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
-            "name another --out, or state the same settings"
-        )
+def _named_folder(out: str | Path, resume: bool) -> RunFolder:
+    folder = RunFolder(Path(out))
+    if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
+        raise UserError(f"--out {out} holds other files and no run; name a new folder")
+    if resume and not folder.is_run:
+        raise UserError(f"--resume: there is no run in {out}; leave it out to start one")
+    return folder
 
 
 def _write_start(job: Job) -> None:
@@ -206,7 +255,7 @@ def _write_start(job: Job) -> None:
     job.folder.create(job.settings, job.effect.as_dict())
     if job.folder.index.is_file():
         return
-    job.splits.train.save_index(job.folder.index)
+    save_index(job.splits.train.index(), job.folder.index)
     spec = job.parts.spec
     canvases, _ = look(job.splits.train, SHEET_IMAGES, canvas_bound(spec))
     if canvases:

@@ -19,6 +19,7 @@ from mocokit.data.batch import Batch
 from mocokit.data.source import open_data
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
+from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import World, autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
@@ -67,7 +68,7 @@ def pretrain(
     }
     changes = recipes.merge(flags, settings or {})
     asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
-    splits = open_data(asked.data.path, asked.data.labels)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, Speaker().counting)
     with joined_world(asked.engine.device) as world, StopSignals() as stop:
         job = open_job(asked, stated, splits, out, resume, world)
         result = on_first(world, job.folder.result)
@@ -93,7 +94,7 @@ def train(job: Job, stop: StopSignals) -> None:
     settings, parts, device = job.settings, job.parts, job.device
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
-    loader = build.build_loader(settings, job.splits.train, job.world, device, job.step)
+    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, job.bad.known)
     if job.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(job)
     model = replicated(method, job)
@@ -139,7 +140,7 @@ def make_batch_views(job: Job, step: int, batch: Batch) -> tuple[Views, ...]:
     """
     epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
     sizes = batch.heights, batch.widths
-    pixels = batch.pixels.to(job.device, non_blocking=True)
+    pixels = job.pixels(batch)
     tables = [
         draw_table(spec, seed, epoch, batch.index, view, *sizes)
         for view in range(job.parts.method.views)
@@ -176,8 +177,8 @@ def calibrate_on_first_group(job: Job) -> None:
     """Scale the head's start on the first group of the first batch, whatever a process's share."""
     method = job.parts.method
     if job.world.writes:
-        everything = build.build_loader(job.settings, job.splits.train, World(), job.device, 0)
-        views = make_batch_views(job, 0, everything.batch_at(0))[0][:]
+        known = job.settings, job.unread(), World(), job.device, 0, job.bad.known
+        views = make_batch_views(job, 0, build.build_loader(*known).batch_at(0))[0][:]
         first = group_sizes(job.images_of(0), job.effect.groups)[0]
         with moving_once(method.encoder, 0), alone(method.encoder):
             set_groups(method.encoder, 1)

@@ -4,6 +4,7 @@ import shlex
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from mocokit import build, settings as settings_
 from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
-from mocokit.engine.record import BadImages, Meter, Metrics, Progress
-from mocokit.engine.runtime import peak_memory
+from mocokit.data.pack import is_pack
+from mocokit.engine.record import Meter, Metrics, Progress
+from mocokit.engine.runtime import default_threads, peak_memory
 from mocokit.export import write_backbone
 from mocokit.job import Job
 from mocokit.methods.method import Output
@@ -52,20 +54,21 @@ def start(job: Job) -> None:
         job.folder.readme.write_text(_readme(job, {}), encoding="utf-8")
 
 
+WAIT_LIMIT = 0.1  # share of the time spent waiting for images that calls for advice
+WAITS = 5  # records over which it is taken
+
+
 class Recording:
     """Writes the health line of recorded steps, and keeps the progress line up to date."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.meter = job, Meter()
-        folder, settings, writes = job.folder, job.settings, job.world.writes
-        self.metrics = Metrics(folder.metrics, job.step) if writes else None
+        self.metrics = Metrics(job.folder.metrics, job.step) if job.world.writes else None
         effect, console = job.effect, job.speaker.console
         self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
-        self.bad = BadImages(
-            folder.bad_images, len(job.splits.train), settings.data.bad_share, writes
-        )
         self._wait = 0.0
-        self._bad: tuple[tuple[int, str, str], ...] = ()
+        self._waits: list[float] = []  # shares of time, of the last records
+        self._advised = False
         self._batches: Iterator[tuple[int, Batch]] = iter(())
 
     def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -88,20 +91,37 @@ class Recording:
     ) -> None:
         """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
         self.meter.step(images, self._wait)
-        self._bad += bad
-        if self.job.world.size > 1 and norm is not None:
-            found: list[Any] = [None] * self.job.world.size
-            dist.all_gather_object(found, self._bad)
-            self._bad = tuple(one for part in found for one in part)
-        if self.job.world.size == 1 or norm is not None:
-            self.bad.note(self._bad)
-            self._bad = ()
+        self.job.bad.note(bad, self.job.step - 1)
+        if norm is not None or self.job.step % self.job.effect.steps_per_epoch == 0:
+            self.job.bad.share()
         if norm is None:
             return
         line = self._line(output, norm)
         if self.metrics:
             self.metrics.write(line)
         self.progress.show(self.job.step, line)
+        self._advise(line["data_wait"])
+
+    def _advise(self, share: float) -> None:
+        """Once, what to do if the device waits for images; the first records have the start in."""
+        self._waits.append(share)
+        latest = self._waits[2:][-WAITS:]
+        if self._advised or len(latest) < WAITS or sum(latest) / WAITS <= WAIT_LIMIT:
+            return
+        self._advised = True
+        settings = self.job.settings
+        workers, cores = build.count_workers(settings, self.job.device), default_threads()
+        more = f"--set data.workers={min(2 * max(workers, 1), cores)}"
+        remedies = [f"{more} (now {workers}) would read more at once"] if workers < cores else []
+        if settings.data.path is not None and not is_pack(Path(settings.data.path)):
+            remedies.append(
+                f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
+            )
+        self.job.speaker.say(
+            f"note: {sum(latest) / WAITS:.0%} of the time went into waiting for images; "
+            + ("; ".join(remedies) or "more cores or a faster disk would help"),
+            "yellow",
+        )
 
     def scores(self, scores: dict[str, float]) -> None:
         """The monitor's scores, at an epoch's end."""
@@ -136,7 +156,7 @@ class Recording:
             "lr": job.parts.optimizer.param_groups[0]["lr"],
             **self.meter.read(),
             "peak_memory_gib": peak_memory(job.device),
-            "bad_images": self.bad.count,
+            "bad_images": job.bad.count,
         }
 
 

@@ -1,5 +1,6 @@
 """Shared by all tests: few threads, and where the real images are."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -57,3 +58,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = draw.integers(0, 255, (height // 8, width // 8, 3)).astype(np.uint8)
         Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{number}.jpg")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Listings of folders go where no user's are; loading processes and commands inherit it."""
+    os.environ["MOCOKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

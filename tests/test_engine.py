@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from mocokit import recipes
+from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
 from mocokit.engine.health import FiniteWatch, gradient_norm
-from mocokit.engine.record import BadImages, Metrics, Progress, Speaker, clock, read_metrics
+from mocokit.engine.record import Metrics, Progress, Speaker, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
@@ -80,23 +81,23 @@ def test_clock():
 class TestBadImages:
     def test_each_is_named_once_also_after_a_resume(self, tmp_path):
         path = tmp_path / "bad_images.txt"
-        bad = BadImages(path, 1000, 0.01)
-        bad.note(((3, "a\nb.jpg", "truncated"), (3, "a\nb.jpg", "truncated")))
-        bad.note(((5, "c.jpg", "empty"),))
-        again = BadImages(path, 1000, 0.01)
-        again.note(((5, "c.jpg", "empty"), (9, "d.jpg", "empty")))
+        bad = BadImages(path, 1000, 0.01, 4)
+        bad.note(((3, "a\nb.jpg", "truncated"), (3, "a\nb.jpg", "truncated")), 0)
+        bad.note(((5, "c.jpg", "empty"),), 6)
+        again = BadImages(path, 1000, 0.01, 4)
+        again.note(((5, "c.jpg", "empty"), (9, "d.jpg", "empty")), 7)
         assert again.count == 3
         assert path.read_text().splitlines() == [
-            "3\t'a\\nb.jpg'\ttruncated",
-            "5\t'c.jpg'\tempty",
-            "9\t'd.jpg'\tempty",
+            "3\t'a\\nb.jpg'\ttruncated\tstep 1",
+            "5\t'c.jpg'\tempty\tstep 7",
+            "9\t'd.jpg'\tempty\tstep 8",
         ]
 
     def test_too_many_end_the_run(self, tmp_path):
-        bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01)
-        bad.note(tuple((n, "x", "y") for n in range(20)))
+        bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
+        bad.note(tuple((n, "x", "y") for n in range(20)), 0)
         with pytest.raises(UserError, match=r"21 images .* limit of 20; .*--set data.bad_share"):
-            bad.note(((21, "x", "y"),))
+            bad.note(((21, "x", "y"),), 1)
 
 
 class TestFolders:

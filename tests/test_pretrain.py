@@ -392,3 +392,19 @@ def test_two_new_runs_get_two_folders(toy_npz, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build_parts", meanwhile)
     got = mocokit.pretrain("demo", toy_npz, epochs=1, batch_size=32, settings=FAST)
     assert got.folder.name == "demo-toy-002"
+
+
+@pytest.mark.parametrize(("wait", "advised"), [(0.09, False), (0.11, True)])
+def test_advice_when_the_device_waits_for_images(
+    photos, tmp_path, monkeypatch, capsys, wait, advised
+):
+    monkeypatch.setattr(
+        "mocokit.engine.record.Meter.read", lambda self: {"images_per_s": 1.0, "data_wait": wait}
+    )
+    monkeypatch.setattr("mocokit.report.default_threads", lambda: 4)
+    changes = {"data.workers": 1, "log.every_steps": 1}
+    run(photos, tmp_path / "run", 5, **{k.replace(".", "__"): v for k, v in changes.items()})
+    said = capsys.readouterr().err
+    text = "11% of the time went into waiting for images; --set data.workers=2 (now 1)"
+    assert said.count("went into waiting") == advised and (text in said) == advised
+    assert ("mocokit pack" in said) == advised

@@ -11,7 +11,7 @@ from PIL import Image
 from mocokit.data.decode import BadImage
 from mocokit.data.folder import EXTENSIONS
 from mocokit.data.names import Names
-from mocokit.data.source import ArraySource, FolderSource, load_index, open_data
+from mocokit.data.source import ArraySource, FolderSource, load_index, open_data, save_index
 from mocokit.errors import UserError
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -106,7 +106,7 @@ def test_strange_names_work_and_are_described_on_one_line(tmp_path: Path) -> Non
     for index in range(4):
         assert source.read(index).shape == (4, 6, 3)
         source.describe(index).encode()
-    source.save_index(tmp_path / "images.idx")
+    save_index(source.index(), tmp_path / "images.idx")
     again = FolderSource.of_index(tmp_path, load_index(tmp_path / "images.idx"))
     assert [again.names[i] for i in range(4)] == [source.names[i] for i in range(4)]  # type: ignore[attr-defined]
 
@@ -399,7 +399,7 @@ def test_folders_as_labels_need_a_folder(tmp_path: Path) -> None:
 
 def test_an_index_brings_a_folder_back(tmp_path: Path) -> None:
     source = open_data(make(tmp_path / "in", "train/a/1.png", "train/b/2.png")).train
-    source.save_index(tmp_path / "images.idx")
+    save_index(source.index(), tmp_path / "images.idx")
     assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ["images.idx"]
     index = load_index(tmp_path / "images.idx")
     assert (index.kind, index.name, index.length) == ("folder", "in", 2)
@@ -412,7 +412,7 @@ def test_an_index_brings_a_folder_back(tmp_path: Path) -> None:
 
 def test_the_index_of_arrays_is_small(tmp_path: Path) -> None:
     source = ArraySource(random_images(500), np.zeros(500), "x")
-    source.save_index(tmp_path / "images.idx")
+    save_index(source.index(), tmp_path / "images.idx")
     index = load_index(tmp_path / "images.idx")
     assert (index.kind, index.name, index.length) == ("array", "x", 500)
     assert index.fingerprint == source.fingerprint and index.names is None
@@ -425,14 +425,14 @@ def test_an_index_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "images.idx"
-    ArraySource(random_images(3), None, "old").save_index(path)
+    save_index(ArraySource(random_images(3), None, "old").index(), path)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        ArraySource(random_images(4), None, "new").save_index(path)
+        save_index(ArraySource(random_images(4), None, "new").index(), path)
     assert load_index(path).name == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -441,7 +441,7 @@ def test_what_is_no_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images\.idx is no index .*No such file"):
         load_index(path)
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
-    ArraySource(random_images(3), None, "x").save_index(path)
+    save_index(ArraySource(random_images(3), None, "x").index(), path)
     for content in ((tmp_path / "other.npz").read_bytes(), b"junk", path.read_bytes()[:100]):
         path.write_bytes(content)
         with pytest.raises(UserError, match="is no index"):

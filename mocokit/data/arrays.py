@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.index import Index, save_index
+from mocokit.data.index import Index
 from mocokit.data.names import show
 from mocokit.errors import UserError
 
@@ -19,8 +19,10 @@ from mocokit.errors import UserError
 class ArraySource:
     """uint8 images (N, H, W, 3), or gray (N, H, W) or (N, H, W, 1); the row is the number.
 
-    The fingerprint is a hash of pixels and labels.
+    The fingerprint is a hash of pixels and labels, unless a cheaper one is known.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -28,13 +30,14 @@ class ArraySource:
         labels: NDArray[Any] | None,
         name: str,
         classes: tuple[str, ...] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         if images.ndim == 4 and images.shape[3] == 1:
             images = images[..., 0]
         self.images, self.name = images, name
         self.labels = None if labels is None else np.asarray(labels).reshape(-1).astype(np.int64)
         self.classes = numbered(self.labels) if classes is None else classes
-        self.fingerprint = self._digest()
+        self.fingerprint = fingerprint or self._digest()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,9 +55,11 @@ class ArraySource:
     def describe(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
-    def save_index(self, path: str | Path) -> None:
-        """Write length and fingerprint, for `load_index`."""
-        save_index(Index("array", self.name, len(self), self.fingerprint), path)
+    def content(self, index: int) -> None:
+        """Arrays hold bare pixels."""
+
+    def index(self) -> Index:
+        return Index("array", self.name, len(self), self.fingerprint)
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(b"mocokit array 1", digest_size=16)
@@ -66,6 +71,17 @@ class ArraySource:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+class Unread(ArraySource):
+    """Images by their numbers and sizes alone: whoever asks has the pixels already."""
+
+    def __init__(self, source: ArraySource) -> None:
+        known = source.labels, source.name, source.classes, source.fingerprint
+        super().__init__(source.images, *known)
+
+    def gather(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return np.empty((len(indices), *self.images.shape[1:3], 0), np.uint8)
 
 
 def numbered(*labels: NDArray[np.int64] | None) -> tuple[str, ...]:

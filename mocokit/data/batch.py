@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.arrays import ArraySource
 from mocokit.data.decode import BadImage
-from mocokit.data.source import Source
+from mocokit.data.protocol import Source
 from mocokit.errors import UserError
 
 _TRIES = 10  # images looked at before giving up on one place in a batch
@@ -54,10 +54,12 @@ def read_batch(
     indices: NDArray[np.int64],
     bound: int | None,
     other: Callable[[int, int], int] | None = None,
+    avoid: frozenset[int] = frozenset(),
 ) -> Batch:
     """These images in this order; each that cannot be read is named in `bad`.
 
-    `other(index, attempt)` names one to take its place; without it the place is left out.
+    `other(index, attempt)` names one to take its place; without it the place is left out. Images to
+    avoid are replaced without a word.
     """
     indices = np.asarray(indices, np.int64)
     if isinstance(source, ArraySource):
@@ -70,15 +72,17 @@ def read_batch(
         candidate = index
         for attempt in range(_TRIES):
             try:
-                read.append((candidate, source.read(candidate, bound)))
-                break
+                if candidate not in avoid:
+                    read.append((candidate, source.read(candidate, bound)))
+                    break
             except BadImage as error:
                 bad.append((candidate, source.describe(candidate), str(error)))
             if other is None:
                 break
             candidate = other(index, attempt)
         else:
-            raise _hopeless(source, bad[-1])
+            name = source.describe(candidate)
+            raise _hopeless(source, bad[-1] if bad else (candidate, name, "as once before"))
     return _join(read, tuple(bad))
 
 

@@ -1,7 +1,9 @@
 """Encoded images to RGB pixels, as a viewer shows them and no larger than any crop can use."""
 
+import errno
 import io
 import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -21,17 +23,39 @@ _TURNS = {
 }
 
 
+MAX_BYTES = 2**30  # of an encoded image; Pillow's limit of pixels holds for what is inside
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
 class BadImage(Exception):
     """An image that cannot be turned into pixels; the text is a short reason."""
 
 
-def decode(source: str | Path | bytes, bound: int | None) -> NDArray[np.uint8]:
+def read_file(path: str | Path) -> bytes:
+    """What a regular file holds; raises BadImage for all else, without waiting for it."""
+    try:
+        # A pipe that took the place of an image would otherwise be waited for.
+        number = os.open(path, os.O_RDONLY | _AT_ONCE)
+        with open(number, "rb", buffering=0) as file:
+            status = os.fstat(number)
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, "")
+            if not stat.S_ISREG(status.st_mode):
+                raise BadImage("neither a file nor a link to one")
+            if status.st_size > MAX_BYTES:
+                raise BadImage(f"larger than {MAX_BYTES // 2**20:,} MiB, refused")
+            return file.readall()
+    except (OSError, ValueError) as error:
+        raise BadImage(_reason(error)) from error
+
+
+def decode(source: str | Path | bytes | memoryview, bound: int | None) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of a file, or of its content as bytes.
 
     A larger image is reduced by whole factors as long as its short side stays >= `bound`.
     """
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        content = source if isinstance(source, bytes | memoryview) else read_file(source)
         if not content:
             raise BadImage("the file is empty")
         with warnings.catch_warnings():
@@ -53,12 +77,33 @@ def _pixels(image: Image.Image, bound: int | None) -> NDArray[np.uint8]:
         image.draft(None, (bound, bound))
     image.load()
     turn = _TURNS.get(_orientation(image))
-    shown = _rgb(image)
-    if bound is not None and (factor := min(shown.size) // bound) > 1:
-        shown = shown.reduce(factor)
+    shown = _reduced(_rgb(image), bound)
     if turn is not None:
         shown = shown.transpose(turn)
     return np.array(shown)
+
+
+def bounded(pixels: NDArray[np.uint8], bound: int | None) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3), reduced as those of a file are."""
+    if bound is None or min(pixels.shape[:2]) // bound < 2:
+        return pixels.copy()
+    return np.array(_reduced(Image.fromarray(pixels), bound))
+
+
+def _reduced(image: Image.Image, bound: int | None) -> Image.Image:
+    factor = 1 if bound is None else min(image.size) // bound
+    return image.reduce(factor) if factor > 1 else image
+
+
+def look_at(content: bytes) -> tuple[str, int, int]:
+    """Format, height and width of an encoded image, by its head; raises BadImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                return image.format or "?", image.height, image.width
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,32 +1,40 @@
-"""A folder of images: found in one walk, numbered by name, read one at a time."""
+"""Image files: a folder found in one walk, or a list; numbered by name or line, read one by one."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.decode import decode
-from mocokit.data.index import Index, save_index
+from mocokit.data.cache import Listing, Part, Watch, listed
+from mocokit.data.decode import decode, read_file
+from mocokit.data.index import Index
 from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.walk import Endings, entries, is_folder, walk
 from mocokit.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
-_SUFFIXES = frozenset(extension.encode() for extension in EXTENSIONS)
-_VALIDATION = ("val", "valid", "validation", "test")  # the first that exists is taken
+IMAGES: Endings = frozenset(extension.encode() for extension in EXTENSIONS)
+VALIDATION = ("val", "valid", "validation", "test")  # the first that exists is taken
 
 Labels = Literal["auto", "folders", "none"]
 
 
+class NoImages(UserError):
+    """A folder without image files; it may hold archives of them."""
+
+
 class FolderSource:
-    """Images below `root`; image i is the i-th of their relative names in the order of bytes.
+    """Image files below `root`, in the order of `names`; of names in no order, that of bytes.
 
     The fingerprint covers names and labels, not `root` or times of change: those differ between
     copies of the same folder, on which a run must be able to go on.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -43,22 +51,25 @@ class FolderSource:
             labels = None if labels is None else np.asarray(labels, np.int64)[order]
         self.root, self.names, self.labels = Path(root), names, labels
         self.classes, self.name = classes, name
-        self.fingerprint = self._digest()
+        self.fingerprint = digest_names(b"mocokit folder 1", names, labels)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
         """The pixels (H, W, 3) of an image."""
-        return decode(self.root / self.names[index], bound)
+        return decode(self.content(index), bound)
+
+    def content(self, index: int) -> bytes:
+        """The file as it is; raises BadImage."""
+        return read_file(self.root / self.names[index])
 
     def describe(self, index: int) -> str:
         return printable(self.names[index])
 
-    def save_index(self, path: str | Path) -> None:
-        """Write names, labels and fingerprint, for `load_index`."""
+    def index(self) -> Index:
         known = ("folder", self.name, len(self), self.fingerprint)
-        save_index(Index(*known, self.classes, self.names, self.labels), path)
+        return Index(*known, self.classes, self.names, self.labels)
 
     @classmethod
     def of_index(cls, root: str | Path, index: Index) -> "FolderSource":
@@ -67,101 +78,72 @@ class FolderSource:
             raise UserError(f"the index of {index.name} names no files: give the images themselves")
         return cls(root, index.names, index.labels, index.classes, index.name)
 
-    def _digest(self) -> str:
-        digest = hashlib.blake2b(b"mocokit folder 1", digest_size=16)
-        digest.update(np.asarray(self.names.ends, "<i8").tobytes())
-        digest.update(np.ascontiguousarray(self.names.text).data)
-        if self.labels is not None:
-            digest.update(np.asarray(self.labels, "<i8").tobytes())
-        return digest.hexdigest()
+
+def digest_names(kind: bytes, names: Names, labels: NDArray[np.int64] | None) -> str:
+    """A fingerprint of what images are called and of their classes."""
+    digest = hashlib.blake2b(kind, digest_size=16)
+    digest.update(np.asarray(names.ends, "<i8").tobytes())
+    digest.update(np.ascontiguousarray(names.text).data)
+    if labels is not None:
+        digest.update(np.asarray(labels, "<i8").tobytes())
+    return digest.hexdigest()
 
 
 def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource | None]:
     """The images to train on and, where train/ has a sibling for it, those to validate on."""
-    name = short_name(root.resolve().name)
-    top = [os.fsdecode(entry.name) for entry in _entries(os.fsencode(root)) if _is_folder(entry)]
-    if "train" not in top:
-        found = _found(root)
-        numbers, classes = _labels(root, found, labels == "folders", None)
-        return FolderSource(root, Names.of(found), numbers, classes, name), None
-    beside = next((one for one in _VALIDATION if one in top), None)
-    if beside is None:
-        _refuse_class_called_train(root, top)
-    found = _found(root / "train")
-    nested = labels == "folders" or any(b"/" in one for one in found)
-    numbers, classes = _labels(root / "train", found, nested and labels != "none", None)
-    train = FolderSource(root / "train", Names.of(found), numbers, classes, name)
-    found = sorted(_walk(root / beside)) if beside else []
-    if not beside or not found:
-        return train, None
+    place = root.resolve()
+    key = f"folder 1 {labels} {place}"
+    found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
+    train, beside = found.train, found.validation
+    validation = FolderSource.of_index(beside.root, beside.known) if beside else None
+    return FolderSource.of_index(train.root, train.known), validation
+
+
+def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
+    train, beside = find_splits(root, IMAGES, watch)
+    found = _found(train, watch)
+    # Folders below train/ are classes; elsewhere they may be anything.
+    wanted = labels == "folders" or (
+        labels == "auto" and train != root and any(b"/" in one for one in found)
+    )
+    numbers, classes = folder_labels(train, found, wanted, None)
+    trained = Part(str(train), _index(name, found, numbers, classes))
+    held = sorted(walk(beside, IMAGES, watch)) if beside else []
+    if not beside or not held:
+        return Listing(trained)
     # Validation images without class folders can still be looked at, but not scored.
-    nested = train.labels is not None and any(b"/" in one for one in found)
-    numbers, _ = _labels(root / beside, found, nested, classes)
-    return train, FolderSource(root / beside, Names.of(found), numbers, classes, name)
+    wanted = numbers is not None and any(b"/" in one for one in held)
+    numbers, _ = folder_labels(beside, held, wanted, classes)
+    return Listing(trained, Part(str(beside), _index(name, held, numbers, classes)))
 
 
-def _found(root: Path) -> list[bytes]:
+def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path | None]:
+    """The folder to train on, and one to validate on: `root` itself if it has no train/."""
+    top = [os.fsdecode(e.name) for e in entries(os.fsencode(root), watch) if is_folder(e)]
+    if "train" not in top:
+        return root, None
+    beside = next((one for one in VALIDATION if one in top), None)
+    if beside is None:
+        _refuse_class_called_train(root, top, endings, watch)
+    return root / "train", root / beside if beside else None
+
+
+def _index(
+    name: str, found: list[bytes], labels: NDArray[np.int64] | None, classes: tuple[str, ...]
+) -> Index:
+    names = Names.of(found)
+    return Index("folder", name, len(found), "", classes, names, labels)
+
+
+def _found(root: Path, watch: Watch) -> list[bytes]:
     """Relative names of all images below `root`, sorted; at least one."""
-    if found := sorted(_walk(root)):
+    if found := sorted(walk(root, IMAGES, watch)):
         return found
     kinds = ", ".join(EXTENSIONS)
-    raise UserError(f"found no images below {show(root)}: looked for files that end in {kinds}")
+    raise NoImages(f"found no images below {show(root)}: looked for files that end in {kinds}")
 
 
-def _walk(root: Path) -> Iterator[bytes]:
-    """Relative names of the images below `root`, in no order, with / on every system.
-
-    Links are followed, as `find -L` does; one that leads back to a folder above it is left out.
-    Links that lead nowhere are listed, so that they are reported when they are read.
-    """
-    start = os.fsencode(root)
-    waiting = [(start, b"", frozenset([_identity(start)]))]
-    while waiting:
-        folder, prefix, above = waiting.pop()
-        for entry in _entries(folder):
-            if _is_folder(entry):
-                identity = _identity(entry.path)
-                if identity not in above:
-                    waiting.append((entry.path, prefix + entry.name + b"/", above | {identity}))
-            elif _is_image(entry):
-                yield prefix + entry.name
-
-
-def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
-    """What a folder holds, without hidden things."""
-    try:
-        with os.scandir(folder) as entries:
-            # lost+found: on every mounted ext4 disk, and readable by root only.
-            return [e for e in entries if e.name[:1] != b"." and e.name != b"lost+found"]
-    except OSError as error:
-        where, why = show(os.fsdecode(folder)), error.strerror
-        raise UserError(f"cannot list {where} ({why}): make it readable or move it away") from error
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # a link that leads to itself
-
-
-def _is_image(entry: os.DirEntry[bytes]) -> bool:
-    _, dot, suffix = entry.name.rpartition(b".")
-    if not dot or suffix.lower() not in _SUFFIXES:
-        return False
-    try:
-        # Neither pipes nor sockets, which would block when read.
-        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
-    except OSError:
-        return True
-
-
-def _identity(folder: bytes) -> tuple[int, int]:
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def _labels(
+def folder_labels(
     root: Path, found: list[bytes], wanted: bool, known: tuple[str, ...] | None
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """The class of each image, its first folder below `root`, as a number; and the classes.
@@ -187,10 +169,12 @@ def _labels(
     return np.fromiter((numbers[one] for one in folders), np.int64, len(folders)), classes
 
 
-def _refuse_class_called_train(root: Path, folders: list[str]) -> None:
+def _refuse_class_called_train(
+    root: Path, folders: list[str], endings: Endings, watch: Watch
+) -> None:
     """A folder called train among other classes looks like a split; guessing would lose images."""
     for other in sorted(folders):
-        if other != "train" and next(_walk(root / other), None) is not None:
+        if other != "train" and next(walk(root / other, endings, watch), None) is not None:
             unclear = f"{show(root)} holds images in train/ and in {show(other)}/"
             remedy = f"give {show(root / 'train')} to train on it alone, or rename it if it is one"
             raise UserError(f"{unclear}, so train/ may be a split or a class: {remedy}")

@@ -1,10 +1,11 @@
-"""images.idx: what a run keeps of its images, to know them again and to number them alike."""
+"""What is known of a source without its pixels: kept by a run, and in the user's cache."""
 
 import contextlib
 import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,18 @@ from numpy.typing import NDArray
 from mocokit.data.names import Names, show
 from mocokit.errors import UserError
 
+Arrays = dict[str, NDArray[Any]]
+DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)  # what reading a damaged .npz may raise
+
 
 class Index(NamedTuple):
-    """A source without its pixels; of arrays only what tells them from others."""
+    """A source without its pixels; of arrays only what tells them from others.
+
+    `extra` holds what one kind of source needs to find its images, and the others do not.
+    """
 
     kind: str
     name: str
@@ -25,46 +35,70 @@ class Index(NamedTuple):
     classes: tuple[str, ...] = ()
     names: Names | None = None
     labels: NDArray[np.int64] | None = None
+    extra: Mapping[str, NDArray[Any]] = {}
 
 
 def save_index(index: Index, path: str | Path) -> None:
-    """Write an index, all of it or nothing."""
+    """Write images.idx, which tells a run's images from others and numbers them for good."""
+    write_arrays(Path(path), to_arrays(index._replace(extra={})), compressed=True)
+
+
+def load_index(path: str | Path) -> Index:
+    """Read what `save_index` wrote."""
+    try:
+        return from_arrays(read_arrays(path))
+    except DAMAGE as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        what = f"{show(path)} is no index of images ({why})"
+        raise UserError(f"{what}: restore it, or begin a new run") from error
+
+
+def to_arrays(index: Index, prefix: str = "") -> Arrays:
+    """An index as arrays for an .npz file."""
     head = {"format": 1, "kind": index.kind, "name": index.name, "length": index.length}
     head |= {"fingerprint": index.fingerprint, "classes": index.classes}
-    arrays: dict[str, NDArray[Any]] = {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
+    arrays: Arrays = {"head": text_array(json.dumps(head))}
     if index.names is not None:
         arrays |= {"names": index.names.text, "ends": index.names.ends}
     if index.labels is not None:
         arrays["labels"] = index.labels
-    target = Path(path)
+    arrays |= {f"extra.{name}": array for name, array in index.extra.items()}
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def from_arrays(arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> Index:
+    """What `to_arrays` was given; raises one of DAMAGE."""
+    own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
+    head = json.loads(own["head"].tobytes())
+    if head["format"] != 1:
+        raise ValueError(f"its format is {head['format']}, not 1")
+    names = Names(own["names"], own["ends"]) if "names" in own else None
+    extra = {k.removeprefix("extra."): a for k, a in own.items() if k.startswith("extra.")}
+    fields = (head["kind"], head["name"], head["length"], head["fingerprint"])
+    return Index(*fields, tuple(head["classes"]), names, own.get("labels"), extra)
+
+
+def text_array(text: str) -> NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def read_arrays(path: str | Path) -> Arrays:
+    """The arrays of an .npz; raises one of DAMAGE."""
+    # Opened here, because numpy leaves the file open when the archive is damaged.
+    with open(path, "rb") as file:
+        return dict(np.load(file, allow_pickle=False))
+
+
+def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:
+    """Write an .npz, all of it or nothing; of two writers at once, one wins."""
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    save = np.savez_compressed if compressed else np.savez
     try:
         with part.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays)
+            save(file, allow_pickle=False, **arrays)
             file.flush()
             os.fsync(file.fileno())
         part.replace(target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             part.unlink()
-
-
-def load_index(path: str | Path) -> Index:
-    """Read what `save_index` wrote."""
-    try:
-        # Opened here, because numpy leaves the file open when the archive is damaged.
-        with open(path, "rb") as file:
-            arrays = dict(np.load(file, allow_pickle=False))
-        head = json.loads(arrays["head"].tobytes())
-        if head["format"] != 1:
-            raise ValueError(f"its format is {head['format']}, not 1")
-        names = Names(arrays["names"], arrays["ends"]) if "names" in arrays else None
-        fields = (head["kind"], head["name"], head["length"], head["fingerprint"])
-        return Index(*fields, tuple(head["classes"]), names, arrays.get("labels"))
-    except (
-        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
-        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
-        what = f"{show(path)} is no index of images ({why})"
-        raise UserError(f"{what}: restore it, or begin a new run") from error

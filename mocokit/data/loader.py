@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mocokit import chance
 from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import Batch, read_batch
-from mocokit.data.source import Source
+from mocokit.data.protocol import Source
 from mocokit.data.workers import prepare_workers, read_in_workers
 from mocokit.errors import UserError
 
@@ -30,10 +30,15 @@ class Reader:
     def __init__(self, source: Source, seed: int, bound: int | None) -> None:
         self.source, self.seed, self.bound = source, seed, bound
 
-    def read(self, window: Window) -> Batch:
+    def read(self, window: Window, avoid: frozenset[int] = frozenset()) -> Batch:
+        """The images of a window; those of `avoid` are replaced without a look at them."""
         order = chance.Order(self.seed, window.epoch, len(self.source))
         indices = order[np.arange(window.first, window.last)]
-        return read_batch(self.source, indices, self.bound, lambda i, t: self._other(window, i, t))
+
+        def other(index: int, attempt: int) -> int:
+            return self._other(window, index, attempt)
+
+        return read_batch(self.source, indices, self.bound, other, avoid)
 
     def _other(self, window: Window, index: int, attempt: int) -> int:
         """An image that stands in for `index`, and is not `index` itself."""
@@ -46,7 +51,9 @@ class Loader:
     """Yields (step, batch) from `start_step` to the last step of the last epoch.
 
     `share` maps the length of a global batch to the slice of it that this process reads. With
-    workers, those of one pass at a time: a new one ends the one before.
+    workers, those of one pass at a time: a new one ends the one before. `known_bad` names images
+    that may not be used at a step: asked when the step's turn comes, since batches are read ahead
+    and what failed before them may not have been known yet.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class Loader:
         share: Callable[[int], slice] | None = None,
         start_step: int = 0,
         pin: bool = False,
+        known_bad: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
         size = len(source)
         self.steps_per_epoch = size // batch_size if last == "drop" else -(-size // batch_size)
@@ -71,7 +79,7 @@ class Loader:
         self.total_steps = self.steps_per_epoch * epochs
         # One gather is faster than sending pixels from process to process.
         self.workers = 0 if isinstance(source, ArraySource) else workers
-        self.start_step, self.pin = start_step, pin
+        self.start_step, self.pin, self._known_bad = start_step, pin, known_bad
         self._reader = Reader(source, seed, bound)
         self._batch_size, self._size, self._share = batch_size, size, share
         self._arriving: Generator[Batch, None, None] | None = None
@@ -86,20 +94,28 @@ class Loader:
         steps = range(self.start_step, self.total_steps)
         if not (self.workers and steps):
             for step in steps:
-                batch = self.batch_at(step)
-                yield step, batch.pin_memory() if self.pin else batch
+                yield step, self._pinned(self.batch_at(step))
             return
         windows = map(self.window, steps)
         arriving = read_in_workers(self._reader.read, windows, self.workers, self.pin)
         self._arriving = arriving
         try:
-            yield from zip(steps, arriving, strict=False)
+            for step, batch in zip(steps, arriving, strict=False):
+                known = self._known(step)
+                stale = known.size and np.isin(batch.index, known).any()
+                yield step, self._pinned(self.batch_at(step)) if stale else batch
         finally:
             self.close()
 
     def batch_at(self, step: int) -> Batch:
         """This process's share of a step, read here and now."""
-        return self._reader.read(self.window(step))
+        return self._reader.read(self.window(step), frozenset(self._known(step).tolist()))
+
+    def _known(self, step: int) -> NDArray[np.int64]:
+        return np.empty(0, np.int64) if self._known_bad is None else self._known_bad(step)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        return batch.pin_memory() if self.pin else batch
 
     def window(self, step: int) -> Window:
         """Where in which epoch's order this process's share of a step lies."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +24,20 @@ class Names:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.raw(index))
+
+    def raw(self, index: int) -> bytes:
+        """A name as the file system knows it."""
         index = range(len(self.ends))[index]
         first = int(self.ends[index - 1]) if index else 0
-        return os.fsdecode(self.text[first : int(self.ends[index])].tobytes())
+        return self.text[first : int(self.ends[index])].tobytes()
+
+    def every(self) -> Iterator[bytes]:
+        """All names, much faster than one by one."""
+        text, first = self.text.tobytes(), 0
+        for last in self.ends.tolist():
+            yield text[first:last]
+            first = last
 
 
 def short_name(text: str) -> str:

@@ -1,74 +1,145 @@
-"""Where images come from: everything a run asks of a data set, and the way from a path to one."""
+"""The way from a text that names images to the images."""
 
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mocokit import places
 from mocokit.data.arrays import ArraySource, open_arrays
-from mocokit.data.folder import FolderSource, open_folder
-from mocokit.data.index import Index, load_index
+from mocokit.data.folder import FolderSource, NoImages, open_folder
+from mocokit.data.index import Index, load_index, save_index
+from mocokit.data.listing import ENDINGS as LISTS, open_listing
+from mocokit.data.named import open_named
 from mocokit.data.names import short_name, show
+from mocokit.data.pack import is_pack
+from mocokit.data.packed import PackedSource, open_pack
+from mocokit.data.parquet import Counting, open_hub, open_parquet
+from mocokit.data.protocol import Source, Splits
+from mocokit.data.several import RenumberedSource, SeveralSource, renumbered
+from mocokit.data.shards import ShardSource, open_shards, open_shards_below
 from mocokit.errors import UserError
 
-__all__ = ["ArraySource", "FolderSource", "Index", "Source", "Splits", "load_index", "open_data"]
+__all__ = [
+    "ArraySource",
+    "FolderSource",
+    "Index",
+    "PackedSource",
+    "RenumberedSource",
+    "SeveralSource",
+    "ShardSource",
+    "Source",
+    "Splits",
+    "load_index",
+    "open_data",
+    "renumbered",
+    "save_index",
+]
 
-
-class Source(Protocol):
-    """Images with stable numbers 0 .. len - 1.
-
-    `name` is short and fits into a folder's name; the same content has the same `fingerprint`.
-    """
-
-    name: str
-    labels: NDArray[np.int64] | None
-    classes: tuple[str, ...]
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image; raises BadImage."""
-        ...
-
-    def describe(self, index: int) -> str:
-        """What a person calls the image: one printable line."""
-        ...
-
-    def save_index(self, path: str | Path) -> None:
-        """Write what tells these images from others, for `load_index`."""
-        ...
-
-
-class Splits(NamedTuple):
-    """Images to train on, and others to validate on."""
-
-    train: Source
-    validation: Source | None
+Labels = Literal["auto", "folders", "none"]
 
 
 def open_data(
-    path: str | Path | None, labels: Literal["auto", "folders", "none"] = "auto"
+    path: str | Path | None,
+    labels: Labels = "auto",
+    root: str | Path | None = None,
+    counting: Counting | None = None,
 ) -> Splits:
-    """The images at a path: a folder, a .npz or a .npy; None is the embedded demo set."""
+    """The images at a place, or at several; None is the embedded demo set.
+
+    A place is a folder, archives, a list, arrays, a pack, parquet files, or the name of a known
+    set, which lies below `root` or is downloaded there. `counting(done, total)` is shown what takes
+    long.
+    """
     if path is None:
         return _open_demo(labels)
-    place = Path(path).expanduser()
-    try:
-        place.stat()
-    except OSError as error:
-        why = f"there are no images at {show(place)} ({error.strerror})"
-        raise UserError(f"{why}: check data.path") from error
+    found = places.split(str(path))
+    if not found:
+        raise UserError(f"there are no images at {show(path)}: the pattern matches no file")
+    opened = list(_open_each(found, labels, root, counting))
+    if len(opened) == 1:
+        return opened[0]
+    train = SeveralSource([one.train for one in opened])
+    held = [one.validation for one in opened if one.validation is not None]
+    if not held:
+        return Splits(train, None)
+    validation = SeveralSource(held)
+    if train.labels is not None and validation.labels is not None:
+        validation.relabel(train.classes)
+    else:
+        validation.labels, validation.classes = None, ()
+    return Splits(train, validation)
+
+
+def _open_each(
+    found: list[str], labels: Labels, root: str | Path | None, counting: Counting | None
+) -> Iterator[Splits]:
+    """Neighbouring archives are one source, and so are neighbouring parquet files."""
+    for kind, group in groupby(found, _kind):
+        if kind == "elsewhere":
+            for text in group:
+                if text.startswith(places.HUB):
+                    yield open_hub(text, labels, counting)
+                else:
+                    yield open_named(text, labels, root)
+            continue
+        here = [_existing(text) for text in group]
+        if kind == "tar":
+            yield Splits(*open_shards(here, labels))
+        elif kind == "parquet":
+            yield open_parquet(here, labels, counting)
+        elif kind == "folder":
+            yield from (_open_folder(place, labels, counting) for place in here)
+        else:
+            yield from (_open_file(place, labels) for place in here)
+
+
+def _kind(text: str) -> str:
+    if places.is_elsewhere(text):
+        return "elsewhere"
+    place = Path(text).expanduser()
     if place.is_dir():
-        return Splits(*open_folder(place, labels))
-    if place.suffix.lower() in (".npz", ".npy"):
+        return "folder"
+    return next((kind for kind in ("tar", "parquet") if place.suffix.lower() == f".{kind}"), "file")
+
+
+def _open_file(place: Path, labels: Labels) -> Splits:
+    ending = place.suffix.lower()
+    if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))
-    remedy = "give a folder of images, an .npz or an .npy (unpack an archive first)"
+    if is_pack(place):
+        return Splits(*open_pack(place, labels))
+    if ending in LISTS:
+        return Splits(open_listing(place, labels), None)
+    if ending in (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+        remedy = "unpack it, or make it a plain .tar"
+        raise UserError(f"{show(place)} is compressed, so it cannot be read at random: {remedy}")
+    remedy = "give a folder of images, .tar archives, a .txt that lists them, an .npz or an .npy"
     raise UserError(f"{show(place)} is a file of another kind: {remedy}")
 
 
-def _open_demo(labels: Literal["auto", "folders", "none"]) -> Splits:
+def _open_folder(place: Path, labels: Labels, counting: Counting | None) -> Splits:
+    try:
+        return Splits(*open_folder(place, labels))
+    except NoImages:
+        if shards := open_shards_below(place, labels):
+            return Splits(*shards)
+        if tables := sorted(place.rglob("*.parquet")):
+            return open_parquet(tables, labels, counting)
+        raise
+
+
+def _existing(text: str) -> Path:
+    place = Path(text).expanduser()
+    try:
+        place.stat()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"there are no images at {show(place)} ({why}): check data.path") from error
+    return place
+
+
+def _open_demo(labels: Labels) -> Splits:
     from mocokit.data.patterns import demo
 
     if labels == "folders":

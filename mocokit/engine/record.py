@@ -5,16 +5,22 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bar,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
-
-from mocokit.errors import UserError
 
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
 
@@ -138,41 +144,32 @@ class Speaker:
             table.add_row(*row)
         self.console.print(table)
 
+    @contextmanager
+    def counting(self, done: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A progress bar: call what it gives with the number of things done since the last call.
+
+        Elsewhere than on a terminal, a line every ten seconds.
+        """
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            with Bar(*columns, TimeRemainingColumn(), console=self.console) as bar:
+                task = bar.add_task(done, total=total)
+                yield lambda count: bar.advance(task, count)
+            return
+        said, count = time.monotonic(), 0
+
+        def advance(new: int) -> None:
+            nonlocal said, count
+            count += new
+            if time.monotonic() - said >= PLAIN_SECONDS:
+                said = time.monotonic()
+                self.say(f"{done} {count:,} of {total:,}")
+
+        yield advance
+
 
 def clock(seconds: float) -> str:
     """1:05 or 2:03:04."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, rest = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class BadImages:
-    """bad_images.txt: each unreadable image once, with the reason; too many end the run."""
-
-    def __init__(self, path: Path, images: int, share: float, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
-        self.limit = max(10, int(share * images))
-        self._seen: set[str] = set()
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            self._seen = {line.split("\t", 1)[0] for line in lines}
-
-    @property
-    def count(self) -> int:
-        return len(self._seen)
-
-    def note(self, bad: tuple[tuple[int, str, str], ...]) -> None:
-        """Record (number, name, reason) of images; raises UserError past the limit."""
-        for number, name, reason in bad:
-            if str(number) in self._seen:
-                continue
-            self._seen.add(str(number))
-            if self._writes:
-                line = f"{number}\t{name!r}\t{reason}\n"
-                with open(self._path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(line)
-            if self.count > self.limit:
-                raise UserError(
-                    f"{self.count} images cannot be read, more than the limit of {self.limit}; "
-                    f"{self._path} names them; raise the limit with --set data.bad_share=0.1"
-                )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mocokit import places
 from mocokit.config import Settings
 from mocokit.errors import UserError
 from mocokit.recipes import imagenet, mechanisms, small
@@ -59,7 +60,7 @@ def asked(
     what does not exist.
     """
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
-        if data is None and _exists(recipe):
+        if data is None and places.exist(recipe):
             recipe, data = "mocov2", recipe
         elif data is None and ("/" in recipe or "." in recipe):
             raise UserError(f"there is no file or folder {recipe}; give an existing path of images")
@@ -77,7 +78,7 @@ def asked(
         changes = {**changes, "data.path": data}
     settings = replace(base, changes)
     path = settings.data.path
-    if path is not None and _exists(os.path.join(path, "config.yaml")):
+    if path is not None and os.path.isfile(os.path.join(path, "config.yaml")):
         raise UserError(
             f"{path} is a run folder, not images; repeat its run with {path}/config.yaml, or go on "
             f"with it by --out {path}"
@@ -87,19 +88,11 @@ def asked(
             f"{settings.recipe} needs images: mocokit pretrain {settings.recipe} FOLDER; "
             "`mocokit pretrain` alone is the demo"
         )
-    if path is not None and not _exists(path):
+    if path is not None and not places.exist(path):
         raise UserError(f"there is no file or folder {path}; give an existing path of images")
     if path is not None:  # a run must find them again from anywhere
-        settings = replace(settings, {"data.path": os.path.abspath(path)})
+        settings = replace(settings, {"data.path": places.absolute(path)})
     return settings, frozenset(stated)
-
-
-def _exists(path: str) -> bool:
-    """False too for what cannot be looked up: a name too long, a folder that is closed to us."""
-    try:
-        return Path(path).exists()
-    except OSError:
-        return False
 
 
 def merge(flags: Mapping[str, Any], assignments: Mapping[str, Any]) -> dict[str, Any]:

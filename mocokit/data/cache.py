@@ -1,0 +1,159 @@
+"""Listings kept in the user's cache folder: a million images are listed once, then loaded.
+
+A listing stands while all that it depended on looks as it did: each directory's time of change and
+number of entries, each archive's time and size. Two runs may read and write at once, since a file
+appears whole or not at all.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mocokit.data.index import (
+    DAMAGE,
+    Arrays,
+    Index,
+    from_arrays,
+    read_arrays,
+    text_array,
+    to_arrays,
+    write_arrays,
+)
+from mocokit.data.names import Names
+
+_FORMAT = 1
+_SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
+_FORGOTTEN = 100 * 86400  # s after its last use a listing is deleted
+
+
+class Part(NamedTuple):
+    """One split of what was found, and the folder that its names are relative to."""
+
+    root: str
+    known: Index
+
+
+class Listing(NamedTuple):
+    """The images to train on, those to validate on if there are any, and what to tell of them."""
+
+    train: Part
+    validation: Part | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Watch:
+    """All that a listing depends on, as it was before it was looked at."""
+
+    def __init__(self) -> None:
+        self.started = time.time_ns()
+        self.paths: list[bytes] = []
+        self.marks: list[tuple[int, int]] = []
+
+    def note(self, path: bytes, time_ns: int, size: int) -> None:
+        """`size` is a directory's number of entries, or a file's bytes."""
+        self.paths.append(path)
+        self.marks.append((time_ns, size))
+
+    @property
+    def settled(self) -> bool:
+        return all(changed < self.started - _SETTLED for changed, _ in self.marks)
+
+
+def listed(key: str, look: Callable[[Watch], Listing]) -> Listing:
+    """What `look` finds, or found when nothing was different."""
+    name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
+    path = cache_folder() / "listings" / f"{name}.npz"
+    if (known := _recall(path, key)) is not None:
+        return known
+    watch = Watch()
+    found = look(watch)
+    if watch.settled:
+        with suppress(OSError):  # a full or read-only home costs time, not the run
+            _remember(path, key, found, watch)
+    return found
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again; MOCOKIT_CACHE comes first."""
+    if own := os.environ.get("MOCOKIT_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mocokit"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mocokit" / "cache"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a home, as in some containers
+        home = Path("/nonexistent")
+    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    return home / caches / "mocokit"
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process makes what is to be at a path, the others wait for it."""
+    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:  # not on Windows, where the lock is left out
+            pass
+        yield
+
+
+def _recall(path: Path, key: str) -> Listing | None:
+    try:
+        arrays = read_arrays(path)
+        head = json.loads(arrays["head"].tobytes())
+        if (head["format"], head["key"]) != (_FORMAT, key):
+            return None
+        watched = Names(arrays["watched.names"], arrays["watched.ends"])
+        for place, mark in zip(watched.every(), arrays["watched.marks"].tolist(), strict=True):
+            if _mark(place) != tuple(mark):
+                return None
+        parts = [
+            Part(root, from_arrays(arrays, f"{number}."))
+            for number, root in enumerate(head["roots"])
+        ]
+        with suppress(OSError):
+            os.utime(path)
+        return Listing(parts[0], parts[1] if parts[1:] else None, tuple(head["notes"]))
+    except DAMAGE:
+        return None
+
+
+def _mark(path: bytes) -> tuple[int, int]:
+    status = os.stat(path)
+    folder = stat.S_ISDIR(status.st_mode)
+    return status.st_mtime_ns, len(os.listdir(path)) if folder else status.st_size
+
+
+def _remember(path: Path, key: str, found: Listing, watch: Watch) -> None:
+    parts = [found.train, *([found.validation] if found.validation else [])]
+    head = {"format": _FORMAT, "key": key, "notes": found.notes, "roots": [p.root for p in parts]}
+    names = Names.of(watch.paths)
+    arrays: Arrays = {"head": text_array(json.dumps(head))}
+    arrays |= {"watched.names": names.text, "watched.ends": names.ends}
+    arrays["watched.marks"] = np.array(watch.marks, np.int64).reshape(-1, 2)
+    for number, part in enumerate(parts):
+        arrays |= to_arrays(part.known, f"{number}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _forget_unused(path.parent)
+    write_arrays(path, arrays, compressed=False)
+
+
+def _forget_unused(folder: Path) -> None:
+    for other in folder.glob("*.npz*"):
+        with suppress(OSError):
+            if time.time() - other.stat().st_mtime > _FORGOTTEN:
+                other.unlink()

@@ -1,0 +1,44 @@
+"""A text file that lists images: one path a line, and a class behind a tab if there is one."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mocokit.data.folder import FolderSource, Labels
+from mocokit.data.names import Names, printable, short_name, show
+from mocokit.errors import UserError
+
+ENDINGS = (".txt", ".lst", ".list", ".tsv")
+
+
+def open_listing(path: Path, labels: Labels) -> FolderSource:
+    """The images that a list names, relative to the list's own folder; line i is image i."""
+    if labels == "folders":
+        remedy = "write the class behind a tab, and set auto"
+        raise UserError(f"data.labels=folders needs a folder, but {show(path)} is a list: {remedy}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"the list {show(path)} cannot be read ({error.strerror})") from error
+    if b"\0" in content[:4096]:
+        raise UserError(f"{show(path)} is no list of image files: it is no text")
+    lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"the list {show(path)} is empty: write one path a line")
+    pairs = [line.partition(b"\t") for line in lines]
+    names = Names.of([name for name, _, _ in pairs])
+    tabs = sum(bool(tab) for _, tab, _ in pairs)
+    name = short_name(path.stem)
+    if not tabs or labels == "none":
+        return FolderSource(path.parent, names, None, (), name)
+    if tabs < len(lines):
+        missing = show(os.fsdecode(next(name for name, tab, _ in pairs if not tab)))
+        remedy = "write one behind a tab, or set data.labels=none"
+        raise UserError(f"{missing} in the list {show(path)} has no class: {remedy}")
+    written = [label.strip() for _, _, label in pairs]
+    order = sorted(set(written), key=lambda text: (len(text) if text.isdigit() else 0, text))
+    classes = tuple(printable(os.fsdecode(text)) for text in order)
+    numbers = {text: number for number, text in enumerate(order)}
+    found = np.fromiter((numbers[text] for text in written), np.int64, len(written))
+    return FolderSource(path.parent, names, found, classes, name)

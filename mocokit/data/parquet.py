@@ -1,0 +1,253 @@
+"""Images in parquet files, as Hugging Face keeps data sets; copied once into a pack.
+
+A row of a parquet file cannot be read without the hundreds around it, so reading at random would
+read everything hundreds of times. The copy lies in the user's cache folder and holds the images as
+they are. Parquet holds data alone: no program is run, whatever the file's author wanted.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocokit import places
+from mocokit.data.cache import alone, cache_folder
+from mocokit.data.decode import BadImage, decode
+from mocokit.data.folder import VALIDATION, Labels
+from mocokit.data.index import Index
+from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.pack import write_pack
+from mocokit.data.packed import open_pack
+from mocokit.data.protocol import Source, Splits
+from mocokit.data.shards import split_word
+from mocokit.errors import UserError
+
+Advance = Callable[[int], None]
+Counting = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+class ParquetSource:
+    """Rows of parquet files in their order; fast only in that order."""
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, paths: Sequence[Path], name: str, labelled: bool) -> None:
+        self.paths, self.name = tuple(paths), name
+        self._lock = threading.Lock()
+        self._group: tuple[int, Any] = -1, None
+        files = [_opened(path) for path in paths]
+        self._image, label, self.classes = _columns(files[0], paths[0])
+        counts = [
+            [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+            for file in files
+        ]
+        self._groups = [(f, g) for f, rows in enumerate(counts) for g in range(len(rows))]
+        self._ends = np.cumsum([rows for part in counts for rows in part], dtype=np.int64)
+        self.labels: NDArray[np.int64] | None = None
+        if labelled and label:
+            columns = [file.read([label]).column(0).to_numpy() for file in files]
+            found = np.concatenate(columns)
+            if found.dtype.kind in "iu" and len(found) and found.min() >= 0:
+                self.labels = found.astype(np.int64)
+        if self.labels is None:
+            self.classes = ()
+        elif not self.classes:
+            self.classes = tuple(map(str, range(int(self.labels.max()) + 1)))
+        digest = hashlib.blake2b(repr((self._image, labelled and label)).encode(), digest_size=16)
+        for path in paths:
+            digest.update(_mark(path))
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image."""
+        return decode(self.content(index), bound)
+
+    def content(self, index: int) -> bytes:
+        """The encoded image of a row; raises BadImage."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[number - 1]) if number else 0
+        with self._lock:
+            if self._group[0] != number:
+                file, group = self._groups[number]
+                table = _opened(self.paths[file]).read_row_group(group, columns=[self._image])
+                self._group = number, table.column(0)
+            cell = self._group[1][index - first].as_py()
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(content, bytes):
+            raise BadImage("the parquet file holds no bytes of it")
+        return content
+
+    def describe(self, index: int) -> str:
+        return f"row {index} of {self.name}"
+
+    def index(self) -> Index:
+        names = Names.of([f"row {row}".encode() for row in range(len(self))])
+        known = ("parquet", self.name, len(self), self.fingerprint)
+        return Index(*known, self.classes, names, self.labels)
+
+
+def open_parquet(
+    paths: Sequence[Path], labels: Labels, counting: Counting | None = None, name: str = ""
+) -> Splits:
+    """The images of parquet files to train on, and those to validate on, by way of a pack."""
+    if labels == "folders":
+        raise UserError("data.labels=folders needs a folder, not parquet files: set auto or none")
+    # The splits of Hugging Face: train-00000-of-00003.parquet, or train/0000.parquet.
+    words = [split_word(path.name) or split_word(path.parent.name) for path in paths]
+    held: list[Path] = []
+    train = list(paths)
+    if "train" in words:
+        beside = next((word for word in VALIDATION if word in words), None)
+        train, held = (
+            [path for path, word in zip(paths, words, strict=True) if word == wanted]
+            for wanted in ("train", beside)
+        )
+    name = name or short_name(paths[0].resolve().parent.name)
+    labelled = labels != "none"
+    try:
+        sources: list[Source] = [
+            ParquetSource(part, name, labelled) for part in (train, held) if part
+        ]
+        text = " ".join([source.fingerprint for source in sources])
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        pack = cache_folder() / "packs" / f"{name}-{key}.pack"
+        pack.parent.mkdir(parents=True, exist_ok=True)
+        with alone(pack):
+            if not pack.exists():
+                _copy(sources, pack, counting)
+    except OSError as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{show(paths[0])} cannot be read ({why}): download it again") from error
+    return Splits(*open_pack(pack, "auto"))
+
+
+def _copy(sources: list[Source], pack: Path, counting: Counting | None) -> None:
+    splits = Splits(sources[0], sources[1] if sources[1:] else None)
+    shown = counting("copied", sum(map(len, sources))) if counting else nullcontext(_silent)
+    with shown as advance:
+        write_pack(splits, pack, None, False, 1, advance)
+
+
+def _mark(path: Path) -> bytes:
+    """What tells a parquet file from others: its size and end, which describes all columns."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2**16))
+        return f"{path.name} {size} ".encode() + file.read()
+
+
+def open_hub(text: str, labels: Labels, counting: Counting | None = None) -> Splits:
+    """A set of Hugging Face from its parquet files: `hub:owner/name`, also with @revision.
+
+    A set of several configurations is named with one: `hub:owner/name/configuration`.
+    """
+    path, _, revision = text.removeprefix(places.HUB).partition("@")
+    owner, name, wanted = [*path.split("/", 2), "", ""][:3]
+    _pyarrow()  # what is missing is told before anything is downloaded
+    # Where a set is kept as scripts or loose files, the hub itself makes parquet files of it.
+    for tried in [revision] if revision else ["main", "refs/convert/parquet"]:
+        folder = _downloaded(text, f"{owner}/{name}" if name else owner, tried)
+        files = sorted(folder.rglob("*.parquet"))
+        if not files:
+            continue
+        chosen = _configuration(text, folder, files, wanted)
+        return open_parquet(chosen, labels, counting, short_name(name or owner))
+    raise UserError(f"{text} has no parquet files: give a revision that has, as {text}@REVISION")
+
+
+def _downloaded(text: str, repo: str, revision: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise _missing("huggingface_hub") from None
+    try:
+        kind: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": "*.parquet"}
+        return Path(snapshot_download(repo, revision=revision, **kind))
+    except Exception as error:  # of the network, the hub and its client, of many types
+        why = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{text} is neither in the cache of huggingface_hub nor can it be downloaded ({why}): "
+            "check its name and the network, or give parquet files that lie here"
+        ) from error
+
+
+def _configuration(text: str, folder: Path, files: list[Path], wanted: str) -> list[Path]:
+    """The files of one configuration: of a set with several, the first folder names it."""
+    parts = {file: file.relative_to(folder).parts for file in files}
+    tops = {
+        file: part[0] if len(part) > 1 and not split_word(part[0]) else ""
+        for file, part in parts.items()
+    }
+    if wanted and wanted in tops.values():
+        return [file for file in files if tops[file] == wanted]
+    if wanted or len(set(tops.values())) > 1:
+        known = ", ".join(map(printable, sorted(set(tops.values()) - {""})))
+        form = f"{places.HUB}OWNER/NAME/CONFIGURATION"
+        raise UserError(f"{text} names no configuration of that set: give {form}, one of {known}")
+    return files
+
+
+def _silent(count: int) -> None:
+    pass
+
+
+def _missing(package: str) -> UserError:
+    return UserError(f"parquet files need {package}: pip install 'mocokit[hub]'")
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise _missing("pyarrow") from None
+    return pyarrow
+
+
+def _opened(path: Path) -> Any:
+    pyarrow = _pyarrow()
+    try:
+        return pyarrow.parquet.ParquetFile(os.fspath(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{show(path)} is no parquet file ({why}): download it again") from error
+
+
+def _columns(file: Any, path: Path) -> tuple[str, str | None, tuple[str, ...]]:
+    """The columns of images and of classes, and the names of the classes.
+
+    What Hugging Face wrote about them comes first; else types and usual names decide.
+    """
+    schema = file.schema_arrow
+    told: dict[str, Any] = {}
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        told = {}
+    kinds = {name: one.get("_type") for name, one in told.items() if isinstance(one, dict)}
+    images = [name for name in schema.names if kinds.get(name) == "Image"]
+    images += [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+    if not images:
+        found = ", ".join(map(printable, schema.names))
+        raise UserError(f"{show(path)} has no column of images (it has: {found}): give another")
+    labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
+    labels += [name for name in ("label", "labels", "fine_label", "class") if name in schema.names]
+    names = told.get(labels[0], {}).get("names") if labels and kinds else None
+    texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
+    return images[0], labels[0] if labels else None, texts
+
+
+def _holds_bytes(kind: Any) -> bool:
+    types = _pyarrow().types
+    if types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))

@@ -1,0 +1,157 @@
+"""Several sources as one, and a source by the numbers that a run once gave it."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocokit.data.decode import BadImage
+from mocokit.data.index import Index
+from mocokit.data.names import Names, printable, short_name
+from mocokit.data.protocol import Source
+from mocokit.errors import UserError
+
+
+class SeveralSource:
+    """The images of one source after those of another.
+
+    Classes are told apart by their names. Where one part has no labels, there are none.
+    """
+
+    def __init__(self, parts: Sequence[Source]) -> None:
+        self.parts = tuple(parts)
+        self.notes = tuple(note for part in parts for note in part.notes)
+        self.name = short_name("+".join(part.name for part in parts))
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.classes: tuple[str, ...] = ()
+        self.labels: NDArray[np.int64] | None = None
+        if all(part.labels is not None for part in parts):
+            self.relabel(self._names_of_classes())
+        self.fingerprint = self._digest()
+
+    def relabel(self, classes: tuple[str, ...]) -> None:
+        """Number the classes by this order of their names, which training and validation share."""
+        positions = {name: number for number, name in enumerate(classes)}
+        labels = []
+        for part in self.parts:
+            assert part.labels is not None
+            unknown = [name for name in part.classes if name not in positions]
+            if unknown:
+                what = f"{part.name} has a class {unknown[0]} that the training images lack"
+                raise UserError(f"{what}: leave that data out, or set data.labels=none")
+            numbers = np.array([positions[name] for name in part.classes], np.int64)
+            labels.append(numbers[part.labels])
+        self.classes, self.labels = classes, np.concatenate(labels)
+
+    def _names_of_classes(self) -> tuple[str, ...]:
+        every = dict.fromkeys(name for part in self.parts for name in part.classes)
+        digits = all(name.isdigit() for name in every)
+        return tuple(sorted(every, key=int)) if digits else tuple(sorted(every))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image."""
+        part, own = self._place(index)
+        return part.read(own, bound)
+
+    def content(self, index: int) -> bytes | None:
+        part, own = self._place(index)
+        return part.content(own)
+
+    def describe(self, index: int) -> str:
+        part, own = self._place(index)
+        return f"{part.name}: {part.describe(own)}"
+
+    def _place(self, index: int) -> tuple[Source, int]:
+        index = range(len(self))[index]
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.parts[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def index(self) -> Index:
+        names = Names.of([name for part in self.parts for name in _full_names(part)])
+        known = ("several", self.name, len(self), self.fingerprint)
+        return Index(*known, self.classes, names, self.labels)
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(b"mocokit several 1", digest_size=16)
+        for part in self.parts:
+            digest.update(part.fingerprint.encode() + b"/")
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def _full_names(part: Source) -> Iterator[bytes]:
+    index = part.index()
+    if index.names is not None:
+        prefix = part.name.encode() + b": "
+        yield from (prefix + name for name in index.names.every())
+    else:  # pixels alone: a row is known by the array that it is in
+        yield from (f"{part.name}: {part.fingerprint} {row}".encode() for row in range(len(part)))
+
+
+class RenumberedSource:
+    """A changed source by the index that a run began with: what is gone is bad, what is new unseen.
+
+    numbers: (n,) int64, today's number of each of the index's images, or -1
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, source: Source, index: Index, numbers: NDArray[np.int64]) -> None:
+        assert index.names is not None
+        self.source, self.known, self.numbers = source, index, numbers
+        self.name, self.labels, self.classes = index.name, index.labels, index.classes
+        self.fingerprint = index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image."""
+        return self.source.read(self._today(index), bound)
+
+    def content(self, index: int) -> bytes | None:
+        return self.source.content(self._today(index))
+
+    def _today(self, index: int) -> int:
+        number = int(self.numbers[index])
+        if number < 0:
+            raise BadImage("it was there when the run began, and is no longer")
+        return number
+
+    def describe(self, index: int) -> str:
+        assert self.known.names is not None
+        return printable(self.known.names[index])
+
+    def index(self) -> Index:
+        return self.known
+
+
+def renumbered(source: Source, index: Index) -> tuple[Source, str] | None:
+    """The source by the numbers of an index, and what to tell of the difference; None: other data.
+
+    It is the same data as long as at least half of the index's images are still there.
+    """
+    if source.fingerprint == index.fingerprint:
+        return source, ""
+    today = source.index()
+    if index.names is None or today.names is None or index.kind != today.kind:
+        return None
+    positions = {name: number for number, name in enumerate(today.names.every())}
+    found = (positions.get(name, -1) for name in index.names.every())
+    numbers = np.fromiter(found, np.int64, index.length)
+    gone = int((numbers < 0).sum())
+    new = len(positions) - len(np.unique(numbers[numbers >= 0]))
+    if 2 * gone > index.length:
+        return None
+    parts = []
+    if gone:
+        parts.append(f"{gone:,} of the run's images are gone, and count as bad")
+    if new:
+        parts.append(f"{new:,} new ones are ignored")
+    text = " and ".join(parts) or "the images' order or classes have changed; the run keeps its own"
+    return RenumberedSource(source, index, numbers), text

@@ -1,0 +1,71 @@
+"""Files below a folder, by their endings: one walk, links followed, loops survived."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mocokit.data.cache import Watch
+from mocokit.data.names import show
+from mocokit.errors import UserError
+
+Endings = frozenset[bytes]
+
+
+def walk(root: Path, endings: Endings, watch: Watch) -> Iterator[bytes]:
+    """Relative names of the files below `root`, in no order, with / on every system.
+
+    Links are followed, as `find -L` does; one that leads back to a folder above it is left out.
+    Links that lead nowhere are listed, so that they are reported when they are read.
+    """
+    start = os.fsencode(root)
+    waiting = [(start, b"", frozenset([_identity(start)]))]
+    while waiting:
+        folder, prefix, above = waiting.pop()
+        for entry in entries(folder, watch):
+            if is_folder(entry):
+                identity = _identity(entry.path)
+                if identity not in above:
+                    waiting.append((entry.path, prefix + entry.name + b"/", above | {identity}))
+            elif _is_wanted(entry, endings):
+                yield prefix + entry.name
+
+
+def entries(folder: bytes, watch: Watch) -> list[os.DirEntry[bytes]]:
+    """What a folder holds, without hidden things."""
+    try:
+        changed = os.stat(folder).st_mtime_ns
+        with os.scandir(folder) as found:
+            everything = list(found)
+    except OSError as error:
+        where, why = show(os.fsdecode(folder)), error.strerror
+        raise UserError(f"cannot list {where} ({why}): make it readable or move it away") from error
+    watch.note(folder, changed, len(everything))
+    # lost+found: on every mounted ext4 disk, and readable by root only.
+    return [e for e in everything if e.name[:1] != b"." and e.name != b"lost+found"]
+
+
+def is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads to itself
+
+
+def _is_wanted(entry: os.DirEntry[bytes], endings: Endings) -> bool:
+    if not has_ending(entry.name, endings):
+        return False
+    try:
+        # Neither pipes nor sockets, which would block when read.
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:
+        return True
+
+
+def has_ending(name: bytes, endings: Endings) -> bool:
+    _, dot, ending = name.rpartition(b".")
+    return bool(dot) and ending.lower() in endings
+
+
+def _identity(folder: bytes) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

@@ -1,0 +1,107 @@
+"""Images that could not be read: each named once with the reason, and replaced from then on.
+
+That an image failed is part of the run, as much as its weights: an error of the network or disk may
+pass, and a run that read the image when resumed would no longer be the run that was stopped. So an
+image that failed in one epoch is replaced in all later ones, whether it can be read again or not.
+Within its epoch an image has one place of its own; there, reading decides.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mocokit.engine.runtime import World
+from mocokit.errors import UserError
+
+Bad = tuple[tuple[int, str, str], ...]  # number, name, reason
+
+
+class BadImages:
+    """bad_images.txt of a run and what follows from it; too many end the run.
+
+    `first` holds the step, counted from 0, at which each image failed first; it is the same on all
+    processes, once they have told each other.
+    """
+
+    def __init__(
+        self, path: Path, images: int, share: float, steps_per_epoch: int, world: World = World()
+    ) -> None:
+        self._path, self._steps_per_epoch, self._world = path, steps_per_epoch, world
+        self.limit = max(10, int(share * images))
+        # Failures after the last checkpoint of a killed run are here alone.
+        self.first = dict(_lines(path))
+        self._untold: list[tuple[int, int, str, str]] = []
+        self._known: tuple[tuple[int, int], NDArray[np.int64]] = (0, 0), np.empty(0, np.int64)
+
+    @property
+    def count(self) -> int:
+        return len(self.first)
+
+    def known(self, step: int) -> NDArray[np.int64]:
+        """The images, in rising order, that must not be used at a step, even if they can be read.
+
+        Those that failed in an earlier epoch, and those of this very step if a run repeats it.
+        """
+        start = step - step % self._steps_per_epoch
+        again = [image for image, first in self.first.items() if first == step]
+        if not again and self._known[0] == (start, self.count):
+            return self._known[1]
+        early = [image for image, first in self.first.items() if first < start]
+        found = np.array(sorted({*early, *again}), np.int64)
+        if not again:
+            self._known = (start, self.count), found
+        return found
+
+    def note(self, bad: Bad, step: int) -> None:
+        """What failed at a step on this process; several processes hear of it by `share`."""
+        self._untold += [(number, step, name, reason) for number, name, reason in bad]
+        if self._world.size == 1:
+            self.share()
+
+    def share(self) -> None:
+        """Tell all processes; called by all at once. Raises UserError past the limit."""
+        told = self._untold
+        self._untold = []
+        if self._world.size > 1:
+            parts: list[Any] = [None] * self._world.size
+            dist.all_gather_object(parts, told)
+            told = sorted(one for part in parts for one in part)
+        for number, step, name, reason in told:
+            if number not in self.first:
+                self.first[number] = step
+                self._write(f"{number}\t{name!r}\t{reason}\tstep {step + 1}\n")
+        if told and self.count > self.limit:
+            raise UserError(
+                f"{self.count} images cannot be read, more than the limit of {self.limit}; "
+                f"{self._path} names them; raise the limit with --set data.bad_share=0.1"
+            )
+
+    def _write(self, line: str) -> None:
+        if self._world.writes:
+            with open(self._path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(line)
+
+    def state(self) -> Tensor:
+        """(n, 2) int64 for a checkpoint: image, and the step at which it failed first."""
+        return torch.tensor(sorted(self.first.items()), dtype=torch.int64).reshape(-1, 2)
+
+    def load(self, state: Tensor) -> None:
+        for image, step in state.tolist():
+            self.first[image] = min(step, self.first.get(image, step))
+
+
+def _lines(path: Path) -> Iterable[tuple[int, int]]:
+    """Image and step of each line; one cut short by a kill is left out."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        number, *_, last = line.split("\t")
+        step = last.removeprefix("step ")
+        if number.isdecimal() and step.isdecimal() and last != step:
+            yield int(number), int(step) - 1

@@ -1,0 +1,51 @@
+"""One file of bounded images from any data set: faster to read than thousands of large ones."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mocokit import build, recipes
+from mocokit.data.names import show
+from mocokit.data.pack import write_pack
+from mocokit.data.source import open_data
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import default_threads
+from mocokit.errors import UserError
+from mocokit.views.params import canvas_bound
+
+
+def pack(
+    data: str | Path,
+    file: str | Path,
+    recipe: str = "mocov2",
+    raw: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the images of `data` to one file, which then is data itself; returns its path.
+
+    Images are shrunk by whole factors, to no less than the largest crop of the recipe's views can
+    use. What is shrunk becomes a JPEG of quality 95, all else stays as it is; with `raw`, bare
+    pixels are stored, which need the most room and no decoding. An attempt that was broken off is
+    gone on with.
+    """
+    speaker, target = Speaker(), Path(file)
+    asked, _ = recipes.asked(recipe, str(data), settings or {})
+    if target.exists():
+        raise UserError(f"{show(target)} is there already: choose another file, or delete it")
+    if not target.resolve().parent.is_dir():
+        raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
+    bound = canvas_bound(build.view_spec(asked))
+    for note in splits.train.notes:
+        speaker.say(f"note: {note}", "yellow")
+    count = sum(len(source) for source in splits if source is not None)
+    speaker.say(f"{count:,} images, no smaller than {bound} pixels, to {show(target)}", "bold")
+    with speaker.counting("packed", count) as advance:
+        found = write_pack(splits, target, bound, raw, default_threads(), advance)
+    if found.bad:
+        speaker.say(f"{found.bad:,} cannot be read; they are bad images of the pack too", "yellow")
+    speaker.say(
+        f"{found.shrunk:,} were shrunk; {found.bytes / 2**20:,.1f} MiB; train on it with: "
+        f"mocokit pretrain {asked.recipe} {show(target)}"
+    )
+    return target

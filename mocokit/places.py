@@ -1,0 +1,93 @@
+"""Texts that name images: a path, a pattern of paths, a well-known set, several joined by `::`.
+
+Read before anything heavy is imported, so that a mistake in a command is told at once.
+"""
+
+import glob
+import os
+import re
+from itertools import islice
+
+from mocokit.errors import UserError
+
+NAMED = ("cifar10", "cifar100", "stl10", "imagenette", "imagenet", "voc")
+HUB = "hub:"  # before the name of a set of Hugging Face
+_MOST = 1_000_000  # paths that a pattern may stand for
+_INNERMOST = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+def split(text: str) -> list[str]:
+    """The places that a text names, in order; what exists as it is written is one place."""
+    if _there(text):
+        return [text]
+    return [place for part in text.split("::") for place in _matching(part)]
+
+
+def exist(text: str) -> bool:
+    """Whether a text names anything that can be looked at."""
+    return bool(text) and all(
+        is_elsewhere(part) or any(map(_there, _matching(part)))
+        for part in ([text] if _there(text) else text.split("::"))
+    )
+
+
+def absolute(text: str) -> str:
+    """The same places, named so that they are found from any folder."""
+    parts = [text] if _there(text) else text.split("::")
+    return "::".join(
+        part if is_elsewhere(part) else os.path.abspath(os.path.expanduser(part)) for part in parts
+    )
+
+
+def is_elsewhere(place: str) -> bool:
+    """Whether a place is the name of a set rather than a path; what lies here comes first."""
+    return (place in NAMED or place.startswith(HUB)) and not _there(place)
+
+
+def _there(path: str) -> bool:
+    """False too for what cannot be looked up: a name too long, a folder that is closed to us."""
+    try:
+        return os.path.exists(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return False
+
+
+def _matching(pattern: str) -> list[str]:
+    """What a pattern of {a,b}, {000..146}, * and ? stands for; a range keeps its leading zeros."""
+    if _there(pattern) or is_elsewhere(pattern):
+        return [pattern]
+    found: list[str] = []
+    for path in expand(pattern):
+        stars = glob.has_magic(path) and not _there(path)
+        found += sorted(glob.glob(os.path.expanduser(path))) if stars else [path]
+    return list(dict.fromkeys(found))
+
+
+def expand(pattern: str) -> list[str]:
+    """The texts that a pattern of braces stands for, in order and each once."""
+    texts = [pattern]
+    while any(_INNERMOST.search(text) for text in texts):
+        more = (one for text in texts for one in _first_expanded(text, pattern))
+        texts = list(islice(more, _MOST + 1))
+        if len(texts) > _MOST:
+            raise UserError(f"{pattern} stands for more than {_MOST:,} paths: narrow it")
+    return list(dict.fromkeys(texts))
+
+
+def _first_expanded(text: str, pattern: str) -> list[str]:
+    match = _INNERMOST.search(text)
+    if match is None:
+        return [text]
+    before, after = text[: match.start()], text[match.end() :]
+    return [f"{before}{choice}{after}" for choice in _choices(match[1], pattern)]
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    if match := _RANGE.fullmatch(inside):
+        first, last = int(match[1]), int(match[2])
+        if last < first or last - first >= _MOST:
+            remedy = "write {first..last} with first <= last"
+            raise UserError(f"{{{inside}}} in {pattern} is no range of numbers: {remedy}")
+        return [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
+    return inside.split(",")

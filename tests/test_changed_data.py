@@ -1,0 +1,157 @@
+"""A folder that changes under a run: the run goes on, on the images that it began with."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mocokit
+from mocokit.data.source import load_index
+from mocokit.engine import checkpoint
+from mocokit.errors import Interrupted, UserError
+from mocokit.job import Job
+
+SETTINGS = {
+    "engine.threads": 1,
+    "save.every_steps": 1,
+    "log.every_steps": 1,
+    "data.workers": 0,
+    "data.last": "keep",
+}
+
+
+def run(data, out, **settings):
+    changes = SETTINGS | settings
+    return mocokit.pretrain("demo", data, out, epochs=2, batch_size=32, settings=changes)
+
+
+@pytest.fixture
+def stopped(photos, tmp_path, monkeypatch):
+    """A run of 6 steps, interrupted after the second; its folder, and that of its images."""
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, folder)
+
+    write = Job.save
+
+    def save(job):
+        write(job)
+        if job.step == 2:
+            raise Interrupted("stopped", 75)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "save", save)
+        with pytest.raises(Interrupted):
+            run(folder, out)
+    assert checkpoint.steps(out / "checkpoints")[-1] == 2
+    return folder, out
+
+
+def test_missing_images_are_bad_and_new_ones_ignored(stopped, capsys):
+    folder, out = stopped
+    before = load_index(out / "images.idx")
+    gone = sorted(path for path in folder.iterdir() if path.is_file())[:3]
+    for path in gone:
+        path.unlink()
+    for number in range(20):
+        Image.new("RGB", (40, 40)).save(folder / f"0{number}.png")
+    capsys.readouterr()
+    run(folder, out)
+    said = capsys.readouterr().err
+    assert "3 of the run's images are gone, and count as bad and 20 new ones are ignored" in said
+    assert "resumed after step 2 of 6" in said
+    after = load_index(out / "images.idx")
+    assert after.fingerprint == before.fingerprint and after.length == 80
+    named = (out / "bad_images.txt").read_text()
+    for path in gone:
+        assert path.name in named and "no longer" in named
+    state = checkpoint.load(out / "last.pt")
+    assert state["step"] == 6 and len(state["bad_images"]) == 3
+
+
+def test_the_numbers_of_the_images_stay(stopped, tmp_path):
+    """New images that sort before all others change nothing: bit for bit the undisturbed run."""
+    folder, out = stopped
+    other = tmp_path / "undisturbed"
+    shutil.copytree(out, other)
+    run(folder, other)
+    for number in range(20):
+        Image.new("RGB", (40, 40)).save(folder / f"0{number}.png")
+    run(folder, out)
+    one, two = (checkpoint.load(place / "last.pt")["method"] for place in (out, other))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+def test_resume_finds_the_run_of_a_changed_folder(stopped, tmp_path, monkeypatch):
+    folder, out = stopped
+    monkeypatch.chdir(tmp_path)
+    out.parent.joinpath("runs").mkdir()
+    shutil.move(out, tmp_path / "runs/demo-photos-001")
+    Image.new("RGB", (40, 40)).save(folder / "000.png")
+    options = {"epochs": 2, "batch_size": 32, "settings": SETTINGS}
+    done = mocokit.pretrain("demo", folder, resume=True, **options)
+    assert done.folder.name == "demo-photos-001"
+
+
+def test_other_images_are_still_another_run(stopped):
+    folder, out = stopped
+    for path in list(folder.rglob("*.jpg")):
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(UserError, match="the data's images"):
+        run(folder, out)
+
+
+def test_too_many_missing_images_end_the_run_with_the_remedy(stopped):
+    folder, out = stopped
+    for path in sorted(folder.rglob("*.jpg"))[:20]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"more than the limit of 10; .* --set data\.bad_share"):
+        run(folder, out)
+    assert run(folder, out, **{"data.bad_share": 0.5}).folder == out
+
+
+def family(pid):
+    """A process and all that it started and that still run."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += family(int(child))
+    return found
+
+
+def left_behind(pids):
+    """Files of shared memory that these processes made: torch names them torch_<pid>_..."""
+    return [p.name for p in Path("/dev/shm").glob("torch_*") if int(p.name.split("_")[1]) in pids]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /dev/shm")
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
+def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "mocokit", "pretrain", "demo", str(photos), "--out", str(out)]
+    command += ["--set", "data.workers=2", "--set", "log.every_steps=1", "--epochs", "100000"]
+    command += ["--batch-size", "32"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    end = time.monotonic() + 120
+    while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    pids = family(process.pid)
+    assert len(pids) >= 4  # itself, the server, two loading processes
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.kill()
+    process.stderr.read()  # ends when the last process that holds it has ended
+    process.wait()
+    assert time.monotonic() < end
+    process.stderr.close()
+    assert left_behind(pids) == []

@@ -1,0 +1,87 @@
+"""mocokit check: every image is read, and what is wrong is named."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mocokit.check
+from mocokit.data.examine import examine
+from mocokit.data.source import open_data
+
+
+def photo(path: Path, seed: int, kind: str = "JPEG", size: tuple[int, int] = (20, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(pixels).save(path, kind)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Duplicates within and across the splits, kinds, and files that are no images."""
+    root = tmp_path / "in"
+    for number in range(12):
+        photo(root / f"train/{'ab'[number % 2]}/{number:02}.jpg", number)
+    photo(root / "train/b/big.png", 99, "PNG", (70, 40))
+    for name in ("train/a/x.jpg", "train/b/y.jpg", "val/a/same.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "train/b/03.jpg", root / name)
+    photo(root / "val/b/other.jpg", 50)
+    content = (root / "train/a/00.jpg").read_bytes()
+    (root / "train/a/cut.jpg").write_bytes(content[: len(content) // 2])
+    (root / "train/b/empty.png").write_bytes(b"")
+    return root
+
+
+def test_what_is_found(folder: Path) -> None:
+    counts: list[int] = []
+    source = open_data(folder).train
+    found = examine(source, 32, 2, counts.append)
+    assert sum(counts) == len(source) == 17
+    assert found.kinds == {"JPEG": 14, "PNG": 1}
+    assert (found.heights.max(), found.widths.max(), len(found.heights)) == (70, 40, 15)
+    names = [[source.describe(n) for n in group] for group in found.twins()]
+    assert names == [["a/x.jpg", "b/03.jpg", "b/y.jpg"]]
+    assert [line.partition(":")[0] for line in found.bad] == ["a/cut.jpg", "b/empty.png"]
+    assert "truncated" in found.bad[0].lower() and "empty" in found.bad[1]
+
+
+def test_equal_pixels_in_arrays_are_twins(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    images[4] = images[1]
+    np.save(tmp_path / "x.npy", images)
+    found = examine(open_data(tmp_path / "x.npy").train, 32, 1, lambda count: None)
+    assert [group.tolist() for group in found.twins()] == [[1, 4]] and not found.bad
+
+
+def said(folder: Path, capsys: pytest.CaptureFixture[str], **options: bool) -> str:
+    settings = {"views.size": 16, "views.resize": 16}
+    sheet = folder.parent / "views.png"
+    mocokit.check.check("mocov2", folder, sheet, settings, **options)  # type: ignore[arg-type]
+    assert sheet.is_file()
+    return capsys.readouterr().err
+
+
+def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(folder, capsys)
+    for part in (
+        "train: 17 images, 2 classes of 8 to 9 (a, b)",
+        "formats: 14 JPEG, 1 PNG",
+        "20 to 70 pixels high, 30 to 40 wide",
+        "duplicates: 2 images have the content of another",
+        "a/x.jpg = b/03.jpg = b/y.jpg",
+        "cannot be read: a/cut.jpg",
+        "cannot be read: b/empty.png: the file is empty",
+        "unreadable: 2",
+        "validation: 2 images",
+        "1 validation images are among the training images too: a/same.jpg",
+        "17 images are too few",
+    ):
+        assert part in text, part
+
+
+def test_a_quick_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(folder, capsys, quick=True)
+    assert "looked at" in text and "duplicates" not in text and "b/empty.png" in text

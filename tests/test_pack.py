@@ -1,0 +1,220 @@
+"""Packs: the same images in one file, broken off and gone on with, damaged and told."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mocokit.data.decode import BadImage
+from mocokit.data.loader import Loader
+from mocokit.data.pack import HEAD, TRAILER, write_pack
+from mocokit.data.source import PackedSource, Splits, open_data
+from mocokit.errors import UserError
+
+BOUND = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of many kinds in train/ and val/; two that are large, one that cannot be read."""
+    root, draw = tmp_path_factory.mktemp("in"), np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number, (height, width) in enumerate([(30, 50), (60, 45), (90, 130), (200, 81), (41, 41)]):
+        for split in ("train/a", "train/b", "val/b"):
+            (root / split).mkdir(parents=True, exist_ok=True)
+            coarse = draw.integers(0, 256, (5, 5, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((width, height))
+            image.save(root / split / f"{number}.jpg", exif=exif if number % 2 else Image.Exif())
+            image.convert("P").save(root / split / f"{number}.png")
+    (root / "train/a/bad.jpg").write_bytes(b"junk")
+    return root
+
+
+def packed(folder: Path, target: Path, raw: bool = False, bound: int | None = BOUND) -> Splits:
+    write_pack(open_data(folder), target, bound, raw, 2, lambda count: None)
+    return open_data(target)
+
+
+def records(path: Path) -> bytes:
+    """All but the index, which has the time of its writing in it."""
+    content = path.read_bytes()
+    return content[: TRAILER.unpack(content[-TRAILER.size :])[0]]
+
+
+def test_images_come_back_under_their_numbers(folder: Path, tmp_path: Path) -> None:
+    for original, found in zip(open_data(folder), packed(folder, tmp_path / "x.pack"), strict=True):
+        assert original is not None and isinstance(found, PackedSource)
+        assert original.labels is not None and found.labels is not None
+        assert found.labels.tolist() == original.labels.tolist()
+        assert found.classes == original.classes and found.name == original.name
+        kept = shrunk = 0
+        for number in range(len(original)):
+            assert found.describe(number) == original.describe(number)
+            if "bad" in original.describe(number):
+                with pytest.raises(BadImage, match="not an image"):
+                    found.read(number, BOUND)
+                continue
+            expected, pixels = original.read(number, BOUND), found.read(number, BOUND)
+            if expected.shape == original.read(number).shape:
+                np.testing.assert_array_equal(pixels, expected)
+                assert found.content(number) == original.content(number)
+                kept += 1
+            else:
+                assert pixels.shape == expected.shape
+                assert np.abs(pixels.astype(int) - expected).mean() < 4
+                shrunk += 1
+        assert kept > 5 and shrunk > 3
+    assert not (tmp_path / "x.pack.part").exists()
+
+
+def test_bare_pixels_are_exact_even_where_they_were_shrunk(folder: Path, tmp_path: Path) -> None:
+    original, found = open_data(folder).train, packed(folder, tmp_path / "x.pack", raw=True).train
+    for number in range(len(original)):
+        if "bad" not in original.describe(number):
+            expected = original.read(number, BOUND)
+            np.testing.assert_array_equal(found.read(number, BOUND), expected)
+            assert found.content(number) is None
+            assert found.read(number, 10).shape[0] <= expected.shape[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_sees_the_same_batches(folder: Path, tmp_path: Path, workers: int) -> None:
+    """With equal numbers and canvases, views are equal too: they follow from nothing else."""
+    options: Any = {"seed": 3, "batch_size": 4, "epochs": 2, "last": "keep", "bound": BOUND}
+    sources = open_data(folder).train, packed(folder, tmp_path / "x.pack", raw=True).train
+    plain, pack = (list(Loader(source, workers=workers, **options)) for source in sources)
+    assert len(plain) == len(pack) == 12
+    for (_, one), (_, two) in zip(plain, pack, strict=True):
+        assert torch.equal(one.pixels, two.pixels) and one.bad == two.bad
+        assert one.index.tolist() == two.index.tolist()
+
+
+def test_arrays_are_packed_as_pixels(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=np.arange(9))
+    found = packed(tmp_path / "x.npz", tmp_path / "x.pack").train
+    np.testing.assert_array_equal(np.stack([found.read(n) for n in range(9)]), images)
+    assert found.describe(3) == "image 3 of x"
+
+
+def test_an_attempt_that_was_broken_off_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "whole.pack")
+    content = (tmp_path / "whole.pack").read_bytes()
+    for cut in (len(content) - 1, len(content) // 2, len(content) // 3, 30, 3, 0):
+        (tmp_path / "x.pack.part").write_bytes(content[:cut])
+        counts: list[int] = []
+        write_pack(open_data(folder), tmp_path / "x.pack", BOUND, False, 1, counts.append)
+        assert records(tmp_path / "x.pack") == records(tmp_path / "whole.pack")
+        assert sum(counts) == 31 and (counts[0] > 0) == (cut > 1000)
+
+
+def test_what_was_damaged_or_of_other_data_is_not_gone_on_with(
+    folder: Path, tmp_path: Path
+) -> None:
+    packed(folder, tmp_path / "whole.pack")
+    content = bytearray((tmp_path / "whole.pack").read_bytes())
+    content[len(content) // 2] ^= 1
+    for part, bound in ((bytes(content), BOUND), (bytes(content), 20)):
+        (tmp_path / "x.pack.part").write_bytes(part)
+        found = packed(folder, tmp_path / "x.pack", bound=bound).train
+        packed(folder, tmp_path / f"{bound}.pack", bound=bound)
+        assert records(tmp_path / "x.pack") == records(tmp_path / f"{bound}.pack")
+        assert isinstance(found, PackedSource) and found.bound == bound
+
+
+def test_damage_is_a_bad_image_or_a_sentence(folder: Path, tmp_path: Path) -> None:
+    source = packed(folder, tmp_path / "x.pack").train
+    assert isinstance(source, PackedSource)
+    content = (tmp_path / "x.pack").read_bytes()
+    for place in (0, HEAD.size - 1, HEAD.size + 40):  # mark, checksum, content
+        damaged = bytearray(content)
+        damaged[int(source.offsets[2]) + place] ^= 1
+        (tmp_path / "y.pack").write_bytes(damaged)
+        found = open_data(tmp_path / "y.pack").train
+        assert found.read(1).shape == source.read(1).shape
+        with pytest.raises(BadImage, match="damaged"):
+            found.read(2)
+    for cut in (
+        content[:-1],
+        content[:100],
+        content[:-60] + bytes(60),
+        content[:-200] + content[-199:],
+    ):
+        (tmp_path / "y.pack").write_bytes(cut)
+        with pytest.raises(UserError, match=r"y\.pack .*run the same mocokit pack again"):
+            open_data(tmp_path / "y.pack")
+
+
+def test_fingerprints_follow_data_bound_and_form(folder: Path, tmp_path: Path) -> None:
+    prints = {
+        packed(folder, tmp_path / "a.pack").train.fingerprint,
+        packed(folder, tmp_path / "b.pack", raw=True).train.fingerprint,
+        packed(folder, tmp_path / "c.pack", bound=20).train.fingerprint,
+        open_data(folder).train.fingerprint,
+    }
+    again = packed(folder, tmp_path / "d.pack").train
+    assert len(prints) == 4 and again.fingerprint in prints
+
+
+def test_labels_of_a_pack(folder: Path, tmp_path: Path) -> None:
+    packed(folder, tmp_path / "x.pack")
+    assert open_data(tmp_path / "x.pack", "none").train.labels is None
+    with pytest.raises(UserError, match="set it when packing"):
+        open_data(tmp_path / "x.pack", "folders")
+
+
+def test_only_one_process_writes_a_pack(folder: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    with open(tmp_path / "x.pack.part", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is writing"):
+            packed(folder, tmp_path / "x.pack")
+
+
+def test_a_full_disk_is_one_sentence(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left.*make room"):
+        packed(folder, tmp_path / "x.pack")
+    monkeypatch.undo()
+    assert len(packed(folder, tmp_path / "x.pack").train) == 21
+
+
+def test_workers_get_no_copy_of_the_file(folder: Path, tmp_path: Path) -> None:
+    source = packed(folder, tmp_path / "x.pack", raw=True).train
+    source.read(0)
+    assert len(pickle.dumps(source)) < 5000 < (tmp_path / "x.pack").stat().st_size
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).read(0), source.read(0))
+
+
+def test_files_are_copied_as_they_are_without_a_bound(folder: Path, tmp_path: Path) -> None:
+    original, found = open_data(folder).train, packed(folder, tmp_path / "x", bound=None).train
+    for number in range(len(original)):
+        assert found.content(number) == original.content(number)
+
+
+def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import mocokit.pack
+
+    target = tmp_path / "x.pack"
+    settings = {"views.size": 16, "views.resize": 16}
+    assert mocokit.pack.pack(folder, target, settings=settings) == target
+    said = capsys.readouterr().err
+    assert "31 images" in said and "1 cannot be read" in said and "were shrunk" in said
+    with pytest.raises(UserError, match="is there already"):
+        mocokit.pack.pack(folder, target)
+    with pytest.raises(UserError, match="there is no folder"):
+        mocokit.pack.pack(folder, tmp_path / "gone/x.pack")
+    assert Image.open(io.BytesIO(open_data(target).train.content(0) or b"")).format == "JPEG"

@@ -1,0 +1,142 @@
+"""Parquet files as Hugging Face keeps data sets."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocokit.data import parquet
+from mocokit.data.decode import BadImage
+from mocokit.data.source import PackedSource, open_data
+from mocokit.errors import UserError
+
+pyarrow = pytest.importorskip("pyarrow")
+tables = pytest.importorskip("pyarrow.parquet")
+
+
+def image(level: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), (level, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, levels: Any, labels: Any = None, features: Any = None, image_=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cells = [{"bytes": None if n is None else image(n), "path": "x.png"} for n in levels]
+    columns = {"id": list(range(len(cells))), "picture": image_ or cells}
+    if labels is not None:
+        columns["kind"] = labels
+    table = pyarrow.table(columns)
+    if features is not None:
+        told = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": told})
+    tables.write_table(table, path, row_group_size=3)
+    return path
+
+
+FEATURES = {
+    "picture": {"_type": "Image"},
+    "kind": {"_type": "ClassLabel", "names": ["ant", "bee"]},
+}
+
+
+def levels(source: Any) -> list[int]:
+    return [int(source.read(number)[0, 0, 0]) for number in range(len(source))]
+
+
+def test_splits_and_labels_of_hugging_face(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "in/data"
+    write(data / "train-00000-of-00002.parquet", range(1, 6), [0, 1, 0, 1, 1], FEATURES)
+    write(data / "train-00001-of-00002.parquet", range(6, 8), [0, 0], FEATURES)
+    write(data / "test-00000-of-00001.parquet", [9], [1], FEATURES)
+    train, validation = open_data(tmp_path / "in")
+    assert isinstance(train, PackedSource) and validation is not None
+    assert levels(train) == [1, 2, 3, 4, 5, 6, 7] and levels(validation) == [9]
+    assert train.classes == ("ant", "bee") == validation.classes and train.labels is not None
+    assert train.labels.tolist() == [0, 1, 0, 1, 1, 0, 0] and train.describe(3) == "row 3"
+    assert train.content(4) == image(5)
+    (pack,) = (tmp_path / "cache/packs").glob("*.pack")
+    before = pack.stat().st_mtime_ns
+    assert open_data(tmp_path / "in").train.fingerprint == train.fingerprint
+    assert pack.stat().st_mtime_ns == before  # copied once
+    assert open_data(tmp_path / "in", "none").train.labels is None
+    pattern = open_data(data / "train-0000{0..1}-of-00002.parquet")
+    assert levels(pattern.train) == levels(train) and pattern.validation is None
+
+
+def test_without_a_word_of_hugging_face_types_decide(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [3, 4])
+    assert levels(open_data(path).train) == [3, 4] and open_data(path).train.labels is None
+    plain = write(tmp_path / "b.parquet", [1, 2], image_=[image(1), image(2)])
+    assert levels(open_data(plain).train) == [1, 2]
+    missing = open_data(write(tmp_path / "c.parquet", [7, None])).train
+    with pytest.raises(BadImage, match="no bytes"):
+        missing.read(1)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"junk" * 10)
+    with pytest.raises(UserError, match="is no parquet file"):
+        open_data(tmp_path / "a.parquet")
+    tables.write_table(pyarrow.table({"text": ["a"], "n": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"no column of images \(it has: text, n\)"):
+        open_data(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"data\.labels=folders"):
+        open_data(write(tmp_path / "c.parquet", [1]), "folders")
+
+
+def test_what_is_missing_says_how_to_install_it(tmp_path: Path, monkeypatch: Any) -> None:
+    path = write(tmp_path / "a.parquet", [1])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'mocokit\[hub\]'"):
+        open_data(path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: Any) -> Path:
+    """Revisions of sets in place of the hub's, as huggingface_hub would download them."""
+
+    def snapshot_download(repo: str, revision: str, repo_type: str, allow_patterns: str) -> str:
+        assert (repo_type, allow_patterns) == ("dataset", "*.parquet")
+        folder = tmp_path / "hub" / repo / revision
+        if not folder.parent.exists() and not folder.parent.parent.exists():
+            raise ConnectionError("no network\nat all")
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return tmp_path / "hub"
+
+
+def test_sets_of_the_hub(hub: Path) -> None:
+    write(hub / "me/set/main/data/train-0.parquet", [1, 2], [0, 1], FEATURES)
+    train = open_data("hub:me/set").train
+    assert levels(train) == [1, 2] and train.name == "set" and train.classes == ("ant", "bee")
+    write(hub / "me/old/refs/convert/parquet/default/train/0000.parquet", [5])
+    write(hub / "me/old/refs/convert/parquet/default/test/0000.parquet", [6])
+    train, validation = open_data("hub:me/old")
+    assert levels(train) == [5] and levels(validation) == [6]
+    write(hub / "me/two/v1/big/train/0.parquet", [7])
+    write(hub / "me/two/v1/small/train/0.parquet", [8])
+    assert levels(open_data("hub:me/two/small@v1").train) == [8]
+    with pytest.raises(UserError, match="one of big, small"):
+        open_data("hub:me/two@v1")
+
+
+def test_without_a_network(hub: Path) -> None:
+    with pytest.raises(UserError, match="nor can it be downloaded .*no network at all"):
+        open_data("hub:you/set")
+
+
+def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", range(8))
+    source = parquet.ParquetSource([path, path], "x", False)
+    assert [int(source.read(n)[0, 0, 0]) for n in (15, 0, 8, 3, 7)] == [7, 0, 0, 3, 7]
+    assert len(source) == 16 and np.asarray(source._ends).tolist() == [3, 6, 8, 11, 14, 16]

@@ -1,0 +1,64 @@
+"""Texts that name images."""
+
+import os
+
+import pytest
+
+from mocokit import places
+from mocokit.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("a-{0..2}.tar", ["a-0.tar", "a-1.tar", "a-2.tar"]),
+        ("a-{008..011}", ["a-008", "a-009", "a-010", "a-011"]),
+        ("{b,a}{0..1}", ["b0", "b1", "a0", "a1"]),
+        ("{a,b{1..2}}", ["a", "b1", "b2"]),
+        ("x{a}", ["xa"]),
+        ("x{", ["x{"]),
+    ],
+)
+def test_braces(pattern, texts):
+    assert places.expand(pattern) == texts
+
+
+def test_braces_agree_with_a_shell():
+    import shutil
+    import subprocess
+
+    if (bash := shutil.which("bash")) is None:
+        pytest.skip("needs bash")
+    for pattern in ("s-{000..012}.tar", "{a,b}/{1..3}", "{a,{b,c}d}", "p{1..3}{x,y}q"):
+        said = subprocess.run([bash, "-c", f"echo {pattern}"], capture_output=True, text=True)
+        assert places.expand(pattern) == said.stdout.split()
+
+
+@pytest.mark.parametrize("pattern", ["{3..1}", "{0..9999999}", "{0..9999}{0..9999}"])
+def test_patterns_that_are_refused(pattern):
+    with pytest.raises(UserError, match=r"no range of numbers|more than 1,000,000"):
+        places.expand(pattern)
+
+
+def test_what_exists_comes_before_what_a_text_could_mean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cifar10", "a::b", "{0..1}", "s*"):
+        (tmp_path / name).mkdir()
+        assert places.split(name) == [name] and places.exist(name)
+        assert not places.is_elsewhere(name)
+        assert places.absolute(name) == str(tmp_path / name)
+    assert places.is_elsewhere("cifar100") and places.is_elsewhere("hub:owner/name")
+
+
+def test_several_places_are_joined_by_two_colons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tar", "b-0.tar", "b-1.tar"):
+        (tmp_path / name).touch()
+    text = "a.tar::b-{0..1}.tar::cifar10"
+    assert places.split(text) == ["a.tar", "b-0.tar", "b-1.tar", "cifar10"]
+    assert places.split("b-?.tar") == ["b-0.tar", "b-1.tar"]
+    assert places.exist(text) and not places.exist("a.tar::gone") and not places.exist("x-{0..1}")
+    there = os.path.realpath(tmp_path)
+    assert places.absolute(text) == f"{there}/a.tar::{there}/b-{{0..1}}.tar::cifar10"
+    assert not places.exist("") and not places.exist("x" * 5000) and not places.exist("a\0b")

@@ -1,0 +1,163 @@
+"""Several sources as one, lists, and a source by the numbers of an earlier index."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mocokit.data.decode import BadImage
+from mocokit.data.source import (
+    RenumberedSource,
+    load_index,
+    open_data,
+    renumbered,
+    save_index,
+)
+from mocokit.errors import UserError
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        level = int("".join(filter(str.isdigit, path.stem)) or 0)
+        Image.new("RGB", (6, 4), (level, 0, 0)).save(path, "PNG")
+    return root
+
+
+def levels(source: Any) -> list[int]:
+    return [int(source.read(number)[0, 0, 0]) for number in range(len(source))]
+
+
+def arrays(path: Path, first: int, labels: list[int]) -> Path:
+    images = np.arange(first, first + len(labels), dtype=np.uint8)
+    images = np.broadcast_to(images[:, None, None], (len(labels), 4, 6))
+    np.savez(path, train_images=images, train_labels=labels)
+    return path
+
+
+# Several
+
+
+def test_images_follow_one_another_and_classes_meet_by_name(tmp_path: Path) -> None:
+    make(tmp_path / "a", "train/dog/1.png", "train/cat/2.png", "val/dog/3.png")
+    make(tmp_path / "b", "train/cat/4.png", "train/ant/5.png", "val/ant/6.png")
+    train, validation = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}")
+    assert levels(train) == [2, 1, 5, 4] and train.name == "a-b"
+    assert train.classes == ("ant", "cat", "dog") and train.labels is not None
+    assert train.labels.tolist() == [1, 2, 0, 1]
+    assert validation is not None and validation.labels is not None
+    assert levels(validation) == [3, 6] and validation.labels.tolist() == [2, 0]
+    assert validation.classes == train.classes and train.describe(3) == "b: cat/4.png"
+    assert train.content(0) == (tmp_path / "a/train/cat/2.png").read_bytes()
+
+
+def test_one_part_without_labels_leaves_none(tmp_path: Path) -> None:
+    make(tmp_path / "a", "train/dog/1.png", "val/dog/2.png")
+    make(tmp_path / "b", "3.png")
+    train, validation = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}")
+    assert train.labels is None and validation is not None and validation.labels is None
+
+
+def test_numbered_classes_stay_in_the_order_of_numbers(tmp_path: Path) -> None:
+    one, two = arrays(tmp_path / "a.npz", 1, [0, 10]), arrays(tmp_path / "b.npz", 5, [2, 1])
+    train = open_data(f"{one}::{two}").train
+    assert levels(train) == [1, 2, 5, 6] and train.labels is not None
+    assert train.classes[:3] == ("0", "1", "2") and train.labels.tolist() == [0, 10, 2, 1]
+
+
+def test_fingerprints_follow_the_parts_and_their_order(tmp_path: Path) -> None:
+    one, two = arrays(tmp_path / "a.npz", 1, [0, 1]), arrays(tmp_path / "b.npz", 5, [0, 1])
+    prints = {open_data(text).train.fingerprint for text in (f"{one}::{two}", f"{two}::{one}")}
+    assert len(prints) == 2 and open_data(f"{one}::{two}").train.fingerprint in prints
+
+
+# Lists
+
+
+def test_a_list_keeps_its_order_and_takes_any_path(tmp_path: Path) -> None:
+    make(tmp_path / "in", "1.png", "d/2.png")
+    make(tmp_path / "elsewhere", "3.png")
+    text = f"d/2.png\r\n{tmp_path}/elsewhere/3.png\n\n1.png\ngone.png\n"
+    (tmp_path / "in/list.txt").write_text(text)
+    source, validation = open_data(tmp_path / "in/list.txt")
+    assert validation is None and len(source) == 4 and source.labels is None
+    assert [int(source.read(n)[0, 0, 0]) for n in range(3)] == [2, 3, 1]
+    with pytest.raises(BadImage, match="No such file"):
+        source.read(3)
+
+
+def test_classes_stand_behind_a_tab(tmp_path: Path) -> None:
+    make(tmp_path, "1.png", "2.png", "3.png")
+    path = tmp_path / "list.tsv"
+    path.write_text("1.png\t10\n2.png\t9\n3.png\t10\n")
+    source = open_data(path).train
+    assert source.classes == ("9", "10") and source.labels is not None
+    assert source.labels.tolist() == [1, 0, 1]
+    assert open_data(path, "none").train.labels is None
+    path.write_text("1.png\tdog\n2.png\n")
+    with pytest.raises(UserError, match=r"2\.png .* has no class"):
+        open_data(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "empty"), (b"\n \n", "empty"), (b"a\0b", "no text")]
+)
+def test_what_is_no_list(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        open_data(tmp_path / "x.txt")
+
+
+# By the numbers of an index
+
+
+def index_of(source: Any, path: Path) -> Any:
+    save_index(source.index(), path / "images.idx")
+    return load_index(path / "images.idx")
+
+
+def test_an_unchanged_source_is_itself(tmp_path: Path) -> None:
+    source = open_data(make(tmp_path / "in", "1.png", "2.png")).train
+    assert renumbered(source, index_of(source, tmp_path)) == (source, "")
+
+
+def test_what_is_gone_is_bad_and_what_is_new_is_not_seen(tmp_path: Path) -> None:
+    make(tmp_path / "in", "b/1.png", "b/3.png", "c/4.png", "c/5.png")
+    index = index_of(open_data(tmp_path / "in", "folders").train, tmp_path)
+    (tmp_path / "in/b/3.png").unlink()
+    make(tmp_path / "in", "a/0.png", "b/2.png")
+    found = renumbered(open_data(tmp_path / "in", "folders").train, index)
+    assert found is not None and isinstance(found[0], RenumberedSource)
+    source, text = found
+    assert text == "1 of the run's images are gone, and count as bad and 2 new ones are ignored"
+    assert len(source) == 4 and [int(source.read(n)[0, 0, 0]) for n in (0, 2, 3)] == [1, 4, 5]
+    with pytest.raises(BadImage, match="no longer"):
+        source.read(1)
+    with pytest.raises(BadImage, match="no longer"):
+        source.content(1)
+    assert source.describe(1) == "b/3.png" and source.fingerprint == index.fingerprint
+    assert source.labels is not None and source.labels.tolist() == [0, 0, 1, 1]
+    assert source.classes == ("b", "c") and source.index().fingerprint == index.fingerprint
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    index = index_of(open_data(make(tmp_path / "in", "1.png", "2.png", "3.png")).train, tmp_path)
+    other = open_data(make(tmp_path / "other", "3.png", "4.png", "5.png")).train
+    assert renumbered(other, index) is None
+    assert renumbered(open_data(arrays(tmp_path / "a.npz", 0, [0, 1, 2])).train, index) is None
+
+
+def test_parts_may_come_and_go(tmp_path: Path) -> None:
+    make(tmp_path / "a", "1.png", "2.png")
+    both = open_data(f"{make(tmp_path / 'b', '1.png', '3.png')}::{tmp_path / 'a'}").train
+    index = index_of(both, tmp_path)
+    os.unlink(tmp_path / "b/1.png")
+    found = renumbered(open_data(f"{tmp_path / 'b'}::{tmp_path / 'a'}").train, index)
+    assert found is not None
+    assert [int(found[0].read(n)[0, 0, 0]) for n in (1, 2, 3)] == [3, 1, 2]
+    with pytest.raises(BadImage):
+        found[0].read(0)
