@@ -13,6 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports only from rows below its own, or from its own room.
 LAYERS = [
     {"cli"},
+    {"cli_evaluate"},
+    {"evaluating"},
+    {"evaluations", "subjects"},
     {"check"},
     {"pretrain"},
     {"report"},
