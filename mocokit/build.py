@@ -22,6 +22,7 @@ from mocokit.engine.runtime import (
 )
 from mocokit.errors import UserError
 from mocokit.evaluate.features import evaluating
+from mocokit.evaluate.health import HealthMonitor
 from mocokit.evaluate.monitor import KnnMonitor
 from mocokit.methods.moco import MoCo
 from mocokit.nets.backbones import build_backbone
@@ -207,6 +208,19 @@ def build_monitor(settings: Settings, splits: Splits, device: torch.device) -> K
         k=settings.monitor.k,
         temperature=settings.monitor.temperature,
         bank=settings.monitor.bank,
+        seed=settings.seed,
+        workers=count_workers(settings, device),
+        precision=partial(autocast, device, settings.engine.precision),
+    )
+
+
+def build_health(settings: Settings, splits: Splits, device: torch.device) -> HealthMonitor:
+    """What measures health without labels."""
+    return HealthMonitor(
+        splits.train,
+        view_spec(settings),
+        device,
+        images=settings.monitor.images,
         seed=settings.seed,
         workers=count_workers(settings, device),
         precision=partial(autocast, device, settings.engine.precision),

@@ -80,6 +80,10 @@ def linear(
         Literal["paper", "quick"],
         typer.Option(help="paper: MoCo's, 100 epochs of crops; quick: a minute on cached features"),
     ] = "paper",
+    train_views: Annotated[
+        Literal["crops", "centre"],
+        typer.Option(help="quick: trained on a random crop, or on the view of the test"),
+    ] = "crops",
     epochs: Annotated[int, typer.Option(help="paper: passes over the training images")] = 100,
     lr: Annotated[float, typer.Option(help="paper: first learning rate")] = 30.0,
     layer: Head = "backbone",
@@ -97,6 +101,7 @@ def linear(
     from mocokit.evaluating import evaluate_linear
 
     options: dict[str, Any] = {"layer": layer, "cache": cache, "protocol": protocol}
+    options["train_views"] = train_views
     options |= _shared(size, device, precision, seed, baseline, per_class, confusion, json)
     evaluate_linear(run, data, epochs=epochs, lr=lr, **options)
 

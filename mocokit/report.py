@@ -106,12 +106,13 @@ class Recording:
         self.progress.show(self.job.step, line)
 
     def scores(self, scores: dict[str, float]) -> None:
-        """The monitor's scores, at an epoch's end."""
+        """What a diagnosis found, at an epoch's end."""
         epoch = self.job.step // self.job.effect.steps_per_epoch
         if self.metrics:
             self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
-        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
-        self.job.speaker.say(f"epoch {epoch}: {shown}")
+        accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
+        if accuracies:
+            self.job.speaker.say(f"epoch {epoch}: {', '.join(accuracies)}")
 
     def close(self) -> None:
         """End the loading processes too, which a traceback would otherwise keep alive."""

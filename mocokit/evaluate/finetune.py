@@ -19,10 +19,10 @@ from mocokit.chance import Slot
 from mocokit.engine.health import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss
-from mocokit.evaluate.features import evaluating, evaluation_batches
-from mocokit.evaluate.linear_paper import TellEpoch, probe_spec, training_views
+from mocokit.evaluate.features import evaluating, evaluation_batches, probe_spec
+from mocokit.evaluate.linear_paper import TellEpoch, training_views
 from mocokit.evaluate.subject import Subject
-from mocokit.evaluate.table import describe_view
+from mocokit.evaluate.table import CENTRE
 from mocokit.evaluate.task import Task
 
 LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to this many steps
@@ -47,10 +47,10 @@ class Plan:
     def describe(self, subject: Subject, images: int) -> str:
         layers = "" if self.layer_decay == 1 else f" ({self.layer_decay:g} of it a layer down)"
         return (
-            f"fine-tuning of all layers, {self.epochs_for(images)} epochs, SGD lr {self.lr:g}"
-            f"{layers} with Nesterov momentum {self.momentum:g}, cosine per step, weight decay "
-            f"{self.weight_decay:g}, batch {min(self.batch_size, images)}; trained on random crops "
-            f"of area .08 to 1 and flips, tested on: {describe_view(subject.spec)}; last epoch"
+            f"fine-tuning of all layers, {self.epochs} epochs and at least {LEAST_STEPS} "
+            f"steps, SGD lr {self.lr:g}{layers} with Nesterov momentum {self.momentum:g}, cosine "
+            f"per step, weight decay {self.weight_decay:g}, batch {min(self.batch_size, images)}; "
+            f"trained on random crops of area .08 to 1 and flips, tested on: {CENTRE.describe(subject.spec)}; last epoch"
         )
 
 

@@ -22,7 +22,7 @@ from mocokit.errors import UserError
 from mocokit.evaluate.linear_paper import Fitted
 from mocokit.evaluate.split import hold_out, stratified
 from mocokit.evaluate.subject import Subject
-from mocokit.evaluate.table import Table, describe_view
+from mocokit.evaluate.table import CENTRE, Table, Transform
 from mocokit.evaluate.task import Task
 
 PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
@@ -58,14 +58,14 @@ class Data:
         )
 
 
-def protocol(subject: Subject, seed: int) -> str:
+def protocol(subject: Subject, transform: Transform, seed: int) -> str:
     """What `fit_quick` does, in words."""
     low, high = PENALTIES[0], PENALTIES[-1]
     return (
         f"quick linear probe (not the paper's protocol): logistic regression on standardised "
         f"{subject.layer} features, L2 penalty of {low:g} to {high:g} chosen on a tenth of the "
-        f"training images (seed {seed}) and refitted on all; one view an image, for training "
-        f"and test: {describe_view(subject.spec)}"
+        f"training images (seed {seed}) and refitted on all; trained on one view an image: "
+        f"{transform.describe(subject.spec)}; tested on: {CENTRE.describe(subject.spec)}"
     )
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,33 @@ from torch import Tensor
 
 from mocokit.data.source import Source
 from mocokit.errors import MocokitError, UserError
-from mocokit.evaluate.features import BATCH, evaluating, evaluation_batches
+from mocokit.evaluate.features import BATCH, CROP_AREA, evaluating, evaluation_batches
 from mocokit.evaluate.subject import Subject
 from mocokit.views.params import ViewSpec
 
 FORMAT = 1
 LIMIT_GIB = 20.0  # of finished tables; past it the longest unused go
 Tell = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How an image becomes the view that is looked at; `crops` is the seed of random crops."""
+
+    crops: int | None = None
+
+    def describe(self, spec: ViewSpec) -> str:
+        """In words."""
+        size = f"{spec.size} x {spec.size}, {spec.interpolation}"
+        if self.crops is not None:
+            low, high = CROP_AREA
+            return f"a random crop of area {low:g} to {high:g}, {size}, and a flip"
+        if spec.resize == spec.size:
+            return f"short side and centre {size}"
+        return f"short side {spec.resize}, centre crop {size}"
+
+
+CENTRE = Transform()
 
 
 def cache_folder() -> Path:
@@ -41,23 +62,16 @@ def cache_folder() -> Path:
     return root / "mocokit" / "features"
 
 
-def key_of(subject: Subject, source: Source) -> str:
+def key_of(subject: Subject, source: Source, transform: Transform = CENTRE) -> str:
     """The name of the table of these images under these weights."""
     spec = subject.spec
     parts = (
         *(FORMAT, subject.weights, subject.architecture, subject.layer, subject.width),
         *(subject.precision, subject.device.type, source.fingerprint, len(source)),
-        describe_view(spec),
+        *(transform.describe(spec), transform.crops),
         *(f"{number:.9g}" for number in (*spec.mean, *spec.std)),
     )
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-def describe_view(spec: ViewSpec) -> str:
-    """The evaluation view in words."""
-    if spec.resize == spec.size:
-        return f"short side {spec.size}, centre {spec.size} x {spec.size}, {spec.interpolation}"
-    return f"short side {spec.resize}, centre crop {spec.size} x {spec.size}, {spec.interpolation}"
 
 
 class Table:
@@ -80,6 +94,7 @@ class Table:
 def features_of(
     subject: Subject,
     source: Source,
+    transform: Transform = CENTRE,
     *,
     workers: int = 0,
     folder: Path | None = None,
@@ -88,17 +103,17 @@ def features_of(
     """The table of a source, from `folder` if it was computed before; None keeps nothing."""
     if folder is None:
         rows = np.empty((len(source), subject.width), np.float32)
-        for first, part in _batches(subject, source, 0, workers):
+        for first, part in _batches(subject, source, transform, 0, workers):
             rows[first : first + len(part)] = part
             tell(first + len(part), len(source))
         return _checked(rows, source)
-    key = key_of(subject, source)
+    key = key_of(subject, source, transform)
     path = folder / f"{key}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f"{key}.lock"):
             if not path.is_file():
-                _compute(subject, source, path, workers, tell)
+                _compute(subject, source, transform, path, workers, tell)
                 prune(folder, path)
         os.utime(path)
         # Copy on write: torch wants an array that could be written, and nobody writes it.
@@ -121,14 +136,14 @@ def _checked(rows: NDArray[np.float32], source: Source) -> Table:
 
 
 def _batches(
-    subject: Subject, source: Source, start: int, workers: int
+    subject: Subject, source: Source, transform: Transform, start: int, workers: int
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(first image, rows) of batch after batch."""
     numbers = np.arange(start, len(source))
     expected = start
     with evaluating(subject.network):
         for batch, views in evaluation_batches(
-            source, numbers, subject.spec, subject.device, workers
+            source, numbers, subject.spec, subject.device, workers, transform.crops
         ):
             first = start + (int(batch.index[0]) - start) // BATCH * BATCH
             # Batches without a single readable image are not yielded.
@@ -143,7 +158,9 @@ def _batches(
         yield expected, np.full((len(source) - expected, subject.width), np.nan, np.float32)
 
 
-def _compute(subject: Subject, source: Source, path: Path, workers: int, tell: Tell) -> None:
+def _compute(
+    subject: Subject, source: Source, transform: Transform, path: Path, workers: int, tell: Tell
+) -> None:
     """Write the table to a partial file, from where an earlier attempt stopped, and rename it."""
     partial = path.with_suffix(".partial")
     shape, row = (len(source), subject.width), 4 * subject.width
@@ -158,7 +175,7 @@ def _compute(subject: Subject, source: Source, path: Path, workers: int, tell: T
             file.write(head)
         file.truncate(len(head) + start * row)
         file.seek(0, os.SEEK_END)
-        for first, rows in _batches(subject, source, start, workers):
+        for first, rows in _batches(subject, source, transform, start, workers):
             file.write(rows.tobytes())
             file.flush()
             tell(first + len(rows), len(source))

@@ -1,0 +1,60 @@
+"""Do batch statistics give the answer away? Measured directly.
+
+A query and its key that were normalised with the same companions can find each other by them (MoCo
+v1, section 3.3). So the same images are contrasted twice, with the groups as they are trained, and
+with the keys in other groups: what an honest network knows does not depend on its companions.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mocokit.methods.method import Draw, Method
+from mocokit.nets.batchnorm import moving_once
+
+Step = tuple[tuple[Tensor, Tensor], Tensor, Draw]  # views, numbers of the images, chance
+
+
+def has_groups(method: Method) -> bool:
+    """Whether keys are cut into groups that could be drawn anew."""
+    return hasattr(method, "shuffle") and hasattr(method, "count_groups")
+
+
+@torch.no_grad()
+def contrast_by_grouping(
+    method: Method, steps: Iterable[Step], precision: Callable[[], AbstractContextManager[object]]
+) -> dict[str, float]:
+    """Contrast accuracy over some steps as trained, and with keys in other groups.
+
+    Nothing of the method changes, running statistics included. With several processes all of them
+    call it, with their own shares.
+    """
+    trained, regrouped = [], []
+    for views, index, draw in steps:
+        with moving_once(method, 0), precision():
+            trained.append(method(views, index, draw).metrics["contrast_top1"].float())
+            with _other_groups(method):
+                other = Draw(draw.seed, draw.step + 2**40, draw.images)  # a step no run reaches
+                regrouped.append(method(views, index, other).metrics["contrast_top1"].float())
+    values = torch.stack([torch.stack(trained).mean(), torch.stack(regrouped).mean()])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    as_trained, otherwise = values.tolist()
+    return {"contrast_trained": as_trained, "contrast_regrouped": otherwise}
+
+
+@contextmanager
+def _other_groups(method: Any) -> Iterator[None]:
+    """Keys shuffled over at least two groups."""
+    shuffle, count = method.shuffle, method.count_groups
+    method.shuffle = True
+    method.count_groups = lambda images: max(2, count(images))
+    try:
+        yield
+    finally:
+        method.shuffle, method.count_groups = shuffle, count
