@@ -18,7 +18,7 @@ from mocokit.job import Job
 from mocokit.methods.method import Draw
 from mocokit.methods.parts import to_device
 
-CONTRASTED = 512  # images that are contrasted under two groupings, at least
+CONTRASTED = 1024  # images that are contrasted under two groupings, at least
 
 MakeViews = Callable[[Job, int, Batch], tuple[Tensor, Tensor]]
 

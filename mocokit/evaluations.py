@@ -123,7 +123,7 @@ def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
         readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
         before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
-        _write(folder.readme, f"{before}\n\n{section(folder)}")
+        _write(folder.readme, f"{before}\n{section(folder)}")
     except OSError as error:
         raise folder.unwritable(error) from None
 
@@ -145,7 +145,7 @@ def section(folder: RunFolder) -> str:
             *(f"Note: {note}." for note in record["notes"]),
             "",
         ]
-    return "\n".join([HEADING, "", *lines]) if lines else ""
+    return "\n".join(["", HEADING, "", *lines]) if lines else ""
 
 
 def _label(result: Result) -> str:

@@ -50,7 +50,8 @@ class Plan:
             f"fine-tuning of all layers, {self.epochs} epochs and at least {LEAST_STEPS} "
             f"steps, SGD lr {self.lr:g}{layers} with Nesterov momentum {self.momentum:g}, cosine "
             f"per step, weight decay {self.weight_decay:g}, batch {min(self.batch_size, images)}; "
-            f"trained on random crops of area .08 to 1 and flips, tested on: {CENTRE.describe(subject.spec)}; last epoch"
+            "trained on random crops of area .08 to 1 and flips, tested on: "
+            f"{CENTRE.describe(subject.spec)}; last epoch"
         )
 
 

@@ -33,9 +33,10 @@ def contrast_by_grouping(
     Nothing of the method changes, running statistics included. With several processes all of them
     call it, with their own shares.
     """
-    trained, regrouped = [], []
+    trained, regrouped, images = [], [], 0
     for views, index, draw in steps:
         with moving_once(method, 0), precision():
+            images += draw.images
             trained.append(method(views, index, draw).metrics["contrast_top1"].float())
             with _other_groups(method):
                 other = Draw(draw.seed, draw.step + 2**40, draw.images)  # a step no run reaches
@@ -45,7 +46,11 @@ def contrast_by_grouping(
         dist.all_reduce(values)
         values /= dist.get_world_size()
     as_trained, otherwise = values.tolist()
-    return {"contrast_trained": as_trained, "contrast_regrouped": otherwise}
+    return {
+        "contrast_trained": as_trained,
+        "contrast_regrouped": otherwise,
+        "contrasted_images": float(images),
+    }
 
 
 @contextmanager
