@@ -18,7 +18,7 @@ from mocokit.job import Job
 from mocokit.methods.method import Draw
 from mocokit.methods.parts import to_device
 
-CONTRASTED = 1024  # images that are contrasted under two groupings, at least
+CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 
 MakeViews = Callable[[Job, int, Batch], tuple[Tensor, Tensor]]
 
@@ -35,7 +35,8 @@ def diagnose(
     precision = partial(autocast, job.device, settings.engine.precision)
     found: dict[str, Any] = {}
     if has_groups(method):
-        steps = -(-CONTRASTED // settings.train.batch_size)
+        images = min(CONTRASTED, job.effect.images)
+        steps = -(-images // settings.train.batch_size)
         coming = upcoming(job, loader, make_views, steps)
         found |= contrast_by_grouping(method, coming, precision)
     if (queue := getattr(method, "queue", None)) is not None:

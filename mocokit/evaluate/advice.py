@@ -8,7 +8,7 @@ LAST = 0.25  # the share of the epochs whose gain is looked at
 LEAST_POINTS = 4
 KNN_GAIN = 0.005  # half a point: below, no longer run is worth its time
 RANK_GAIN = 0.03  # of the rank
-NOISE = 2.0  # a gain must exceed the curve's own jitter so many times
+NOISE = 3.0  # deviations of a single score that a gain must exceed
 
 Point = tuple[float, float]
 
@@ -58,5 +58,5 @@ def _jitter(points: list[Point]) -> float:
         for (_, left), (_, middle), (_, right) in zip(points, points[1:], points[2:], strict=False)
     ]
     # Of independent noise with deviation s, a bend deviates by s * sqrt(1.5).
-    recent = bends[-6:]
+    recent = bends[-8:]
     return math.sqrt(sum(bend**2 for bend in recent) / len(recent) / 1.5) if recent else 0.0

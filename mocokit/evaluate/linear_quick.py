@@ -29,7 +29,7 @@ PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean
 CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty
 CHOICE_WORK = 4e9  # images x features x classes that the choice looks at, at most: it takes fewer
 STEPS, CHOICE_STEPS = 100, 50
-TOLERANCE = 1e-4  # stop once no step improves the mean loss by more than this share
+TOLERANCE = 1e-5  # stop once no step improves the mean loss by more than this share
 ROWS = 16384
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The effective rank of a head's outputs was seen at 16 % of their dimensions at the least in healthy
-# runs, at 4.2 % at the most in collapsed ones.
+# The effective rank of a head's outputs was seen at 16 % of their dimensions or more in healthy
+# runs, at 4.2 % or less in collapsed ones.
 COLLAPSED_RANK = 0.06
 # Unit vectors on the sphere have deviation 1. A head in its warm-up was seen at 0.4.
 COLLAPSED_DEVIATION = 0.05
@@ -22,8 +22,8 @@ LEAK_SHARE = 0.75
 LEAK_ERRORS = 3.0  # standard errors by which the two must differ
 # MoCo v1, section 4.1 (ImageNet): 0 fails, 0.9 loses 4 points of 59.0, 0.99 loses 1.
 LEAST_MOMENTUM = 0.5
-# In a warm-up the loss stands above chance for a while (in the demo for 150 steps), and in a healthy
-# run it was never seen there afterwards.
+# In a warm-up the loss stands above chance for a while (in the demo for 150 steps); in a healthy
+# run it was not seen there afterwards.
 PATIENCE = 500  # steps with a full queue, before a loss at the level of chance means something
 DATA_BOUND = 0.1  # share of the time; the guide's figure too
 OWN_KEYS = 0.05  # share of queries that meet their image's older key; ImageNet has 0.1 %
