@@ -153,6 +153,6 @@ def evaluate_finetune(
                 workers=trial.workers,
                 tell=trial.tell_epochs(subject, f" {share:g} %"),
             )
-            setting = {"labels": f"{share:g} %", "images": details["images"]}
+            setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)
     return trial.finish("finetune", words)
