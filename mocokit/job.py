@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Job:
     speaker: Speaker
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
+    health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""

@@ -111,6 +111,9 @@ class Recording:
         """What a diagnosis found, at an epoch's end, and what it means."""
         if self.metrics is None:
             return
+        if self.job.step == self.job.effect.total_steps:
+            self.job.health = scores  # for the result, which is the last line
+            return
         epoch = self.job.step // self.job.effect.steps_per_epoch
         self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
         accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
@@ -165,6 +168,7 @@ def finish(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
     if not job.world.writes:
         return result
+    result |= job.health
     method = job.parts.method
     write_backbone(job.folder.backbone, method.encoder.backbone, job.settings)
     monitor = build.build_monitor(job.settings, job.splits, job.device)
@@ -179,16 +183,17 @@ def finish(job: Job) -> dict[str, Any]:
         result |= {name: score for name, score in baselines.items() if score is not None}
         result["protocol"] = monitor.protocol
     lines = [*read_metrics(job.folder.metrics), result]
-    if found := verdict(lines):
+    found = verdict(lines)
+    if found is not None:
         result["verdict"] = found.text
-    if advice := advise(lines):
-        result["advice"] = advice
+    if (found is None or found.healthy) and (advice := advise(lines)):
+        result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
     job.folder.readme.write_text(_readme(job, result), encoding="utf-8")
     metrics = Metrics(job.folder.metrics, job.step)
     metrics.write(result)
     metrics.close()
-    return result
+    return job.folder.result() or result  # with the digits that are kept
 
 
 NAMES = {

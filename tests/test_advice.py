@@ -35,7 +35,8 @@ def test_noise_is_not_taken_for_a_gain():
         noise = np.random.default_rng(seed).normal(0, 0.02, 20)
         told += [advise(lines(0.5 + noise[:end])) for end in range(8, 21)]
     assert np.mean(["still pays" in one for one in told]) < 0.05
-    assert np.mean(["levelled off" in one for one in told]) > 0.7
+    assert np.mean(["levelled off" in one for one in told]) > 0.4
+    assert any("undecided" in one for one in told)
 
 
 def test_without_labels_the_rank_speaks_with_less_weight():
@@ -49,7 +50,9 @@ def test_recorded_runs():
         return advise([json.loads(line) for line in text.splitlines()])
 
     assert "still pays" in told("demo_healthy")  # 8 of 40 epochs
-    assert "still pays" not in told("constant_images")
+    assert "still pays" in told("demo_leak") and told("demo_m0").startswith("undecided")
+    assert told("cifar_healthy").startswith("levelled off: kNN went from 39.0 % at epoch 8")
+    assert "levelled off" in told("constant_images")
 
 
 def test_of_an_epoch_the_last_score_counts():

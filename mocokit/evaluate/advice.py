@@ -1,6 +1,7 @@
 """Whether longer training still pays: the curve of kNN, or else of RankMe, in a sentence."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,15 +49,20 @@ def _sentence(points: list[Point], what: str, least: float, shown: Any) -> str:
             f"stop earlier: {what} fell from {shown(best[1])} at epoch {best[0]:.0f} to "
             f"{shown(end)} at epoch {last:.0f}"
         )
+    if gain > least:
+        return f"undecided: {what} rose {since}, which is within its jitter; score more often"
     return f"levelled off: {what} went {since}; a longer run is unlikely to gain much"
 
 
 def _jitter(points: list[Point]) -> float:
-    """Deviation of the points from the middle of their neighbours, which a trend does not move."""
+    """Deviation of a score, from how far each lies off the middle of its neighbours.
+
+    A trend does not move that, and a bend moves the median of many little.
+    """
+    values = [value for _, value in points]
     bends = [
-        middle - (left + right) / 2
-        for (_, left), (_, middle), (_, right) in zip(points, points[1:], points[2:], strict=False)
+        abs(middle - (left + right) / 2)
+        for left, middle, right in zip(values, values[1:], values[2:], strict=False)
     ]
-    # Of independent noise with deviation s, a bend deviates by s * sqrt(1.5).
-    recent = bends[-8:]
-    return math.sqrt(sum(bend**2 for bend in recent) / len(recent) / 1.5) if recent else 0.0
+    # Of normal noise with deviation s the median is 0.674 * s * sqrt(1.5).
+    return statistics.median(bends) / (0.674 * math.sqrt(1.5))

@@ -17,11 +17,13 @@ _EPSILON = 1e-7  # RankMe's
 def rankme(features: Tensor) -> float:
     """Effective rank of features (N, D): exp of the entropy of their singular values' shares."""
     matrix = features.detach().cpu().double()
+    if not bool(matrix.isfinite().all()):
+        return math.nan
     gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     total = values.sum()
-    if not bool(torch.isfinite(total)) or total == 0:
-        return 0.0 if total == 0 else math.nan
+    if total == 0:
+        return 0.0
     share = values / total + _EPSILON
     return float((-(share * share.log()).sum()).exp())
 

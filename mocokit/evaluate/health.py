@@ -41,10 +41,12 @@ class HealthMonitor:
         total = torch.zeros((), device=self.device)
         square = torch.zeros((), device=self.device)
 
+        precise = next(encoder.parameters()).dtype
+
         def network(images: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal total, square
             total, square = total + images.sum(0), square + images.square().sum(0)
-            features = encoder.backbone(images)
+            features = encoder.backbone(images.to(precise))
             return features, encoder.head(features)
 
         batches = evaluation_batches(

@@ -69,7 +69,8 @@ def verdict(lines: Lines) -> Verdict | None:
     steps = [line for line in lines if line.get("loss") is not None]
     if not steps:
         return None
-    health: Health = next((line for line in reversed(lines) if "rankme_head" in line), {})
+    measured: Health = next((line for line in reversed(lines) if "rankme_head" in line), {})
+    health = {name: value for name, value in measured.items() if value is not None}
     judges: tuple[Callable[[Lines, Health], Found], ...]
     if steps[-1].get("queue_filled", 1.0) < 1:
         judges = (_alike, _momentum, _filling, _data_bound)
