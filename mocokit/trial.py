@@ -70,20 +70,28 @@ class Trial:
         self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)
         self.results: list[Result] = []
         self.notes: list[str] = []
+        self.calibrated = False
         self._told = time.monotonic()
         self._untrained: dict[bool, Subject] = {}
 
     def subjects(self, calibrate: bool = True) -> list[Subject]:
         """The subject, and its random weights if they are wanted."""
-        if not self.options.baseline or self.opened.untrained is None:
+        if self.opened.untrained is None:
+            subject = self.opened.subject
+            return [self._calibrate(subject) if calibrate else subject]
+        if not self.options.baseline:
             return [self.opened.subject]
         if calibrate not in self._untrained:
             untrained = self.opened.untrained()
-            if calibrate:
-                with evaluating(untrained.network):
-                    calibrated(untrained.network, self.task.train, untrained.spec, self.device)
-            self._untrained[calibrate] = untrained
+            self._untrained[calibrate] = self._calibrate(untrained) if calibrate else untrained
         return [self.opened.subject, self._untrained[calibrate]]
+
+    def _calibrate(self, subject: Subject) -> Subject:
+        """Random weights are judged with batch-norm statistics that fit the images."""
+        self.calibrated = True
+        with evaluating(subject.network):
+            calibrated(subject.network, self.task.train, subject.spec, self.device)
+        return subject
 
     def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
         """Features of a source, from the cache where it holds them."""
@@ -129,6 +137,9 @@ class Trial:
     def finish(self, kind: str, protocol: str) -> Evaluation:
         """Print, write, append to the run's report."""
         split = f"{self.task.train.name}: {self.task.split}"
+        where = f"{self.options.precision} on {self.device.type}"
+        if self.calibrated:
+            where += "; random weights with batch-norm statistics of the training images"
         unread = len(self.task.test_numbers) - self.results[0].scores.count
         if unread:
             self.notes.append(f"{unread} test images could not be read and count as neither")
@@ -136,7 +147,7 @@ class Trial:
             kind=kind,
             run=self.run,
             data=str(self.options.data or self.task.train.name),
-            protocol=f"{protocol}; {split}; {self.options.precision} on {self.device.type}",
+            protocol=f"{protocol}; {split}; {where}",
             results=tuple(self.results),
             classes=self.task.classes,
             notes=tuple(self.notes),

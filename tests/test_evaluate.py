@@ -80,7 +80,7 @@ def test_knn_is_the_runs_own_score_and_scikit_learns(run, command, toy_npz):
         "random weights, k 200",
         "by class, the weakest first",
         "rows are what the images are",
-        "float32 on cpu",
+        "float32 on cpu; random weights with batch-norm statistics of the training images",
     ):
         assert text in said, text
     found = json.loads((run / "out.json").read_text())
@@ -177,7 +177,12 @@ def test_an_exported_file_alone_is_enough(run, tmp_path, toy_npz, command):
 
 def test_random_weights_by_name(command, toy_npz):
     code, said = command("knn", "random:resnet_tiny", toy_npz, "--size", 32)
-    assert code == 0 and "random resnet_tiny, k 200" in said and "random weights" not in said
+    assert (
+        code == 0
+        and "random resnet_tiny, k 200" in said
+        and "batch-norm statistics of the training" in said
+    )
+    assert len(said.split("temperature 0.1 │")) == 2  # there is no baseline of a baseline
     seeds = [
         open_subject("random:resnet_tiny", CPU, seed=seed).subject.weights for seed in (0, 0, 1)
     ]
