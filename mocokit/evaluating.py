@@ -139,6 +139,8 @@ def evaluate_finetune(
         raise UserError(f"percent = {list(percent)}: shares of labels lie above 0, up to 100")
     if epochs < 1 or lr <= 0 or not 0 < layer_decay <= 1:
         raise UserError("epochs and lr must be positive, layer_decay above 0 and at most 1")
+    if options.get("precision") == "float16":
+        raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     trial = Trial(run, Options(data, **options))
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))

@@ -137,7 +137,7 @@ class Trial:
     def finish(self, kind: str, protocol: str) -> Evaluation:
         """Print, write, append to the run's report."""
         split = f"{self.task.train.name}: {self.task.split}"
-        where = f"{self.options.precision} on {self.device.type}"
+        where = f"seed {self.options.seed}, {self.options.precision} on {self.device.type}"
         if self.calibrated:
             where += "; random weights with batch-norm statistics of the training images"
         unread = len(self.task.test_numbers) - self.results[0].scores.count

@@ -80,7 +80,7 @@ def test_knn_is_the_runs_own_score_and_scikit_learns(run, command, toy_npz):
         "random weights, k 200",
         "by class, the weakest first",
         "rows are what the images are",
-        "float32 on cpu; random weights with batch-norm statistics of the training images",
+        "seed 0, float32 on cpu; random weights with batch-norm statistics of the training images",
     ):
         assert text in said, text
     found = json.loads((run / "out.json").read_text())
@@ -230,6 +230,7 @@ def test_timm_without_a_connection_says_so(monkeypatch):
         (["linear", "{run}", "--epochs", "0"], "must be positive"),
         (["finetune", "{run}", "--percent", "0"], "above 0"),
         (["finetune", "{run}", "--layer-decay", "2"], "at most 1"),
+        (["finetune", "{run}", "--precision", "float16"], "take bfloat16 or float32"),
         (["knn", "{run}", "--device", "cuda:9"], "device cuda:9"),
         (["knn", "random", "{toy}", "--layer", "head"], "random has no head"),
         (["knn", "{run}", "--json", "{run}/none/x.json"], "cannot write"),
