@@ -63,8 +63,8 @@ class Trial:
         settings = self.opened.settings
         # As many threads as the run was given: a small network gains little from more, and loses
         # much where another process has the core.
-        threads = default_threads() if settings is None else settings.engine.threads
-        threads = default_threads() if threads == "auto" else threads
+        stated = "auto" if settings is None else settings.engine.threads
+        threads = default_threads() if stated == "auto" else min(stated, default_threads())
         prepare(self.device, threads, deterministic=False)
         self.splits = labelled(options.data, settings)
         self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)

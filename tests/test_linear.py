@@ -141,6 +141,13 @@ def test_quick_needs_two_classes():
         fit_quick(task, Table(np.ones((40, 5), np.float32)), CPU, seed=0)
 
 
+def test_features_beyond_floats_are_refused():
+    task = task_of(source(60, 0), source(20, 1), seed=0)
+    rows = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32) * 1e30
+    with pytest.raises(NonFiniteLoss, match="too large to be squared"):
+        fit_quick(task, Table(rows), CPU, seed=0)
+
+
 def test_images_that_cannot_be_read_are_left_out():
     task = task_of(source(60, 0), source(20, 1), seed=0)
     rows = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocokit.chance import Slot
-from mocokit.errors import UserError
+from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.linear_paper import Fitted
 from mocokit.evaluate.split import hold_out, stratified
 from mocokit.evaluate.subject import Subject
@@ -30,7 +30,8 @@ CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty
 CHOICE_WORK = 4e9  # images x features x classes that the choice looks at, at most: it takes fewer
 STEPS, CHOICE_STEPS = 100, 50
 TOLERANCE = 1e-5  # stop once no step improves the mean loss by more than this share
-ROWS = 16384
+ROWS = 16384  # of features on the device at once
+OUTPUTS = 2**25  # scores on the device at once: 128 MiB in float32
 
 
 class Moments(NamedTuple):
@@ -51,10 +52,11 @@ class Data:
     classes: int
     device: torch.device
 
-    def parts(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows in pieces, not yet on the device."""
+    def parts(self, outputs: int = 1) -> list[tuple[Tensor, Tensor]]:
+        """Rows in pieces, not yet on the device, so that so many outputs of each fit too."""
+        rows = max(1, min(ROWS, OUTPUTS // outputs))
         return list(
-            zip(torch.split(self.features, ROWS), torch.split(self.labels, ROWS), strict=True)
+            zip(torch.split(self.features, rows), torch.split(self.labels, rows), strict=True)
         )
 
 
@@ -74,8 +76,10 @@ def fit_quick(
 ) -> Fitted:
     """Choose a penalty on held-out training images, then fit all of them.
 
-    `table` holds the features of task.train. Raises UserError where a class has too few images.
+    `table` holds the features of task.train. Raises UserError for fewer than two classes.
     """
+    if device.type == "mps":
+        device = torch.device("cpu")  # for want of doubles
     penalties = penalties or PENALTIES
     good = np.isin(task.train_numbers, table.good)
     numbers, labels = task.train_numbers[good], task.train_labels[good]
@@ -124,6 +128,11 @@ def moments(data: Data) -> Moments:
         centred = part.to(data.device) - shift
         second += (centred.T @ centred).double()
     second /= count
+    if not bool(second.isfinite().all()):
+        raise NonFiniteLoss(
+            "the features are too large to be squared in float32, or not finite, so there is no "
+            "linear probe of them; look at the weights, or take --layer head"
+        )
     std = second.diagonal().sqrt().float()
     std = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.inf)
     correlation = second / std.double() / std.double()[:, None]
@@ -203,7 +212,7 @@ def _gradient(
     loss = torch.zeros(runs, device=data.device)
     slope = torch.zeros(width, runs * classes, device=data.device)
     excess = torch.zeros(runs * classes, device=data.device)
-    for part, labels in data.parts():
+    for part, labels in data.parts(runs * classes):
         part, labels = part.to(data.device), labels.to(data.device)
         logits = (part @ flat + shift.reshape(-1)).view(len(part), runs, classes)
         chances = F.log_softmax(logits, dim=2)
