@@ -61,7 +61,7 @@ def test_logistic_regression_is_scikit_learns():
     known = moments(some)
     inputs = standardised(known, some.features)
     fresh = data(300, seed=0).features.flip(0)
-    for penalty, layer in zip(penalties, solve(some, penalties, 500), strict=True):
+    for penalty, layer in zip(penalties, solve(some, penalties, 500, known), strict=True):
         other = LogisticRegression(C=1 / (penalty * len(inputs)), max_iter=5000, tol=1e-10)
         other.fit(inputs, some.labels.numpy())
         ours = fresh @ layer.weight.T + layer.bias
@@ -73,8 +73,8 @@ def test_logistic_regression_is_scikit_learns():
 
 def test_all_penalties_at_once_are_each_alone():
     some, penalties = data(), (1e-4, 1e-2, 1.0)
-    for one, penalty in zip(solve(some, penalties, 300), penalties, strict=True):
-        (alone,) = solve(some, (penalty,), 300)
+    for one, penalty in zip(solve(some, penalties, 300, moments(some)), penalties, strict=True):
+        (alone,) = solve(some, (penalty,), 300, moments(some))
         np.testing.assert_allclose(one.weight.numpy(), alone.weight.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -84,7 +84,8 @@ def test_every_step_goes_down_whatever_the_features():
     twisted = some.features[:, 1:2] + 1e-3 * some.features
     hard = dataclasses.replace(some, features=torch.cat([some.features, twisted], 1))
     losses = [
-        float(solve(hard, (1e-4,), steps)[0].details["train_loss"]) for steps in (1, 3, 9, 60)
+        float(solve(hard, (1e-4,), steps, moments(hard))[0].details["train_loss"])
+        for steps in (1, 3, 9, 60)
     ]
     assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(4)
 

@@ -27,7 +27,8 @@ from mocokit.evaluate.task import Task
 
 PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
 CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty
-CHOICE_WORK = 4e9  # images x features x classes that the choice looks at, at most: it takes fewer
+CHOICE_WORK = 1e9  # images x features x classes that the choice looks at; it takes fewer images,
+CHOICE_IMAGES = 50  # but this many of each class, if there are as many
 STEPS, CHOICE_STEPS = 100, 50
 TOLERANCE = 1e-5  # stop once no step improves the mean loss by more than this share
 ROWS = 16384  # of features on the device at once
@@ -86,23 +87,27 @@ def fit_quick(
     classes = len(task.classes)
     if len(np.unique(labels)) < 2:
         raise UserError("a linear probe needs images of at least two classes to learn from")
+    everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
+    known = moments(everything)
     kept, held = hold_out(labels, CHOICE_SHARE, seed, Slot.CHOICE)
     chosen, shares = penalties[len(penalties) // 2], []
     if len(held) and len(penalties) > 1:
-        work = len(kept) * table.rows.shape[1] * classes
-        if work > CHOICE_WORK:
-            kept = kept[stratified(labels[kept], CHOICE_WORK / work, seed, Slot.LABELS)]
-        fit_on = Data(table.take(numbers[kept]), torch.from_numpy(labels[kept]), classes, device)
-        solved = solve(fit_on, penalties, CHOICE_STEPS)
-        known = table.take(numbers[held])
+        fit_on, slack, known_of_them = kept, len(numbers) / len(kept), known
+        few = max(CHOICE_WORK / (known.mean.numel() * classes), CHOICE_IMAGES * classes)
+        if few < len(kept):
+            fit_on = kept[stratified(labels[kept], few / len(kept), seed, Slot.LABELS)]
+        part = Data(table.take(numbers[fit_on]), torch.from_numpy(labels[fit_on]), classes, device)
+        if few < len(kept):
+            known_of_them, slack = moments(part), 1.0
+        solved = solve(part, penalties, CHOICE_STEPS, known_of_them, slack)
+        unseen = table.take(numbers[held])
         shares = [
-            float((one.predict(known) == torch.from_numpy(labels[held])).float().mean())
+            float((one.predict(unseen) == torch.from_numpy(labels[held])).float().mean())
             for one in solved
         ]
         # Of equals the strongest penalty: the simplest layer that does as well.
         chosen = penalties[max(range(len(shares)), key=lambda at: (shares[at], penalties[at]))]
-    everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
-    (layer,) = solve(everything, (chosen,), STEPS)
+    (layer,) = solve(everything, (chosen,), STEPS, known)
     details = {
         "penalty": chosen,
         "penalties": list(penalties),
@@ -155,14 +160,21 @@ def ridge(data: Data, penalties: tuple[float, ...], known: Moments) -> tuple[Ten
     return known.vectors @ (scale[:, :, None] * rotated), counts / counts.sum()
 
 
-def solve(data: Data, penalties: tuple[float, ...], steps: int) -> list[Fitted]:
-    """Logistic regression at every penalty, as layers on features as they are."""
-    known = moments(data)
+def solve(
+    data: Data, penalties: tuple[float, ...], steps: int, known: Moments, slack: float = 1.0
+) -> list[Fitted]:
+    """Logistic regression at every penalty, as layers on features as they are.
+
+    `known` are the moments of these features, or of `slack` times as many that contain them: their
+    own curvature is then at most so many times as large.
+    """
     penalty = torch.tensor(penalties, device=data.device)[:, None, None]
     start, prior = ridge(data, penalties, known)
     weight = start * min(4.0, float(data.classes))  # one-hot targets are smaller than log-odds
     bias = (prior.clamp_min(1e-8).log()).expand(len(penalties), 1, -1).clone()
-    curvature = 1 / (known.values / 2 + torch.tensor(penalties, device=data.device)[:, None])
+    curvature = 1 / (
+        slack * known.values / 2 + torch.tensor(penalties, device=data.device)[:, None]
+    )
     position, fast_weight, fast_bias = torch.ones(len(penalties), device=data.device), weight, bias
     losses = torch.full((len(penalties),), torch.inf, device=data.device)
     best_weight, best_bias, taken = weight, bias, 0
@@ -180,7 +192,7 @@ def solve(data: Data, penalties: tuple[float, ...], steps: int) -> list[Fitted]:
             break
         rotated = known.vectors.T @ slope
         after = fast_weight - known.vectors @ (curvature[:, :, None] * rotated)
-        after_bias = fast_bias - 2 * slope_bias
+        after_bias = fast_bias - 2 / slack * slope_bias
         # Adaptive restart (O'Donoghue and Candès 2015): momentum against the gradient is dropped.
         uphill = ((after - weight) * slope).sum((1, 2)) + ((after_bias - bias) * slope_bias).sum(
             (1, 2)
