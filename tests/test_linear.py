@@ -136,6 +136,20 @@ def test_quick_chooses_on_training_images_and_never_looks_at_the_test():
     assert (fitted.predict(features).numpy() == labels).mean() > 0.9
 
 
+def test_of_much_data_a_part_chooses(monkeypatch):
+    monkeypatch.setattr(linear_quick, "CHOICE_WORK", 1.0)
+    monkeypatch.setattr(linear_quick, "CHOICE_IMAGES", 6)
+    seen, plain = [], linear_quick.solve
+    monkeypatch.setattr(
+        linear_quick,
+        "solve",
+        lambda data, *rest: seen.append(len(data.labels)) or plain(data, *rest),
+    )
+    task = task_of(source(300, 0), source(60, 1), seed=0)
+    fitted = fit_quick(task, features_of(subject(), task.train), CPU, seed=0)
+    assert seen == [18, 300] and fitted.details["train_loss"] < 0.5
+
+
 def test_quick_needs_two_classes():
     task = task_of(source(40, 0, classes=1), source(10, 1, classes=1), seed=0)
     with pytest.raises(UserError, match="two classes"):

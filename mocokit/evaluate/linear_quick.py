@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,6 +54,11 @@ class Data:
     classes: int
     device: torch.device
 
+    def rows(self, numbers: NDArray[np.int64]) -> "Data":
+        """Some of the images."""
+        index = torch.from_numpy(numbers)
+        return Data(self.features[index], self.labels[index], self.classes, self.device)
+
     def parts(self, outputs: int = 1) -> list[tuple[Tensor, Tensor]]:
         """Rows in pieces, not yet on the device, so that so many outputs of each fit too."""
         rows = max(1, min(ROWS, OUTPUTS // outputs))
@@ -89,24 +95,7 @@ def fit_quick(
         raise UserError("a linear probe needs images of at least two classes to learn from")
     everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
     known = moments(everything)
-    kept, held = hold_out(labels, CHOICE_SHARE, seed, Slot.CHOICE)
-    chosen, shares = penalties[len(penalties) // 2], []
-    if len(held) and len(penalties) > 1:
-        fit_on, slack, known_of_them = kept, len(numbers) / len(kept), known
-        few = max(CHOICE_WORK / (known.mean.numel() * classes), CHOICE_IMAGES * classes)
-        if few < len(kept):
-            fit_on = kept[stratified(labels[kept], few / len(kept), seed, Slot.LABELS)]
-        part = Data(table.take(numbers[fit_on]), torch.from_numpy(labels[fit_on]), classes, device)
-        if few < len(kept):
-            known_of_them, slack = moments(part), 1.0
-        solved = solve(part, penalties, CHOICE_STEPS, known_of_them, slack)
-        unseen = table.take(numbers[held])
-        shares = [
-            float((one.predict(unseen) == torch.from_numpy(labels[held])).float().mean())
-            for one in solved
-        ]
-        # Of equals the strongest penalty: the simplest layer that does as well.
-        chosen = penalties[max(range(len(shares)), key=lambda at: (shares[at], penalties[at]))]
+    chosen, shares = _choose(everything, known, penalties, seed)
     (layer,) = solve(everything, (chosen,), STEPS, known)
     details = {
         "penalty": chosen,
@@ -115,10 +104,33 @@ def fit_quick(
         "seed": seed,
         **layer.details,
     }
-    notes = list(layer.notes)
+    notes: tuple[str, ...] = ()
     if shares and chosen == max(penalties) and shares[-1] > max(shares[:-1]):
-        notes.append(f"the best penalty, {chosen:g}, is the strongest of those tried")
-    return Fitted(layer.weight, layer.bias, details, tuple(notes))
+        notes = (f"the best penalty, {chosen:g}, is the strongest of those tried",)
+    return Fitted(layer.weight, layer.bias, details, notes)
+
+
+def _choose(
+    data: Data, known: Moments, penalties: tuple[float, ...], seed: int
+) -> tuple[float, list[float]]:
+    """The penalty that does best on held-out images, and the accuracies of all."""
+    labels = data.labels.numpy()
+    kept, held = hold_out(labels, CHOICE_SHARE, seed, Slot.CHOICE)
+    if not len(held) or len(penalties) == 1:
+        return penalties[len(penalties) // 2], []
+    slack = len(labels) / len(kept)
+    few = max(CHOICE_WORK / (data.features.shape[1] * data.classes), CHOICE_IMAGES * data.classes)
+    if few < len(kept):
+        kept = kept[stratified(labels[kept], few / len(kept), seed, Slot.LABELS)]
+        known, slack = moments(data.rows(kept)), 1.0
+    solved = solve(data.rows(kept), penalties, CHOICE_STEPS, known, slack)
+    unseen = data.rows(held)
+    shares = [
+        float((one.predict(unseen.features) == unseen.labels).float().mean()) for one in solved
+    ]
+    # Of equals the strongest penalty: the simplest layer that does as well.
+    best = max(range(len(shares)), key=lambda at: (shares[at], penalties[at]))
+    return penalties[best], shares
 
 
 def moments(data: Data) -> Moments:
