@@ -109,8 +109,7 @@ def _collapsed(steps: Lines, health: Health) -> Found:
     rate = max(line.get("lr", 0.0) for line in steps)
     tried = f" (it reached {rate:.3g})" if rate else ""
     return "collapsed", (
-        f"collapsed: {what}; it does not come back, so start again with a lower optim.lr{tried}, "
-        "or with optim.warmup_epochs"
+        f"collapsed: {what}; start again with a lower optim.lr{tried}, or with optim.warmup_epochs"
     )
 
 
