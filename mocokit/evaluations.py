@@ -105,27 +105,33 @@ def publish(
         _show_confusion(evaluation, speaker)
     record = evaluation.as_dict(confusion)
     if path is not None:
-        _write(Path(path), json.dumps(record, indent=1) + "\n")
+        try:
+            _write(Path(path), json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            why = f"cannot write {path} ({error.strerror})"
+            raise UserError(f"{why}; choose another place with --json") from None
         speaker.say(f"written: {path}")
-    if folder is not None:
-        append(folder, record)
-        speaker.say(f"added to {folder.readme} and {folder.evaluations.name}")
-    elif path is None:
-        speaker.say("no run folder keeps this; --json FILE writes it down")
+    if folder is None:
+        if path is None:
+            speaker.say("no run folder keeps this; --json FILE writes it down")
+    else:
+        try:
+            append(folder, record)
+            speaker.say(f"added to {folder.readme} and {folder.evaluations.name}")
+        except OSError as error:  # another's run, say: the result stands all the same
+            reason = f"cannot add this to {folder.path} ({error.strerror})"
+            speaker.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
     took, memory = clock(evaluation.seconds), evaluation.peak_memory_gib
     speaker.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add a line to evaluations.jsonl, and bring the run's README up to date."""
-    try:
-        with open(folder.evaluations, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
-        before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
-        _write(folder.readme, f"{before}\n{section(folder)}")
-    except OSError as error:
-        raise folder.unwritable(error) from None
+    """Add a line to evaluations.jsonl, and bring the run's README up to date. Raises OSError."""
+    with open(folder.evaluations, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
+    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
+    _write(folder.readme, f"{before}\n{section(folder)}")
 
 
 def section(folder: RunFolder) -> str:
@@ -195,12 +201,10 @@ def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
     partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose another place") from None
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _hardware() -> str:

@@ -120,6 +120,15 @@ def test_every_evaluation_is_added_to_the_runs_report(run, command, toy_npz):
     assert (run / "README.md").read_text() == after
 
 
+def test_a_run_that_cannot_be_written_is_judged_all_the_same(run, command, monkeypatch):
+    def full(folder, record):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mocokit.evaluations.append", full)
+    code, said = command("knn", run, "--no-baseline")
+    assert code == 0 and "cannot add this to" in said and "No space left" in said
+
+
 def test_the_two_linear_protocols_are_never_confused(run, command):
     code, said = command("linear", run, "--epochs", 2, "--no-baseline")
     assert code == 0 and "the linear protocol of MoCo v2" in said
