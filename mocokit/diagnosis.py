@@ -40,7 +40,7 @@ def diagnose(
         coming = upcoming(job, loader, make_views, steps)
         found |= contrast_by_grouping(method, coming, precision)
     if (queue := getattr(method, "queue", None)) is not None:
-        per_image = 2 if settings.method.symmetric else 1
+        per_image = 2 if getattr(method, "symmetric", False) else 1
         share = positives_in_queue(job.effect.images, len(queue.rows), per_image)
         found["positives_in_queue"] = share
     if not job.world.writes:
