@@ -1,6 +1,6 @@
 """How a run is doing, at the moments when the loop asks: scores, health, a verdict."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from mocokit.methods.parts import to_device
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 
-MakeViews = Callable[[Job, int, Batch], tuple[Tensor, Tensor]]
+MakeViews = Callable[[Job, int, Batch], Sequence[Tensor]]
 
 
 def diagnose(

@@ -1,6 +1,6 @@
 """Health without labels, of an encoder as it stands: measured, not judged (verdict.py judges)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -14,6 +14,8 @@ from mocokit.evaluate.features import compute_features, evaluating, evaluation_b
 from mocokit.evaluate.geometry import alignment, dead_share, deviation, rankme, uniformity
 from mocokit.nets.heads import Encoder
 from mocokit.views.params import ViewSpec
+
+ALIGNED = 512  # images whose views are compared, at most
 
 
 class HealthMonitor:
@@ -35,7 +37,7 @@ class HealthMonitor:
         self.source, self.spec, self.device = source, spec, device
         self.workers, self.precision = workers, precision
 
-    def run(self, encoder: Encoder, views: tuple[Tensor, Tensor]) -> dict[str, float]:
+    def run(self, encoder: Encoder, views: Sequence[Tensor]) -> dict[str, float]:
         """By name: ranks of backbone and head, and how the two views of some images lie."""
 
         total = torch.zeros((), device=self.device)
@@ -54,12 +56,13 @@ class HealthMonitor:
         )
         with evaluating(encoder), self.precision():
             numbers, tables = compute_features(network, batches)
-            first, second = (encoder(view).float() for view in views)
+            first, *others = (encoder(view[:ALIGNED]).float() for view in views[:2])
         if not tables:
             return {}
         backbone, head = tables
         mean = total / len(numbers)
         between = (square / len(numbers) - mean.square()).clamp_min(0).mean().sqrt()
+        aligned = {"alignment": alignment(first, others[0])} if others else {}
         return {
             "rankme": rankme(backbone),
             "rankme_of": float(min(backbone.shape)),
@@ -67,7 +70,7 @@ class HealthMonitor:
             "rankme_head_of": float(min(head.shape)),
             "deviation": deviation(head),
             "dead_dimensions": dead_share(backbone),
-            "alignment": alignment(first, second),
+            **aligned,
             "uniformity": uniformity(first),
             "image_deviation": float(between),
         }

@@ -16,12 +16,16 @@ from torch import Tensor
 from mocokit.methods.method import Draw, Method
 from mocokit.nets.batchnorm import moving_once
 
-Step = tuple[tuple[Tensor, Tensor], Tensor, Draw]  # views, numbers of the images, chance
+Step = tuple[Any, Tensor, Draw]  # views, numbers of the images, chance
 
 
 def has_groups(method: Method) -> bool:
-    """Whether keys are cut into groups that could be drawn anew."""
-    return hasattr(method, "shuffle") and hasattr(method, "count_groups")
+    """Whether keys are cut into groups that could be drawn anew.
+
+    Where one batch norm spans the whole batch and all negatives come from it, none is given away.
+    """
+    grouped = hasattr(method, "shuffle") and hasattr(method, "count_groups")
+    return grouped and (hasattr(method, "queue") or not getattr(method, "whole", False))
 
 
 @torch.no_grad()
@@ -56,10 +60,14 @@ def contrast_by_grouping(
 @contextmanager
 def _other_groups(method: Any) -> Iterator[None]:
     """Keys shuffled over at least two groups."""
-    shuffle, count = method.shuffle, method.count_groups
+    shuffle, count, whole = method.shuffle, method.count_groups, getattr(method, "whole", None)
     method.shuffle = True
     method.count_groups = lambda images: max(2, count(images))
+    if whole is not None:
+        method.whole = False
     try:
         yield
     finally:
         method.shuffle, method.count_groups = shuffle, count
+        if whole is not None:
+            method.whole = whole
