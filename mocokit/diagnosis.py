@@ -20,7 +20,7 @@ from mocokit.methods.parts import to_device
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 
-MakeViews = Callable[[Job, int, Batch], Sequence[Tensor]]
+MakeViews = Callable[[Job, int, Batch], Sequence[Any]]
 
 
 def diagnose(
