@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from mocokit import build
 from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
@@ -40,7 +38,8 @@ def diagnose(
         coming = upcoming(job, loader, make_views, steps)
         found |= contrast_by_grouping(method, coming, precision)
     if (queue := getattr(method, "queue", None)) is not None:
-        per_image = 2 if getattr(method, "symmetric", False) else 1
+        both = getattr(method, "symmetric", False) and getattr(method, "enqueue", "both") == "both"
+        per_image = 2 if both else 1
         share = positives_in_queue(job.effect.images, len(queue.rows), per_image)
         found["positives_in_queue"] = share
     if not job.world.writes:
