@@ -158,6 +158,7 @@ PROVOKED = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", PROVOKED)
 def test_failures_provoked_for_real(kind, tmp_path):
     changes = PROVOKED[kind] | {"monitor.every_epochs": 1}
@@ -166,6 +167,7 @@ def test_failures_provoked_for_real(kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_constant_images_provoked_for_real(tmp_path):
     import numpy as np
 
@@ -175,6 +177,7 @@ def test_constant_images_provoked_for_real(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_healthy_demo_is_called_healthy_throughout(seed, tmp_path):
     changes = {"monitor.every_epochs": 1}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 # The effective rank of a head's outputs was seen at 16 % of their dimensions or more in healthy
-# runs (10 % after 23 steps), at 4.2 % or less in collapsed ones.
-COLLAPSED_RANK = 0.06
+# runs (5.9 % of a memory bank's after 46 steps), at 4.2 % or less in collapsed ones.
+COLLAPSED_RANK = 0.05
 # Unit vectors on the sphere have deviation 1. A head in its warm-up was seen at 0.4.
 COLLAPSED_DEVIATION = 0.05
 # Views are normalised, so photographs deviate by about 1; a level of 255 is 0.015.
