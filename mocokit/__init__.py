@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
+    from mocokit.evaluating import evaluate_finetune, evaluate_knn, evaluate_linear
     from mocokit.export import load
     from mocokit.pretrain import Run, pretrain
 
@@ -19,6 +20,9 @@ _HOMES = {
     "pretrain": "mocokit.pretrain",
     "Run": "mocokit.pretrain",
     "load": "mocokit.export",
+    "evaluate_knn": "mocokit.evaluating",
+    "evaluate_linear": "mocokit.evaluating",
+    "evaluate_finetune": "mocokit.evaluating",
     "MocokitError": "mocokit.errors",
     "UserError": "mocokit.errors",
     "NonFiniteLoss": "mocokit.errors",
@@ -32,6 +36,9 @@ __all__ = [
     "NonFiniteLoss",
     "Run",
     "UserError",
+    "evaluate_finetune",
+    "evaluate_knn",
+    "evaluate_linear",
     "load",
     "pretrain",
 ]

@@ -24,6 +24,7 @@ from mocokit.engine.runtime import (
     default_threads,
 )
 from mocokit.errors import UserError
+from mocokit.evaluate.health import HealthMonitor
 from mocokit.evaluate.monitor import KnnMonitor
 from mocokit.methods.method import Method
 from mocokit.nets.batchnorm import group_sizes, share_of_groups
@@ -191,6 +192,19 @@ def build_monitor(settings: Settings, splits: Splits, device: torch.device) -> K
         k=settings.monitor.k,
         temperature=settings.monitor.temperature,
         bank=settings.monitor.bank,
+        seed=settings.seed,
+        workers=count_workers(settings, device),
+        precision=partial(autocast, device, settings.engine.precision),
+    )
+
+
+def build_health(settings: Settings, splits: Splits, device: torch.device) -> HealthMonitor:
+    """What measures health without labels."""
+    return HealthMonitor(
+        splits.train,
+        view_spec(settings),
+        device,
+        images=settings.monitor.images,
         seed=settings.seed,
         workers=count_workers(settings, device),
         precision=partial(autocast, device, settings.engine.precision),

@@ -34,6 +34,11 @@ class Slot(IntEnum):
 
     SUBSTITUTE = 100  # which image stands in for one that cannot be read
     HOLD_OUT = 110  # which labelled images are kept for the monitor
+    EVALUATION = 111  # an evaluation's own stream: its weights, its orders, its views
+    LABELS = 112  # which images a share of the labels names
+    CHOICE = 113  # which training images choose a probe's regularisation
+    TEST = 114  # which images test a probe where there are no others
+    HEALTH = 115  # which images health is measured on
 
     KEY_SHUFFLE = 200  # the order of the key images before they are cut into groups
     ENQUEUE = 201  # which view's keys join the queue, where those of one do

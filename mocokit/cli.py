@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mocokit import recipes, settings as settings_
+from mocokit import cli_evaluate, recipes, settings as settings_
 from mocokit.config import Settings
 from mocokit.errors import MocokitError
 
@@ -18,6 +18,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Turn a folder of unlabelled images into a visual backbone by momentum contrast.",
 )
+
+app.add_typer(cli_evaluate.app, name="evaluate")
 
 
 @app.callback()

@@ -231,8 +231,9 @@ class Log(Section):
 
 class Monitor(Section):
     every_epochs: int = place(
-        10, "epochs between kNN scores, if there are labels; 0: only at the end", ge=0
+        10, "epochs between kNN scores and health checks; 0: only at the end", ge=0
     )
+    images: int = place(4096, "training images that health is measured on, at most", ge=2)
     k: int = place(200, "neighbours that vote", ge=1)
     temperature: float = place(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
     bank: int = place(100_000, "training images in the bank, at most", ge=1)

@@ -31,17 +31,22 @@ def load(path: str | Path) -> nn.Module:
     folder, the finished backbone or else the newest checkpoint's. Raises UserError where there is
     none.
     """
+    settings, state = read(path)
+    net = settings.net
+    backbone = build_backbone(net.backbone, net.stem, settings.method.group_size)
+    backbone.load_state_dict(state)
+    return backbone.eval()
+
+
+def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
+    """The settings of what `load` loads, and the backbone's weights. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         finished = path / "backbone.safetensors"
         path = finished if finished.is_file() else path / "last.pt"
     if not path.is_file():
         raise UserError(f"there is no backbone at {path}; give a run folder or a checkpoint")
-    settings, state = _read_safe(path) if path.suffix == ".safetensors" else _read_run(path)
-    net = settings.net
-    backbone = build_backbone(net.backbone, net.stem, settings.method.group_size)
-    backbone.load_state_dict(state)
-    return backbone.eval()
+    return _read_safe(path) if path.suffix == ".safetensors" else _read_run(path)
 
 
 def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ class Job:
     resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
+    health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
     def pixels(self, batch: Batch) -> Tensor:
         """A batch's pixels on the device: sent there, or there already."""

@@ -17,6 +17,7 @@ from torch import nn
 from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
 from mocokit.data.source import open_data
+from mocokit.diagnosis import diagnose
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.record import Speaker
@@ -121,10 +122,10 @@ def train(job: Job, stop: StopSignals) -> None:
             if logged or device.type == "cpu":
                 watch.check()
             record.step(output, images, batch.bad, norm)
-            if due.monitor(job.step):
+            if due.health(job.step):
                 job.average_statistics()
-                if monitor is not None:
-                    record.scores(dict(monitor.run(method.encoder)))
+                scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
+                record.scores(diagnose(job, loader, make_batch_views, scored))
             save, end = due.save_or_stop(job.step, stop.asked)
             if save:
                 watch.check()

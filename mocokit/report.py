@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocokit import build, settings as settings_
+from mocokit import build, evaluations, settings as settings_
 from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
 from mocokit.data.pack import is_pack
-from mocokit.engine.record import Meter, Metrics, Progress
+from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import default_threads, peak_memory
+from mocokit.evaluate.advice import advise
+from mocokit.evaluate.verdict import verdict
 from mocokit.export import write_backbone
 from mocokit.job import Job
 from mocokit.methods.method import Output
@@ -123,13 +125,22 @@ class Recording:
             "yellow",
         )
 
-    def scores(self, scores: dict[str, float]) -> None:
-        """The monitor's scores, at an epoch's end."""
+    def scores(self, scores: dict[str, Any]) -> None:
+        """What a diagnosis found, at an epoch's end, and what it means."""
+        if self.metrics is None:
+            return
+        if self.job.step == self.job.effect.total_steps:
+            self.job.health = scores  # for the result, which is the last line
+            return
         epoch = self.job.step // self.job.effect.steps_per_epoch
-        if self.metrics:
-            self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
-        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
-        self.job.speaker.say(f"epoch {epoch}: {shown}")
+        self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
+        accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
+        if accuracies:
+            self.job.speaker.say(f"epoch {epoch}: {', '.join(accuracies)}")
+        if found := verdict(read_metrics(self.job.folder.metrics)):
+            self.job.speaker.say(
+                f"epoch {epoch}: {found.text}", None if found.healthy else "yellow"
+            )
 
     def close(self) -> None:
         """End the loading processes too, which a traceback would otherwise keep alive."""
@@ -175,6 +186,7 @@ def finish(job: Job) -> dict[str, Any]:
     result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
     if not job.world.writes:
         return result
+    result |= job.health
     method = job.parts.method
     write_backbone(job.folder.backbone, method.encoder.backbone, job.settings)
     monitor = build.build_monitor(job.settings, job.splits, job.device)
@@ -188,12 +200,18 @@ def finish(job: Job) -> dict[str, Any]:
         }
         result |= {name: score for name, score in baselines.items() if score is not None}
         result["protocol"] = monitor.protocol
+    lines = [*read_metrics(job.folder.metrics), result]
+    found = verdict(lines)
+    if found is not None:
+        result["verdict"] = found.text
+    if (found is None or found.healthy) and (advice := advise(lines)):
+        result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
     job.folder.readme.write_text(_readme(job, result), encoding="utf-8")
     metrics = Metrics(job.folder.metrics, job.step)
     metrics.write(result)
     metrics.close()
-    return result
+    return job.folder.result() or result  # with the digits that are kept
 
 
 NAMES = {
@@ -202,6 +220,7 @@ NAMES = {
     "knn_head": "trained, head's output",
     "knn_backbone": "trained backbone",
 }
+JUDGED = ("verdict", "advice")
 
 
 def result(job: Job, result: dict[str, Any]) -> None:
@@ -210,6 +229,9 @@ def result(job: Job, result: dict[str, Any]) -> None:
     if rows:
         job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
         job.speaker.say(result["protocol"])
+    for name in JUDGED:
+        if name in result:
+            job.speaker.say(result[name])
     if job.settings.data.path is None:
         job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
     job.speaker.say(f"finished: {job.folder.path}")
@@ -237,6 +259,7 @@ def _readme(job: Job, result: dict[str, Any]) -> str:
         f"{job.effect.total_steps:,} steps.",
         "",
         *(table if result else going),
+        *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
         "",
         "The backbone, in Python:",
         "",
@@ -265,6 +288,7 @@ def _readme(job: Job, result: dict[str, Any]) -> str:
         "| views.png | what the network saw |",
         "| images.idx | which images, by number |",
         "| bad_images.txt | images that could not be read, if there were any |",
+        "| evaluations.jsonl | what `mocokit evaluate` found, if it was asked |",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join(lines) + evaluations.section(job.folder)

@@ -1,6 +1,9 @@
 """Shared by all tests: few threads, and where the real images are."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,9 @@ from PIL import Image
 # Tests never judge time: machines are shared, and a slow moment is no counterexample.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
+
+os.environ["MOCOKIT_CACHE"] = tempfile.mkdtemp(prefix="mocokit-tests-")  # not the user's own
+atexit.register(shutil.rmtree, os.environ["MOCOKIT_CACHE"], ignore_errors=True)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

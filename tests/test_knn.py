@@ -9,7 +9,7 @@ import torch
 from mocokit import recipes
 from mocokit.data.arrays import ArraySource
 from mocokit.evaluate import knn
-from mocokit.evaluate.knn import knn_accuracy, knn_scores
+from mocokit.evaluate.knn import knn_accuracy, knn_grid, knn_scores, nearest, vote
 from mocokit.evaluate.monitor import KnnMonitor
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
@@ -108,3 +108,94 @@ def test_the_bank_is_bounded_and_its_choice_is_stable():
 def test_labels_are_needed():
     with pytest.raises(ValueError, match="labels"):
         monitor(source(100, 0, labelled=False))
+
+
+def ranked(bank, queries, k, own=None):
+    """Numbers of the k nearest in exact arithmetic; of equals the lower number, never oneself."""
+    unit = [np.asarray(v, np.float64) / np.linalg.norm(v) for v in bank]
+    found = []
+    for at, query in enumerate(queries):
+        cosines = [round(float(one @ query) / float(np.linalg.norm(query)), 6) for one in unit]
+        others = [j for j in range(len(bank)) if own is None or j != own[at]]
+        found.append(sorted(others, key=lambda j: (-cosines[j], j))[:k])
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 3, 7, 12, 50])
+@pytest.mark.parametrize("small", [False, True])
+def test_ties_go_to_the_first_rows(k, small, monkeypatch):
+    """Each row of the bank is there several times; in one block, and in many."""
+    if small:
+        monkeypatch.setattr(knn, "FACTORS", 12)
+        monkeypatch.setattr(knn, "CHUNK", 8)
+    draw = np.random.default_rng(k)
+    bank = draw.normal(size=(6, 3))[draw.integers(0, 6, 40)]
+    queries = draw.normal(size=(15, 3))
+    found = nearest(torch.from_numpy(bank), torch.from_numpy(queries), k)
+    assert found.index.tolist() == ranked(bank, queries, k)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_leaving_one_out(small, monkeypatch):
+    if small:
+        monkeypatch.setattr(knn, "FACTORS", 24)
+    bank = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    found = nearest(bank, bank, 5, own=torch.arange(30))
+    assert found.index.tolist() == ranked(bank.numpy(), bank.numpy(), 5, own=range(30))
+    everyone = nearest(bank, bank, 99, own=torch.arange(30))
+    assert everyone.cosine.shape == (30, 30) and bool(everyone.cosine[:, -1].isneginf().all())
+    labels = torch.arange(30) % 3
+    scores = vote(everyone, labels, 99, 0.1, 3)
+    without = knn_scores(bank[1:], labels[1:], bank[:1], 99, 0.1, 3)
+    np.testing.assert_allclose(scores[:1].numpy(), without.numpy(), rtol=1e-5)
+
+
+def test_one_search_serves_the_whole_grid():
+    generator = torch.Generator().manual_seed(1)
+    bank, queries = torch.randn(60, 5, generator=generator), torch.randn(20, 5, generator=generator)
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    grid = list(knn_grid(nearest(bank, queries, 40), labels, [1, 10, 40], [0.05, 1.0], 4))
+    assert [(k, t) for k, t, _ in grid] == [(k, t) for k in (1, 10, 40) for t in (0.05, 1.0)]
+    for k, temperature, predicted in grid:
+        alone = naive(bank.numpy(), labels.numpy(), queries.numpy(), k, temperature, 4)
+        assert predicted.tolist() == alone.argmax(1).tolist()
+
+
+def test_agrees_with_scikit_learn():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    generator = torch.Generator().manual_seed(2)
+    bank, queries = torch.randn(90, 6, generator=generator), torch.randn(30, 6, generator=generator)
+    labels = torch.randint(0, 5, (90,), generator=generator)
+    other = KNeighborsClassifier(
+        20, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.1)
+    ).fit(bank.numpy(), labels.numpy())
+    ours = knn_scores(bank, labels, queries, 20, 0.1, 5)
+    ours = (ours / ours.sum(1, keepdim=True)).numpy()
+    np.testing.assert_allclose(ours, other.predict_proba(queries.numpy()), rtol=1e-3, atol=1e-6)
+
+
+def test_tiny_temperatures_do_not_overflow():
+    bank, labels = torch.eye(3), torch.tensor([2, 1, 0])
+    scores = knn_scores(bank, labels, torch.tensor([[1.0, 0.5, 0]]), 3, 1e-5, 3)
+    assert bool(scores.isfinite().all()) and int(scores.argmax()) == 2
+
+
+def test_missing_classes_and_equal_scores():
+    scores = knn_scores(torch.eye(2), torch.tensor([3, 1]), torch.ones(1, 2), 2, 0.1, 6)
+    assert scores.shape == (1, 6) and scores[0, [0, 2, 4, 5]].sum() == 0
+    found = nearest(torch.eye(2), torch.ones(1, 2), 2)
+    assert next(knn_grid(found, torch.tensor([3, 1]), [2], [0.1], 6))[2].item() == 1
+
+
+@pytest.mark.gpu
+def test_the_gpu_finds_the_same_neighbours():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.randn(5000, 32, generator=generator)
+    queries = torch.randn(300, 32, generator=generator)
+    labels = torch.randint(0, 9, (5000,), generator=generator)
+    here = knn_scores(bank, labels, queries, 200, 0.1, 9)
+    there = vote(nearest(bank, queries, 200, None, torch.device("cuda")), labels, 200, 0.1, 9)
+    np.testing.assert_allclose(here.numpy(), there.numpy(), rtol=1e-3)

@@ -13,9 +13,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports only from rows below its own, or from its own room.
 LAYERS = [
     {"cli"},
+    {"cli_evaluate"},
+    {"evaluating"},
+    {"trial"},
+    {"subjects"},
     {"check", "pack"},
     {"pretrain"},
+    {"diagnosis"},
     {"report"},
+    {"evaluations"},
     {"job", "export"},
     {"build"},
     {"build_method"},

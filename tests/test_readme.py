@@ -65,6 +65,7 @@ def run(line, monkeypatch):
 def test_every_mocokit_command_in_order(photos, toy_npz, tmp_path, monkeypatch):
     """In one folder, as a reader would paste them; the run to --resume is made unfinished first."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 4)
     shutil.copytree(photos, tmp_path / "PHOTOS")
     shutil.copy(toy_npz, tmp_path / "CIFAR10.npz")
     ran = 0
@@ -76,7 +77,7 @@ def test_every_mocokit_command_in_order(photos, toy_npz, tmp_path, monkeypatch):
             metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))
         assert run(line, monkeypatch) == 0, line
         ran += 1
-    assert ran == 10
+    assert ran == 14
     assert Path("runs/mocov2-PHOTOS-001/backbone.safetensors").is_file()
     assert Path("runs/first/last.pt").exists()
 

@@ -43,6 +43,11 @@ class Due:
         """Every n-th epoch's end but the last, which is scored when the run is finished."""
         return self._epoch_end(step, self.monitor_epochs) and step < self.total_steps
 
+    def health(self, step: int) -> bool:
+        """With every score, after the first epoch, so that what is wrong shows early, and last."""
+        first = self.monitor_epochs > 0 and step == self.steps_per_epoch
+        return first or self.monitor(step) or step == self.total_steps
+
     def save_or_stop(self, step: int, asked_to_stop: bool) -> tuple[bool, bool]:
         """Whether to write a checkpoint, and whether to stop after it."""
         late = time.monotonic() - self._saved >= self.save_seconds

@@ -29,6 +29,7 @@ class RunFolder:
         self.backbone = path / "backbone.safetensors"
         self.sheet = path / "views.png"
         self.readme = path / "README.md"
+        self.evaluations = path / "evaluations.jsonl"
 
     @property
     def is_run(self) -> bool:

@@ -1,5 +1,6 @@
 """Features of a set of images under frozen weights."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from mocokit.data.batch import Batch
 from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
-from mocokit.views.params import ViewSpec, canvas_bound
-from mocokit.views.views import evaluation_views
+from mocokit.views.params import ViewSpec, canvas_bound, draw_table
+from mocokit.views.views import evaluation_views, make_views
 
 BATCH = 256
+CROP_AREA = (0.08, 1.0)  # of a probe's random crops: torchvision's RandomResizedCrop
 
 
 @contextmanager
@@ -36,15 +38,37 @@ def evaluation_batches(
     spec: ViewSpec,
     device: torch.device,
     workers: int = 0,
+    crops: int | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
     """The images of these numbers in batches, each with its evaluation views (n, 3, S, S).
 
-    Images that cannot be read are left out.
+    Images that cannot be read are left out. With `crops`, the seed of a stream, a random crop of
+    each in place of its evaluation view.
     """
-    for batch in read_batches(source, indices, BATCH, canvas_bound(spec), workers):
+    random = probe_spec(spec)
+    bound = canvas_bound(spec if crops is None else random)
+    for batch in read_batches(source, indices, BATCH, bound, workers):
         if len(batch.index):
             sizes = batch.heights, batch.widths
-            yield batch, evaluation_views(spec, batch.pixels, *sizes, device)
+            if crops is None:
+                yield batch, evaluation_views(spec, batch.pixels, *sizes, device)
+            else:
+                table = draw_table(random, crops, 0, batch.index, 0, *sizes)
+                yield batch, make_views(random, table, batch.pixels, *sizes, device)
+
+
+def probe_spec(spec: ViewSpec) -> ViewSpec:
+    """The training views of a probe, as in the authors' main_lincls.py: random crops and flips.
+
+    Their size and normalisation stay the network's.
+    """
+    return dataclasses.replace(
+        spec,
+        order=("crop", "flip"),
+        crop_area=CROP_AREA,
+        crop_ratio=(3 / 4, 4 / 3),
+        flip_probability=0.5,
+    )
 
 
 def compute_features(

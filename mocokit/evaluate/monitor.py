@@ -7,12 +7,17 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.source import Source
-from mocokit.evaluate.features import compute_features, evaluating, evaluation_batches
+from mocokit.evaluate.features import (
+    BATCH,
+    compute_features,
+    evaluating,
+    evaluation_batches,
+)
 from mocokit.evaluate.knn import knn_accuracy
 from mocokit.nets.batchnorm import calibrate
 from mocokit.nets.heads import Encoder
@@ -20,6 +25,20 @@ from mocokit.views.params import ViewSpec
 
 PIXEL_LIMIT = 64  # pixels a side; above, raw pixels are no baseline worth their memory
 CALIBRATION = 8  # batches that give random weights their batch-norm statistics
+
+
+def calibrated(
+    network: nn.Module,
+    source: Source,
+    spec: ViewSpec,
+    device: torch.device,
+    numbers: NDArray[np.int64] | None = None,
+) -> nn.Module:
+    """The same network, its batch-norm statistics set to these images' (None: the first ones)."""
+    if numbers is None:
+        numbers = np.arange(min(len(source), CALIBRATION * BATCH))
+    calibrate(network, (views for _, views in evaluation_batches(source, numbers, spec, device)))
+    return network
 
 
 class KnnMonitor:
@@ -88,9 +107,9 @@ class KnnMonitor:
     def random_weights(self, encoder: Encoder) -> float | None:
         """Accuracy of an untrained encoder's backbone whose batch norm fits the data."""
         network = copy.deepcopy(encoder.backbone)
-        batches = self._batches(self.train, self.bank_numbers[: CALIBRATION * 256])
         with torch.no_grad():
-            calibrate(network, (views for _, views in batches))
+            numbers = self.bank_numbers[: CALIBRATION * BATCH]
+            calibrated(network, self.train, self.spec, self.device, numbers)
             network.eval()
             scores = dict(self._scores(lambda views: (network(views),), ("random",)))
         return scores.get("random")

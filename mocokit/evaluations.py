@@ -1,0 +1,221 @@
+"""What an evaluation found: shown beside its protocol, kept as JSON and in the run's report."""
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Speaker, clock, read_metrics
+from mocokit.errors import UserError
+from mocokit.evaluate.scores import Scores
+
+HEADING = "## Evaluations"
+SHOWN_CLASSES = 20  # of a confusion matrix; of more, only the commonest mistakes
+
+
+@dataclass(frozen=True)
+class Result:
+    """The scores of one set of features at one setting."""
+
+    features: str
+    setting: Mapping[str, Any]
+    scores: Scores
+    details: Mapping[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        return self.scores.accuracy
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results with all that tells how they came about; the subject's come first."""
+
+    kind: str
+    run: str
+    data: str
+    protocol: str
+    results: tuple[Result, ...]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    weights: str
+    fingerprint: str
+    seconds: float
+    peak_memory_gib: float
+
+    @property
+    def accuracy(self) -> float:
+        """Of the subject, at its first setting."""
+        return self.results[0].accuracy
+
+    def as_dict(self, confusion: bool = False) -> dict[str, Any]:
+        """For JSON; confusions only where they are asked for, since they grow with the square."""
+        results = []
+        for result in self.results:
+            scores = result.scores.as_dict()
+            if not confusion:
+                del scores["confusion"]
+            line = {"features": result.features, **result.setting, **scores}
+            results.append(line | {"details": dict(result.details)})
+        return {
+            "kind": self.kind,
+            "run": self.run,
+            "data": self.data,
+            "protocol": self.protocol,
+            "results": results,
+            "classes": list(self.classes),
+            "notes": list(self.notes),
+            "weights": self.weights,
+            "data_fingerprint": self.fingerprint,
+            "seconds": round(self.seconds, 1),
+            "peak_memory_gib": round(self.peak_memory_gib, 2),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "hardware": _hardware(),
+            "versions": {"mocokit": version("mocokit"), "torch": torch.__version__},
+        }
+
+
+def publish(
+    evaluation: Evaluation,
+    speaker: Speaker,
+    folder: RunFolder | None,
+    path: str | Path | None,
+    *,
+    per_class: bool,
+    confusion: bool,
+) -> None:
+    """Print it, write it to `path` if there is one, and append it to the run's report."""
+    rows = [(_label(result), f"{result.accuracy:.1%}") for result in evaluation.results]
+    speaker.table(f"{evaluation.run}: {evaluation.kind}", ["features", "accuracy"], rows)
+    speaker.say(evaluation.protocol)
+    for note in evaluation.notes:
+        speaker.say(f"note: {note}", "yellow")
+    if per_class:
+        _show_classes(evaluation, speaker)
+    if confusion:
+        _show_confusion(evaluation, speaker)
+    record = evaluation.as_dict(confusion)
+    if path is not None:
+        try:
+            _write(Path(path), json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            why = f"cannot write {path} ({error.strerror})"
+            raise UserError(f"{why}; choose another place with --json") from None
+        speaker.say(f"written: {path}")
+    if folder is None:
+        if path is None:
+            speaker.say("no run folder keeps this; --json FILE writes it down")
+    else:
+        try:
+            append(folder, record)
+            speaker.say(f"added to {folder.readme} and {folder.evaluations.name}")
+        except OSError as error:  # another's run, say: the result stands all the same
+            reason = f"cannot add this to {folder.path} ({error.strerror})"
+            speaker.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
+    took, memory = clock(evaluation.seconds), evaluation.peak_memory_gib
+    speaker.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
+
+
+def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Add a line to evaluations.jsonl, and bring the run's README up to date. Raises OSError."""
+    with open(folder.evaluations, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
+    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
+    _write(folder.readme, f"{before}\n{section(folder)}")
+
+
+def section(folder: RunFolder) -> str:
+    """What the run's README says of its evaluations; nothing where there were none."""
+    lines = []
+    for record in read_metrics(folder.evaluations):
+        rows = [
+            f"| {_label_of(result)} | {result['accuracy']:.1%} |"
+            for result in record["results"]
+            if result["accuracy"] is not None
+        ]
+        lines += [
+            f"### {record['kind']} on {record['data']}, {record['date'][:10]}",
+            "",
+            *("| features | accuracy |", "| --- | --- |", *rows, ""),
+            f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
+            *(f"Note: {note}." for note in record["notes"]),
+            "",
+        ]
+    return "\n".join(["", HEADING, "", *lines]) if lines else ""
+
+
+def _label(result: Result) -> str:
+    return _label_of({"features": result.features, **result.setting})
+
+
+def _label_of(result: Mapping[str, Any]) -> str:
+    """Features with the settings that tell this line from others."""
+    names = {"k": "k", "temperature": "temperature", "labels": "labels"}
+    shown = [f"{text} {result[name]}" for name, text in names.items() if name in result]
+    return ", ".join([result["features"], *shown])
+
+
+def _show_classes(evaluation: Evaluation, speaker: Speaker) -> None:
+    scores = evaluation.results[0].scores
+    shares, images = scores.per_class, scores.confusion.sum(1)
+    rows = [
+        (
+            evaluation.classes[at],
+            "-" if np.isnan(shares[at]) else f"{shares[at]:.1%}",
+            str(images[at]),
+        )
+        for at in np.argsort(np.nan_to_num(shares, nan=2.0), kind="stable")
+    ]
+    name = _label(evaluation.results[0])
+    speaker.table(f"{name}: by class, the weakest first", ["class", "accuracy", "images"], rows)
+
+
+def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
+    matrix, classes = evaluation.results[0].scores.confusion, evaluation.classes
+    if len(classes) <= SHOWN_CLASSES:
+        rows = [(classes[at], *map(str, row)) for at, row in enumerate(matrix.tolist())]
+        title = "confusion: rows are what the images are, columns what they were taken for"
+        speaker.table(title, ["", *classes], rows)
+        return
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CLASSES]
+    rows = [
+        (
+            f"{classes[at // len(classes)]} taken for {classes[at % len(classes)]}",
+            str(wrong.flat[at]),
+        )
+        for at in order.tolist()
+        if wrong.flat[at]
+    ]
+    speaker.table("the commonest mistakes", ["mistake", "images"], rows)
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [
+                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{torch.get_num_threads()} threads of {name}"

@@ -1,0 +1,184 @@
+"""What can be judged: a run folder, a checkpoint, an exported file, a timm name, or `random`."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mocokit import build, export, recipes
+from mocokit.build_method import build_encoder
+from mocokit.chance import Slot
+from mocokit.config import Settings
+from mocokit.engine import checkpoint
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.runtime import autocast, seed_libraries
+from mocokit.errors import UserError
+from mocokit.evaluate.subject import Layer, Subject
+from mocokit.nets.backbones import build_backbone
+from mocokit.views.params import ViewSpec
+
+RANDOM = "random"
+DEFAULT_RANDOM = "resnet50"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A subject with what belongs to it."""
+
+    subject: Subject
+    untrained: Callable[[], Subject] | None  # the same network with random weights; None: it is one
+    settings: Settings | None  # of the run that it came from
+    folder: RunFolder | None  # that run's folder
+
+
+def open_subject(
+    run: str | Path,
+    device: torch.device,
+    *,
+    layer: Layer = "backbone",
+    precision: str = "float32",
+    size: int | None = None,
+    seed: int = 0,
+) -> Opened:
+    """What `run` names, in eval mode on the device. Raises UserError where it names nothing.
+
+    A path that exists comes first, then `random` or `random:MODEL`, then a timm model, whose
+    weights timm fetches. `size` replaces the side of the evaluation view.
+    """
+    place = partial(_subject, device=device, precision=precision, size=size)
+    path = Path(run).expanduser()
+    if path.exists():
+        return _open_path(path, place, layer, seed)
+    name = str(run)
+    if layer == "head":
+        raise UserError(f"{name} has no head; only a run folder or a checkpoint has one")
+    if name == RANDOM or name.startswith(f"{RANDOM}:"):
+        model = name.partition(":")[2] or DEFAULT_RANDOM
+        spec = build.view_spec(recipes.mocov2())
+        network = _random_backbone(model, seed)
+        return Opened(place(f"random {model}", network, spec, model), None, None, None)
+    return _open_timm(name, place, seed)
+
+
+def _subject(
+    name: str,
+    network: nn.Module,
+    spec: ViewSpec,
+    architecture: str,
+    layer: Layer = "backbone",
+    width: int | None = None,
+    *,
+    device: torch.device,
+    precision: str,
+    size: int | None,
+) -> Subject:
+    if size is not None:
+        spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
+    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = network.eval().requires_grad_(False)
+    width = width or int(network.num_features)  # type: ignore[arg-type]
+    kind = partial(autocast, device, precision)
+    return Subject(name, network, width, spec, architecture, layer, precision, kind)
+
+
+def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+    folder = folder_of(path)
+    if path.is_dir() and folder is None:
+        raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
+    settings, state = export.read(_head_file(path) if layer == "head" else path)
+    net = settings.net
+    architecture = f"{net.backbone} stem={net.stem} head={net.head}"
+    spec = build.view_spec(settings)
+
+    def of(encoder: Any, name: str) -> Subject:
+        network, width = (encoder, net.dim) if layer == "head" else (encoder.backbone, None)
+        return place(name, network, spec, architecture, layer, width)
+
+    encoder = build_encoder(settings)
+    if layer == "head":
+        method: dict[str, torch.Tensor] = checkpoint.load(_head_file(path))["method"]
+        prefix = "encoder."
+        state = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
+        encoder.load_state_dict(state)
+    else:
+        encoder.backbone.load_state_dict(state)
+    called = "trained backbone" if layer == "backbone" else "trained, head's output"
+
+    def untrained() -> Subject:
+        return of(build_encoder(settings.model_copy(update={"seed": seed})), "random weights")
+
+    return Opened(of(encoder, called), untrained, settings, folder)
+
+
+def _head_file(path: Path) -> Path:
+    """The head is kept in checkpoints alone."""
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path} holds a backbone without its head; give the run folder")
+    return path / "last.pt" if path.is_dir() else path
+
+
+def folder_of(path: Path) -> RunFolder | None:
+    """The run folder that a path is, or lies in."""
+    path = path.absolute()  # not resolved: last.pt is a link that may lead elsewhere
+    for place in (path, path.parent, path.parent.parent):
+        folder = RunFolder(place)
+        if folder.is_run:
+            return folder
+        if place.is_dir() and place != path and place.name != "checkpoints":
+            return None
+    return None
+
+
+def _random_backbone(model: str, seed: int) -> nn.Module:
+    seed_libraries(seed, 0, Slot.INITIALISE)
+    return build_backbone(model)
+
+
+def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model = name.removeprefix("timm:")
+    if not timm.is_model(model.partition(".")[0]):
+        close = difflib.get_close_matches(model, [*timm.list_models(), RANDOM], n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"there is no run, checkpoint or timm model {name!r}{hint} (random, or random:MODEL, "
+            "has random weights)"
+        )
+    try:
+        network = timm.create_model(model, pretrained=True, num_classes=0)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"timm cannot fetch the weights of {model} ({reason[:160]}); connect, or put them into "
+            f"Hugging Face's cache, or judge its random weights with random:{model}"
+        ) from None
+    width: Any = getattr(network, "head_hidden_size", None) or network.num_features
+    network.num_features = int(width)
+    spec = timm_spec(resolve_model_data_config(network))
+
+    def untrained() -> Subject:
+        backbone = _random_backbone(model.partition(".")[0], seed)
+        return place("random weights", backbone, spec, model)
+
+    return Opened(place(f"timm {model}", network, spec, model), untrained, None, None)
+
+
+def timm_spec(config: dict[str, Any]) -> ViewSpec:
+    """The evaluation view that a timm model was published with."""
+    size = int(config["input_size"][-1])
+    return dataclasses.replace(
+        build.view_spec(recipes.mocov2()),
+        size=size,
+        resize=max(size, round(size / config["crop_pct"])),
+        interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )

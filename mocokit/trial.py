@@ -1,0 +1,183 @@
+"""One evaluation on its way: what is judged, on which images, and what was found so far."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from mocokit.config import Settings
+from mocokit.data.source import Source, Splits, open_data
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
+from mocokit.errors import UserError
+from mocokit.evaluate.features import evaluating
+from mocokit.evaluate.linear_paper import Fitted, TellEpoch, test_features
+from mocokit.evaluate.monitor import calibrated
+from mocokit.evaluate.scores import Scores
+from mocokit.evaluate.subject import Layer, Subject
+from mocokit.evaluate.table import CENTRE, Table, Transform, cache_folder, features_of
+from mocokit.evaluate.task import Task, task_of
+from mocokit.evaluations import Evaluation, Result, publish
+from mocokit.subjects import Opened, open_subject
+
+MAX_WORKERS = 8
+QUIET_SECONDS = 10.0  # between lines that tell of long work
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all evaluations share. `data` None is the run's own."""
+
+    data: str | Path | None = None
+    layer: Layer = "backbone"
+    device: str = "auto"
+    precision: str = "float32"
+    size: int | None = None
+    seed: int = 0
+    baseline: bool = True
+    cache: bool = True
+    per_class: bool = False
+    confusion: bool = False
+    json: str | Path | None = None
+
+
+class Trial:
+    """What an evaluation works with, and what it has found so far."""
+
+    def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
+        self.run, self.options = str(run), options
+        self.speaker, self.started = Speaker(), time.perf_counter()
+        self.device = choose_device(options.device)
+        self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
+        self.opened: Opened = open_subject(
+            run,
+            self.device,
+            layer=options.layer,
+            precision=options.precision,
+            size=options.size,
+            seed=options.seed,
+        )
+        settings = self.opened.settings
+        # As many threads as the run was given: a small network gains little from more, and loses
+        # much where another process has the core.
+        stated = "auto" if settings is None else settings.engine.threads
+        threads = default_threads() if stated == "auto" else min(stated, default_threads())
+        prepare(self.device, threads, deterministic=False)
+        self.splits = labelled(options.data, settings)
+        self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)
+        self.results: list[Result] = []
+        self.notes: list[str] = []
+        self.calibrated = False
+        self._told = time.monotonic()
+        self._untrained: dict[bool, Subject] = {}
+
+    def subjects(self, calibrate: bool = True) -> list[Subject]:
+        """The subject, and its random weights if they are wanted."""
+        if self.opened.untrained is None:
+            subject = self.opened.subject
+            return [self._calibrate(subject) if calibrate else subject]
+        if not self.options.baseline:
+            return [self.opened.subject]
+        if calibrate not in self._untrained:
+            untrained = self.opened.untrained()
+            self._untrained[calibrate] = self._calibrate(untrained) if calibrate else untrained
+        return [self.opened.subject, self._untrained[calibrate]]
+
+    def _calibrate(self, subject: Subject) -> Subject:
+        """Random weights are judged with batch-norm statistics that fit the images."""
+        self.calibrated = True
+        with evaluating(subject.network):
+            calibrated(subject.network, self.task.train, subject.spec, self.device)
+        return subject
+
+    def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
+        """Features of a source, from the cache where it holds them."""
+        return features_of(
+            subject,
+            source,
+            transform,
+            workers=self.workers,
+            folder=cache_folder() if self.options.cache else None,
+            tell=lambda done, total: self._tell(
+                f"features of {subject.name}: {done:,} of {total:,} images"
+            ),
+        )
+
+    def tell_epochs(self, subject: Subject, what: str = "") -> TellEpoch:
+        return lambda done, total, loss: self._tell(
+            f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
+        )
+
+    def _tell(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._told > QUIET_SECONDS:
+            self._told = now
+            self.speaker.say(text)
+
+    def add_fitted(self, subject: Subject, fitted: Fitted, table: Table) -> None:
+        queries, truth = test_features(self.task, table)
+        predicted = fitted.predict(queries).numpy()
+        self.add(subject, predicted, truth, {}, fitted.details)
+        self.notes += [f"{subject.name}: {note}" for note in fitted.notes]
+
+    def add(
+        self,
+        subject: Subject,
+        predicted: ArrayLike,
+        truth: ArrayLike,
+        setting: Mapping[str, Any],
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        scores = Scores.of(predicted, truth, len(self.task.classes))
+        self.results.append(Result(subject.name, setting, scores, details or {}))
+
+    def finish(self, kind: str, protocol: str) -> Evaluation:
+        """Print, write, append to the run's report."""
+        split = f"{self.task.train.name}: {self.task.split}"
+        where = f"seed {self.options.seed}, {self.options.precision} on {self.device.type}"
+        if self.calibrated:
+            where += "; random weights with batch-norm statistics of the training images"
+        unread = len(self.task.test_numbers) - self.results[0].scores.count
+        if unread:
+            self.notes.append(f"{unread} test images could not be read and count as neither")
+        evaluation = Evaluation(
+            kind=kind,
+            run=self.run,
+            data=str(self.options.data or self.task.train.name),
+            protocol=f"{protocol}; {split}; {where}",
+            results=tuple(self.results),
+            classes=self.task.classes,
+            notes=tuple(self.notes),
+            weights=self.opened.subject.weights,
+            fingerprint=self.task.train.fingerprint,
+            seconds=time.perf_counter() - self.started,
+            peak_memory_gib=peak_memory(self.device),
+        )
+        options = self.options
+        publish(
+            evaluation,
+            self.speaker,
+            self.opened.folder,
+            options.json,
+            per_class=options.per_class,
+            confusion=options.confusion,
+        )
+        return evaluation
+
+
+def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
+    """The images to score on: those named, or the run's own; labels from folders where need be."""
+    if data is None and settings is None:
+        raise UserError("name the images to score on: only a run knows its own")
+    own = settings is not None and data is None
+    path = settings.data.path if own and settings is not None else data
+    splits = open_data(path)
+    if splits.train.labels is None and path is not None and Path(path).expanduser().is_dir():
+        try:
+            return open_data(path, "folders")
+        except UserError:
+            pass  # a flat folder, of which the caller says that it has no labels
+    return splits

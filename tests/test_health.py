@@ -1,0 +1,189 @@
+"""Health in the loop: it changes nothing, and the leak it measures is there."""
+
+import json
+
+import pytest
+import torch
+from nets import small_encoder
+
+import mocokit
+from mocokit.engine import checkpoint
+from mocokit.evaluate.leak import contrast_by_grouping, has_groups
+from mocokit.evaluate.verdict import verdict
+from mocokit.methods.losses import InfoNCE
+from mocokit.methods.method import Draw
+from mocokit.methods.moco import MoCo
+
+SMALL = {"engine.threads": 1, "log.every_steps": 1, "save.keep": 9}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return checkpoint.load(folder / "last.pt")
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_with_and_without_monitor_every_bit_of_the_training_state_is_the_same(toy_npz, tmp_path):
+    states = []
+    for every in (0, 1):
+        out = tmp_path / str(every)
+        changes = SMALL | {"monitor.every_epochs": every}
+        mocokit.pretrain("demo", toy_npz, out, epochs=3, batch_size=32, settings=changes)
+        states.append(weights(out))
+        scored = [line for line in lines(out) if "rankme" in line]
+        assert len(scored) == (3 if every else 1)
+    for part in ("method", "optimizer", "scaler"):
+        assert same(states[0][part], states[1][part]), part
+    assert states[0]["step"] == 15
+
+
+def test_health_verdict_and_advice_are_recorded(toy_npz, tmp_path):
+    changes = SMALL | {"monitor.every_epochs": 1}
+    run = mocokit.pretrain("demo", toy_npz, tmp_path, epochs=5, batch_size=32, settings=changes)
+    health = [line for line in lines(tmp_path) if "rankme" in line]
+    assert [line["epoch"] for line in health] == [1, 2, 3, 4, 5]
+    assert {"knn_backbone", "knn_head"} <= set(health[0]) and health[-1]["finished"]
+    for line in health:
+        assert 1 <= line["rankme"] <= line["rankme_of"] == 64
+        assert 1 <= line["rankme_head"] <= line["rankme_head_of"] == 128
+        assert 0 <= line["alignment"] <= 4 and -4.1 < line["uniformity"] <= 0
+        assert 0 <= line["contrast_regrouped"] <= 1 and line["contrasted_images"] == 160
+        assert line["positives_in_queue"] == pytest.approx(0.2**2 / 2)
+        assert line["image_deviation"] > 0.1 and 0 <= line["dead_dimensions"] <= 1
+    assert run.result["verdict"] == verdict(lines(tmp_path)).text
+    assert run.result["advice"]
+    readme = (tmp_path / "README.md").read_text()
+    assert "Verdict: " in readme and "Advice: " in readme
+
+
+def test_without_labels_health_is_still_measured(photos, tmp_path):
+    changes = {"net.backbone": "resnet_tiny", "views.size": 32, "views.resize": 32}
+    changes |= SMALL | {"monitor.every_epochs": 1, "data.workers": 0}
+    run = mocokit.pretrain("mocov2", photos, tmp_path, epochs=2, batch_size=40, settings=changes)
+    health = [line for line in lines(tmp_path) if "rankme" in line]
+    assert len(health) == 2 and not any("knn_backbone" in line for line in health)
+    assert "verdict" in run.result
+
+
+def moco(shuffle, seed=0):
+    encoder = small_encoder(seed=seed)[1]
+    return MoCo(
+        encoder,
+        dim=8,
+        queue_size=64,
+        loss=InfoNCE(0.2),
+        momentum=0.9,
+        count_groups=lambda images: images // 4,
+        shuffle=shuffle,
+    )
+
+
+def images_of(seed, count=32):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_measuring_changes_nothing():
+    method = moco(shuffle=False).train()
+    before = {k: v.clone() for k, v in method.state_dict().items()}
+    steps = [((images_of(1), images_of(2)), torch.arange(32), Draw(0, 7, 32))]
+    contrast_by_grouping(method, steps, torch.no_grad)
+    assert same(dict(method.state_dict()), before)
+    assert method.shuffle is False and method.count_groups(32) == 8 and method.training
+
+
+class Telling(torch.nn.Module):
+    """An encoder that says nothing of an image but how its group was normalised: a pure leak."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.backbone, self.head = torch.nn.Identity(), torch.nn.Identity()
+        self.group = group
+        self.mix = torch.nn.Parameter(
+            torch.randn(192, 8, generator=torch.Generator().manual_seed(0))
+        )
+
+    def forward(self, images):
+        parts = images.flatten(1).split(self.group)
+        return torch.cat([(part.mean(0) @ self.mix).expand(len(part), -1) for part in parts])
+
+
+def test_a_pure_leak_is_seen_and_honest_features_are_not_accused():
+    """Both views alike: an encoder of group statistics finds its key only in its own group."""
+
+    def measured(encoder, shuffle):
+        method = MoCo(
+            encoder,
+            dim=8,
+            queue_size=512,
+            loss=InfoNCE(0.2),
+            momentum=0.9,
+            count_groups=lambda images: images // 4,
+            shuffle=shuffle,
+        )
+        steps = [
+            ((images_of(n, 64), images_of(n, 64)), torch.arange(64), Draw(0, n, 64))
+            for n in range(4)
+        ]
+        return contrast_by_grouping(method, steps, torch.no_grad)
+
+    found = measured(Telling(4), shuffle=False)
+    assert found["contrast_trained"] == 1.0 and found["contrast_regrouped"] < 0.6
+    assert found["contrasted_images"] == 256
+    found = measured(Telling(4), shuffle=True)
+    assert abs(found["contrast_trained"] - found["contrast_regrouped"]) < 0.2
+    found = measured(Telling(1), shuffle=False)  # groups of one: a function of the image alone
+    assert found["contrast_trained"] == found["contrast_regrouped"] == 1.0
+
+
+def test_methods_without_groups_are_left_alone():
+    assert has_groups(moco(True)) and not has_groups(torch.nn.Identity())
+
+
+PROVOKED = {
+    "momentum": {"method.momentum": 0},
+    "leak": {"method.shuffle": False, "method.group_size": 8},
+    "collapsed": {"optim.lr": 0.2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", PROVOKED)
+def test_failures_provoked_for_real(kind, tmp_path):
+    changes = PROVOKED[kind] | {"monitor.every_epochs": 1}
+    mocokit.pretrain("demo", out=tmp_path, epochs=12, settings=changes)
+    assert kind in verdict(lines(tmp_path)).kinds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_constant_images_provoked_for_real(tmp_path):
+    import numpy as np
+
+    np.savez(tmp_path / "same.npz", train_images=np.full((1000, 32, 32, 3), 90, np.uint8))
+    mocokit.pretrain("demo", tmp_path / "same.npz", tmp_path / "run", epochs=3)
+    assert verdict(lines(tmp_path / "run")).kinds == ("alike",)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_healthy_demo_is_called_healthy_throughout(seed, tmp_path):
+    changes = {"monitor.every_epochs": 1}
+    mocokit.pretrain("demo", out=tmp_path, epochs=12, seed=seed, settings=changes)
+    recorded = lines(tmp_path)
+    for end in range(1, len(recorded) + 1):
+        found = verdict(recorded[:end])
+        assert found is None or found.healthy, found.text

@@ -1,0 +1,122 @@
+"""Verdicts on recorded runs: each failure gets its own, a healthy run none, at every moment.
+
+The traces are lines of metrics.jsonl of real runs (docs/log.md, 2026-11-24), thinned to the numbers
+that are judged.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mocokit.evaluate.verdict import verdict
+
+TRACES = Path(__file__).parent / "traces"
+
+
+def trace(name):
+    return [json.loads(line) for line in (TRACES / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["demo_healthy", "cifar_healthy"])
+def test_a_healthy_run_is_never_faulted(name):
+    lines = trace(name)
+    assert len(lines) > 30
+    for end in range(1, len(lines) + 1):
+        found = verdict(lines[:end])
+        assert found.healthy, (end, found.text)
+    assert found.kinds == () and found.text.startswith("healthy: loss ")
+    assert "effective rank" in found.text and "in other groups" in found.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("demo_m0", "momentum", "inconsistent keys: with key momentum 0 "),
+        ("cifar_m0", "momentum", "set method.momentum=0.99 or more"),
+        ("demo_leak", "leak", "when groups are re-drawn"),
+        ("cifar_leak", "leak", "turn the key shuffle on (method.shuffle=true)"),
+        ("demo_lr100", "collapsed", "a lower optim.lr (it reached 0.2)"),
+        ("cifar_lr100", "collapsed", "a lower optim.lr (it reached "),
+        ("constant_images", "alike", "the images are all alike"),
+    ],
+)
+def test_each_failure_gets_its_verdict(name, kind, words):
+    found = verdict(trace(name))
+    assert found.kinds == (kind,) and words in found.text and not found.healthy
+    assert "healthy" not in found.text
+
+
+@pytest.mark.parametrize("name", ["demo_lr100", "cifar_lr100", "constant_images", "cifar_m0"])
+def test_failures_show_after_the_first_epoch(name):
+    lines = trace(name)
+    first = next(at for at, line in enumerate(lines) if "rankme" in line)
+    assert not verdict(lines[: first + 1]).healthy
+
+
+def steps(count=30, **values):
+    line = {"loss": 4.0, "chance_loss": 5.5, "queue_filled": 1.0, "key_momentum": 0.99, "lr": 0.03}
+    line |= {"data_wait": 0.01, "feature_std": 0.8}
+    return [line | {"step": 50 * (n + 1), "epoch": 0} | values for n in range(count)]
+
+
+def health(**values):
+    line = {"rankme_head": 40.0, "rankme_head_of": 128.0, "deviation": 0.8, "image_deviation": 1.0}
+    line |= {"contrast_trained": 0.5, "contrast_regrouped": 0.49, "contrasted_images": 1024.0}
+    return [line | {"positives_in_queue": 0.001} | values]
+
+
+def test_nothing_is_said_before_the_first_line():
+    assert verdict([]) is None and verdict(health()) is None
+
+
+def test_filling_tells_the_step_at_which_the_queue_is_full():
+    found = verdict(steps(1, queue_filled=50 * 32 / 8192, loss=7.0))
+    assert found.text == "still filling the queue: a rising loss is expected until step 256"
+    assert found.healthy and found.kinds == ("filling",)
+
+
+def test_a_full_queue_is_judged_by_its_loss_after_some_patience():
+    assert verdict(steps(5, loss=5.6)).healthy
+    found = verdict(steps(30, loss=5.6))
+    assert found.kinds == ("guessing",) and "after 1,500 steps" in found.text
+    assert verdict(steps(30, loss=5.4)).healthy
+
+
+def test_data_bound_is_a_notice_beside_health():
+    found = verdict(steps(data_wait=0.43) + health())
+    assert found.healthy and found.text.startswith("healthy: ")
+    assert "data-bound: the device waits 43% of the time" in found.text
+    one_slow = steps()
+    one_slow[-1] = one_slow[-1] | {"data_wait": 0.9}
+    assert verdict(one_slow).kinds == ()
+
+
+def test_a_queue_of_own_keys_is_noticed():
+    found = verdict(steps() + health(positives_in_queue=0.3))
+    assert found.kinds == ("own keys",) and "30% of queries" in found.text and found.healthy
+
+
+def test_the_leak_needs_a_difference_beyond_its_error():
+    assert verdict(
+        steps() + health(contrast_trained=0.99, contrast_regrouped=0.60)
+    ).text.startswith("statistics leak: contrast accuracy drops from 99% to 60%")
+    small = health(contrast_trained=0.05, contrast_regrouped=0.03, contrasted_images=100.0)
+    assert verdict(steps() + small).healthy
+    assert verdict(steps() + health(contrast_trained=0.5, contrast_regrouped=0.42)).healthy
+
+
+def test_collapse_is_called_by_rank_by_spread_or_without_either_by_the_queries():
+    assert "effective rank 1.3 of 128" in verdict(steps() + health(rankme_head=1.3)).text
+    assert "deviate by 0.01" in verdict(steps() + health(deviation=0.01)).text
+    assert verdict(steps(feature_std=0.01)).kinds == ("collapsed",)
+
+
+def test_the_latest_health_counts():
+    assert verdict(steps() + health(rankme_head=1.3) + health()).healthy
+
+
+def test_methods_without_queue_or_groups_are_judged_by_what_they_have():
+    lines = [{"step": 900, "epoch": 1, "loss": 3.0, "feature_std": 0.7, "data_wait": 0.0}]
+    found = verdict(lines)
+    assert found.healthy and found.text == "healthy: loss 3.00"
