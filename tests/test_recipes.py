@@ -150,3 +150,118 @@ class TestAsked:
         settings, stated = recipes.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
         assert settings.method.queue_size == 99
         assert stated == {"method.queue_size", "data.path", "seed"}
+
+
+MOCOV2_TO_ENDTOEND = {
+    "method.name": ("moco", "simclr"),
+    "method.queue_size": (65536, None),
+    "method.symmetric": (False, True),
+}
+BANK = {"method.name": ("moco", "memorybank"), "method.queue_size": (65536, None)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "changed"),
+    [
+        ("mocov2", "endtoend", MOCOV2_TO_ENDTOEND),
+        ("mocov1", "endtoend_v1", {k: v for k, v in MOCOV2_TO_ENDTOEND.items() if "sym" not in k}),
+        (
+            "endtoend",
+            "endtoend_4096",
+            {"train.batch_size": (256, 4096), "train.micro_batch": (None, 256)},
+        ),
+        ("simclr", "simclr_256", {"train.batch_size": (4096, 256), "train.epochs": (1000, 200)}),
+        (
+            "mocov1",
+            "memorybank",
+            BANK | {"method.loss": ("info_nce", "nce"), "method.bank_negatives": (None, 4096)},
+        ),
+        ("mocov1", "memorybank_softmax", BANK | {"method.bank_negatives": (None, 65536)}),
+        ("mocov2", "mocov2_symmetric", {"method.symmetric": (False, True)}),
+        (
+            "mocov2_cifar10",
+            "endtoend_cifar10",
+            MOCOV2_TO_ENDTOEND | {"method.queue_size": (4096, None)},
+        ),
+        (
+            "mocov2_cifar10",
+            "memorybank_softmax_cifar10",
+            BANK | {"method.queue_size": (4096, None), "method.bank_negatives": (None, 4096)},
+        ),
+    ],
+)
+def test_mechanisms_differ_in_nothing_but_the_mechanism(one, other, changed):
+    assert difference(recipes.by_name(one), recipes.by_name(other)) == changed
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("optim.name", "lars"), ("optim.lr", 0.3), ("optim.lr_batch", 256),
+        ("optim.scale", "linear"), ("optim.weight_decay", 1e-6), ("optim.trust", 0.001),
+        ("optim.momentum", 0.9), ("optim.warmup_epochs", 10), ("optim.per", "step"),
+        ("optim.schedule", "cosine"), ("method.temperature", 0.1),
+        ("method.batch_norm", "whole"), ("method.symmetric", True), ("net.zero_init_last", True),
+        ("net.head", "mlp"), ("net.dim", 128), ("views.crop_area", (0.08, 1.0)),
+        ("views.brightness", 0.8), ("views.hue", 0.2), ("views.interpolation", "bicubic"),
+        ("views.mean", (0, 0, 0)), ("views.blur_probability", 0.5),
+    ],
+)  # fmt: skip
+def test_simclr_has_its_papers_settings(path, value):
+    assert get(recipes.simclr(), path) == value
+
+
+def test_simclrs_learning_rate_is_the_published_one():
+    from mocokit.sizes import in_effect
+
+    assert in_effect(recipes.simclr(), 1_281_167).lr == pytest.approx(4.8)
+    assert in_effect(recipes.simclr_cifar10(), 50_000).lr == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("net.head", "mlp_bn"), ("net.hidden", 4096), ("net.dim", 256), ("net.predictor", True),
+        ("method.symmetric", True), ("method.enqueue", "one"), ("method.momentum", 0.99),
+        ("method.momentum_schedule", "cosine"), ("method.batch_norm", "whole"),
+        ("method.temperature", 0.2), ("method.queue_size", 65536), ("train.batch_size", 256),
+        ("optim.warmup_epochs", 10),
+    ],
+)  # fmt: skip
+def test_v2_plus_is_megviis(path, value):
+    assert get(recipes.mocov2plus(), path) == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method.name": "simclr"}, "queue_size must be null for simclr"),
+        ({"method.queue_size": None}, "queue_size must be a number for moco"),
+        ({"method.loss": "nce"}, "nce needs name=memorybank"),
+        (
+            {"method.name": "memorybank", "method.queue_size": None, "method.loss": "nce"},
+            "nce needs bank_negatives",
+        ),
+    ],
+)
+def test_mechanisms_that_cannot_be_are_refused(changes, sentence):
+    from mocokit.settings import replace
+
+    with pytest.raises(UserError, match=sentence):
+        replace(recipes.mocov2(), changes)
+
+
+def test_a_batch_with_one_set_of_statistics_is_not_cut():
+    from mocokit.settings import replace
+    from mocokit.sizes import fit
+
+    settings = replace(recipes.simclr_256(), {"train.micro_batch": 64})
+    with pytest.raises(UserError, match="one .*batch_norm=whole.*recipe endtoend"):
+        fit(settings, 10**6)
+
+
+def test_the_memory_bank_states_its_size_beforehand():
+    from mocokit.sizes import fit
+
+    _, notices = fit(recipes.memorybank(), 1_281_167)
+    assert any("1,281,167 x 128 float32: 626 MiB" in notice for notice in notices)

@@ -22,7 +22,7 @@ from reference_views import (
 
 from mocokit.views import separable, views
 from mocokit.views.params import draw_table
-from mocokit.views.views import evaluation_views, make_views
+from mocokit.views.views import ViewsOnDemand, evaluation_views, make_views
 
 PIPELINES = {"v1": v1, "v2": v2, "cifar": cifar, "simclr": simclr}
 PHOTOS = [
@@ -389,3 +389,24 @@ def test_cuda_and_the_cpus_ways_agree_on_crops(kind, most, monkeypatch):
         assert (theirs - ours).abs().max() < bound
     exact = 255 * replay(spec, table, canvases, exact=True)
     assert (theirs - exact).abs().max() < 0.25 and (theirs - exact).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("sizes", [[(32, 32)] * 6, [(40, 31), (90, 70), (33, 80), (50, 50)] * 2])
+def test_views_on_demand_are_the_views(sizes):
+    """Rows in any order, made alone or together, are those of the whole batch."""
+    from mocokit import build, recipes
+    from mocokit.settings import replace
+
+    small = {"views.size": 24, "views.resize": 24}
+    spec = build.view_spec(replace(recipes.mocov2(), small))
+    draw = np.random.default_rng(0)
+    heights, widths = np.array(sizes, np.int64).T
+    count = int((heights * widths).sum()) * 3
+    pixels = torch.from_numpy(draw.integers(0, 256, count, dtype=np.uint8))
+    table = draw_table(spec, 0, 0, np.arange(len(sizes)), 0, heights, widths)
+    whole = make_views(spec, table, pixels, heights, widths, "cpu")
+    lazily = ViewsOnDemand(spec, table, pixels, heights, widths, "cpu")
+    assert len(lazily) == len(sizes)
+    order = draw.permutation(len(sizes))
+    for rows in (slice(1, 4), slice(None), order, order[:1]):
+        torch.testing.assert_close(lazily[rows], whole[rows], atol=1e-5, rtol=0)

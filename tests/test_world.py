@@ -106,7 +106,9 @@ def run_world(world, data, out, settings):
         "2-memorybank-nce",
     ],
 )
-def test_processes_equal_one_process(toy_npz, tmp_path, monkeypatch, world, changes):
+def test_invariants_10_and_15_processes_equal_one_process(
+    toy_npz, tmp_path, monkeypatch, world, changes
+):
     """20 steps; three processes hold two, one and one of the four groups."""
     settings = SETTINGS | changes
     pretrain_in_double(toy_npz, tmp_path / "one", settings, monkeypatch.setattr)
