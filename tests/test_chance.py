@@ -46,6 +46,8 @@ def test_slots_are_pinned():
         "TEST": 114,
         "HEALTH": 115,
         "KEY_SHUFFLE": 200,
+        "ENQUEUE": 201,
+        "BANK_NEGATIVES": 202,
         "PATTERN": 300,
         "LIBRARY": 400,
         "INITIALISE": 401,

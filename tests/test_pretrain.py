@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mocokit
-from mocokit import build, recipes
+from mocokit import build, build_method, recipes
 from mocokit.engine import checkpoint
 from mocokit.engine.due import Due
 from mocokit.engine.folder import RunFolder
@@ -361,9 +361,11 @@ def test_a_skipped_float16_step_leaves_keys_and_queue(toy_npz, tmp_path, monkeyp
 
 def test_library_randomness_is_resumed_too(toy_npz, tmp_path, monkeypatch):
     """Dropout in the head: its masks follow from the step, not from a carried state."""
-    build_head = build.build_head
+    build_head = build_method.build_head
     monkeypatch.setattr(
-        build, "build_head", lambda *a: torch.nn.Sequential(*build_head(*a), torch.nn.Dropout(0.5))
+        build_method,
+        "build_head",
+        lambda *a: torch.nn.Sequential(*build_head(*a), torch.nn.Dropout(0.5)),
     )
     straight = run(toy_npz, tmp_path / "straight").folder
     with monkeypatch.context() as patch:

@@ -77,7 +77,7 @@ def test_every_mocokit_command_in_order(photos, toy_npz, tmp_path, monkeypatch):
             metrics.write_text("".join(metrics.read_text().splitlines(True)[:-1]))
         assert run(line, monkeypatch) == 0, line
         ran += 1
-    assert ran == 14
+    assert ran == 13
     assert Path("runs/mocov2-PHOTOS-001/backbone.safetensors").is_file()
     assert Path("runs/first/last.pt").exists()
 

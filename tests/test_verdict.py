@@ -83,6 +83,16 @@ def test_a_full_queue_is_judged_by_its_loss_after_some_patience():
     assert verdict(steps(30, loss=5.4)).healthy
 
 
+def test_a_memory_bank_may_cost_more_than_chance():
+    """On CIFAR-10 it does for three epochs of a healthy run (docs/log.md)."""
+    lines = [line | {"queue_filled": 1.0} for line in steps(150, loss=9.0, chance_loss=8.3)]
+    assert verdict(lines).kinds == ("guessing",)
+    for line in lines:
+        del line["queue_filled"]
+        line["bank_seen"] = 1.0
+    assert "guessing" not in verdict(lines).kinds
+
+
 def test_data_bound_is_a_notice_beside_health():
     found = verdict(steps(data_wait=0.43) + health())
     assert found.healthy and found.text.startswith("healthy: ")

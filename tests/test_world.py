@@ -81,7 +81,11 @@ def run_world(world, data, out, settings):
         processes.append(
             subprocess.Popen(command, env=os.environ | group, stderr=subprocess.PIPE, text=True)
         )
-    texts = [process.communicate(timeout=200)[1] for process in processes]
+    try:
+        texts = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # where one failed, the others wait for it
     assert [process.returncode for process in processes] == [0] * world, "\n".join(texts)
 
 

@@ -144,6 +144,10 @@ def _guessing(steps: Lines, health: Health) -> Found:
     level = steps[-1].get("chance_loss")
     if full is None or level is None or steps[-1]["step"] - full < PATIENCE:
         return None
+    if "bank_seen" in steps[-1]:
+        # A healthy memory bank costs more than chance for epochs: entries seen lately resemble
+        # every query, while an image's own is an epoch old.
+        return None
     loss = _recent(steps, "loss", 0.0)
     if loss < level:
         return None

@@ -146,6 +146,8 @@ class MemoryBank(Method):
     @property
     def expectation(self) -> str:
         return (
-            f"the bank starts with random vectors: the loss stays near {self.chance_loss:.2f}, the "
-            "level of chance, in the first epoch, after which every image has an entry of its own."
+            "the bank starts with random vectors, and an image's own entry is always an epoch "
+            f"old: in the first epochs the loss stands above {self.chance_loss:.2f}, the level of "
+            "chance, because entries seen lately resemble every query; then it falls. That is "
+            "healthy."
         )
