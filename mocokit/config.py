@@ -163,6 +163,14 @@ class Method(Section):
                 f"queue_size must be null for {self.name}, which has no queue; set "
                 "method.queue_size=null"
             )
+        if self.name != "moco" and self.momentum_schedule != "constant":
+            raise ValueError(f"momentum_schedule must be constant for {self.name}, without keys")
+        if self.name == "memorybank" and self.symmetric:
+            raise ValueError("symmetric must be false for memorybank, which has one view")
+        if self.name != "memorybank" and self.bank_negatives is not None:
+            raise ValueError(f"bank_negatives must be null for {self.name}, which has no bank")
+        if self.enqueue == "one" and not (self.name == "moco" and self.symmetric):
+            raise ValueError("enqueue one needs moco with symmetric=true")
         if self.loss == "nce" and self.name != "memorybank":
             raise ValueError("loss nce needs name=memorybank; info_nce is its like elsewhere")
         if self.loss == "nce" and self.bank_negatives is None:
@@ -254,3 +262,9 @@ class Settings(Section):
     save: Save = Save()
     log: Log = Log()
     monitor: Monitor = Monitor()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.net.predictor and self.method.name != "moco":
+            raise ValueError(f"net.predictor must be false for {self.method.name}, without keys")
+        return self

@@ -111,6 +111,11 @@ class Job:
     def out_of_memory(self) -> str:
         """What to try when a step does not fit into the device's memory."""
         batch, groups = self.settings.train.batch_size, self.effect.groups
+        if self.settings.method.batch_norm == "whole":
+            return (
+                f"step {self.step + 1} does not fit into the memory of {self.device}; lower "
+                "train.batch_size, or set method.batch_norm=groups, which can be done in pieces"
+            )
         held = self.settings.train.micro_batch or batch // self.world.size
         smallest = -(-batch // groups)
         what = f"step {self.step + 1} does not fit into the memory of {self.device}"

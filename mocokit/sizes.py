@@ -6,6 +6,7 @@ values that the settings stand for. Both are pure, and the only places where siz
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mocokit.config import Settings
 from mocokit.errors import UserError
@@ -76,11 +77,11 @@ def fit(
     """
     if images < SMALLEST:
         raise UserError(
-            f"{images} images are too few: momentum contrast needs at least {SMALLEST}, "
+            f"{images} images are too few: contrast needs at least {SMALLEST}, "
             "and learns little from fewer than some thousands"
         )
     notices: list[str] = []
-    changes = _batch(settings, images, stated, notices)
+    changes: dict[str, Any] = {**_batch(settings, images, stated, notices)}
     batch = changes.get("train.batch_size", settings.train.batch_size)
     if settings.data.last == "keep" and images % batch == 1:
         raise UserError(
@@ -88,6 +89,8 @@ def fit(
             "statistics; set data.last=drop, or another train.batch_size"
         )
     changes |= _queue(settings, images, batch, stated, notices)
+    changes |= _bank(settings, images, stated, notices)
+    changes |= _warmup(settings, stated, notices)
     for value, quoted_at in (
         ("optim.lr", "optim.lr_batch"),
         ("method.momentum", "method.momentum_batch"),
@@ -134,6 +137,35 @@ def _batch(
         f"batch size {batch} -> {smaller}: the recipe's is over a quarter of the {images} images"
     )
     return {"train.batch_size": smaller}
+
+
+def _bank(
+    settings: Settings, images: int, stated: Collection[str], notices: list[str]
+) -> dict[str, None]:
+    method = settings.method
+    if method.loss == "nce" or (method.bank_negatives or 0) < images:
+        return {}
+    if "method.bank_negatives" in stated:
+        notices.append(
+            f"method.bank_negatives {method.bank_negatives} is over the {images} images: entries "
+            "are drawn several times"
+        )
+        return {}
+    notices.append(f"bank negatives {method.bank_negatives} -> all of the bank's {images} entries")
+    return {"method.bank_negatives": None}
+
+
+def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> dict[str, float]:
+    warmup, epochs = settings.optim.warmup_epochs, settings.train.epochs
+    if warmup < epochs:
+        return {}
+    if "optim.warmup_epochs" in stated:
+        raise UserError(
+            f"optim.warmup_epochs {warmup:g} leaves none of the {epochs} epochs at the full rate; "
+            "set less than train.epochs"
+        )
+    notices.append(f"warm-up {warmup:g} -> {epochs / 10:g} epochs: the run has {epochs}")
+    return {"optim.warmup_epochs": epochs / 10}
 
 
 def _queue(

@@ -58,4 +58,8 @@ def test_the_file_is_what_the_transcription_gives():
     again = golden.values()
     for a, b in zip(PINNED["contrast"], again["contrast"], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-12)
+        assert a["nt_xent"] == pytest.approx(b["nt_xent"], rel=1e-12)
+        np.testing.assert_allclose(a["gradient"], b["gradient"], rtol=1e-10, atol=1e-15)
     assert PINNED["follow"] == pytest.approx(again["follow"])
+    for recipe, rates in again["lr"].items():
+        assert PINNED["lr"][recipe] == pytest.approx(rates, rel=1e-12, abs=1e-18)

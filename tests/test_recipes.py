@@ -242,6 +242,16 @@ def test_v2_plus_is_megviis(path, value):
             {"method.name": "memorybank", "method.queue_size": None, "method.loss": "nce"},
             "nce needs bank_negatives",
         ),
+        ({"method.bank_negatives": 5}, "bank_negatives must be null for moco"),
+        ({"method.enqueue": "one"}, "enqueue one needs moco with symmetric"),
+        (
+            {"method.name": "simclr", "method.queue_size": None, "net.predictor": True},
+            "net.predictor must be false for simclr",
+        ),
+        (
+            {"method.name": "memorybank", "method.queue_size": None, "method.symmetric": True},
+            "symmetric must be false for memorybank",
+        ),
     ],
 )
 def test_mechanisms_that_cannot_be_are_refused(changes, sentence):
@@ -265,3 +275,22 @@ def test_the_memory_bank_states_its_size_beforehand():
 
     _, notices = fit(recipes.memorybank(), 1_281_167)
     assert any("1,281,167 x 128 float32: 626 MiB" in notice for notice in notices)
+
+
+def test_a_bank_smaller_than_its_negatives_is_taken_whole():
+    from mocokit.sizes import fit
+
+    settings, notices = fit(recipes.memorybank_softmax(), 5000)
+    assert settings.method.bank_negatives is None
+    assert any("all of the bank's 5000" in notice for notice in notices)
+
+
+def test_a_short_run_has_a_short_warm_up():
+    from mocokit.settings import replace
+    from mocokit.sizes import fit
+
+    short = replace(recipes.simclr_256(), {"train.epochs": 5})
+    settings, notices = fit(short, 10**6)
+    assert settings.optim.warmup_epochs == 0.5 and any("warm-up" in n for n in notices)
+    with pytest.raises(UserError, match="leaves none of the 5 epochs"):
+        fit(replace(short, {"optim.warmup_epochs": 5.0}), 10**6, {"optim.warmup_epochs"})

@@ -105,6 +105,29 @@ def test_pieces_in_float32_are_right_to_1e_5():
         assert float((x - y).norm()) <= 1e-5 * float(x.norm()) + 1e-8
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_cached_gradients_are_computed_outside_autocast(monkeypatch, chunk):
+    """The gradient by the vectors is float32's, as where a loop differentiates; not bfloat16's."""
+    _, encoder = small_encoder()
+    method = build(encoder, micro_batch=4, chunk=chunk).float()
+    views, draw = batch()
+    found, differentiate = [], torch.autograd.grad
+
+    def watched(loss, inputs, **options):
+        if len(inputs) == 1 and len(inputs[0]) == 2 * BATCH:
+            (again,) = differentiate(loss, inputs, retain_graph=True)
+            with torch.autocast("cpu", enabled=False):
+                (exact,) = differentiate(loss, inputs, retain_graph=True)
+            found.append((again, exact))
+        return differentiate(loss, inputs, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        method(tuple(views.float()), torch.arange(BATCH), draw)
+    ((again, exact),) = found
+    torch.testing.assert_close(again, exact, rtol=1e-6, atol=1e-8)
+
+
 def test_dropout_is_the_same_in_both_passes():
     """Otherwise the cached gradients belong to other vectors than those they are handed to."""
     _, encoder = small_encoder(batch_norm=False)

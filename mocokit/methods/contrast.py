@@ -20,8 +20,9 @@ class Contrast:
 
     def __init__(self, loss: Loss, plan: GroupPlan, queries: int = 1) -> None:
         self.loss, self.plan, self.queries = loss, plan, queries
+        self._seen = 0.0  # how often all queries came: once for each direction
         self._top1: list[Tensor] = []
-        self._spread: list[Tensor] = []
+        self._moments: list[Tensor] = []
 
     def __call__(
         self, query: Tensor, key: Tensor, negatives: Negatives, own: Tensor | None = None
@@ -44,19 +45,20 @@ class Contrast:
         """Take a piece into the metrics."""
         rank = self.plan.own
         share = len(query) / (self.queries * (rank.stop - rank.start))
+        self._seen += share
         self._top1.append((positive > hardest).to(query.dtype).mean() * share)
-        self._spread.append(spread(query) * share)
+        query = query.detach()
+        self._moments.append(torch.stack([query.mean(0), query.square().mean(0)]) * share)
 
     def metrics(self) -> dict[str, Tensor]:
         """Of this process's queries: how many are nearest to their key, and how far they spread."""
         return {
-            "contrast_top1": torch.stack(self._top1).sum(),
-            "feature_std": torch.stack(self._spread).sum(),
+            "contrast_top1": torch.stack(self._top1).sum() / self._seen,
+            "feature_std": self._spread(),
         }
 
-
-@torch.no_grad()
-def spread(query: Tensor) -> Tensor:
-    """Deviation of unit vectors over the batch: 1 where they fill the sphere, 0 where collapsed."""
-    deviation: Tensor = query.std(0, correction=0).mean() * math.sqrt(query.shape[1])
-    return deviation
+    def _spread(self) -> Tensor:
+        """Deviation of unit vectors: 1 where they fill the sphere, 0 where collapsed to a point."""
+        mean, square = torch.stack(self._moments).sum(0) / self._seen
+        deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt().mean()
+        return deviation * math.sqrt(len(mean))

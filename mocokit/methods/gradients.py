@@ -41,7 +41,7 @@ def loss_in_pieces(
     gradients = _Gradients(parameters, scale)
     way = _all_together if together else _one_by_one
     total = way(encoding, pieces, loss_of, gradients)
-    loss: Tensor = _Deliver.apply(total.requires_grad_(), gradients.sums, *gradients.parameters)
+    loss: Tensor = _Deliver.apply(total, gradients.sums, *gradients.parameters)
     return loss
 
 
@@ -70,7 +70,8 @@ def _all_together(
             statistics.part(len(piece.groups))
     vectors = torch.cat(parts).requires_grad_()
     loss = loss_of(vectors, slice(0, len(vectors)))
-    (wanted,) = torch.autograd.grad(loss * gradients.scale, [vectors])
+    with torch.autocast(vectors.device.type, enabled=False):  # as where a loop differentiates
+        (wanted,) = torch.autograd.grad(loss * gradients.scale, [vectors])
     with moving_once(encoding.network, 0):  # they have moved
         for piece, state in zip(pieces, chance, strict=True):
             state.restore()
@@ -93,7 +94,7 @@ class _Gradients:
         for number, part in enumerate(parts):
             if part is not None:
                 before = self.sums[number]
-                part = part / self.scale
+                part = part if self.scale == 1 else part / self.scale
                 self.sums[number] = part if before is None else before.add_(part)
 
 
@@ -109,7 +110,7 @@ class _Deliver(torch.autograd.Function):
     def backward(ctx, scale):  # type: ignore[no-untyped-def]
         gradients = ctx.gradients
         ctx.gradients = None
-        return None, None, *(g if g is None else g * scale.to(g.dtype) for g in gradients)
+        return None, None, *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients)
 
 
 class _RandomState:

@@ -83,7 +83,7 @@ class MemoryBank(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
-            together=True,
+            together=True,  # NCE's constant is estimated from all scores of the first batch
             scale=self.loss_scale,
         )
         return Output(loss, contrast.metrics(), seen[0])

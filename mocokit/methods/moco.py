@@ -75,8 +75,8 @@ class MoCo(Method):
             self.contrast(views[query], key[plan.own], plan, contrast)
             for (query, _), key in zip(turns, keys, strict=True)
         ]
-        metrics = {name: value / len(turns) for name, value in contrast.metrics().items()}
-        return Output(torch.stack(losses).sum(), metrics, self.to_enqueue(keys, draw))
+        loss = torch.stack(losses).sum()
+        return Output(loss, contrast.metrics(), self.to_enqueue(keys, draw))
 
     def update(self, keep: Tensor, step: int, progress: float) -> None:
         self._current_momentum = self.momentum_at(progress)

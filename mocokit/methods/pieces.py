@@ -67,7 +67,9 @@ def taken(view: Views, order: NDArray[np.int64], plan: GroupPlan) -> Callable[[s
         return lambda rows: view[rows]
     mine = order[plan.own]
     if plan.world > 1:
-        view = gather(view[:], plan.counts)
+        everything = gather(view[:], plan.counts)  # (B, 3, S, S) on each process, for a moment
+        own = everything[to_device(mine, everything.device)]
+        return lambda rows: own[rows]
     if isinstance(view, Tensor):
         images = view
         return lambda rows: images[to_device(mine[rows], images.device)]

@@ -101,7 +101,8 @@ class _Streamed(torch.autograd.Function):
             similarity = _similarity(query, rows[part], own, _cut(owners, part))
             weight = torch.zeros_like(similarity)
             for t, log_sum, gradient in zip(ctx.temperatures, log_sums, gradients, strict=False):
-                share = (similarity / t - log_sum[:, None]).exp_()
+                # Of a query without a negative all shares are 0, not exp(inf - inf).
+                share = (similarity / t - log_sum[:, None].nan_to_num(neginf=0.0)).exp_()
                 weight += share * (gradient / t)[:, None]
             of_query += weight @ rows[part]
             if of_rows is not None:
