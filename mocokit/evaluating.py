@@ -54,7 +54,7 @@ def evaluate_knn(
         found = nearest(train.take(numbers), queries, max(k), own, subject.device)
         grid = knn_grid(found, torch.from_numpy(labels), k, temperature, len(task.classes))
         for count, warmth, predicted in grid:
-            setting = {"k": count, "temperature": warmth}
+            setting = {"k": min(count, len(task.train_numbers)), "temperature": warmth}
             trial.add(subject, predicted.numpy(), truth, setting)
     return trial.finish("knn", protocol)
 

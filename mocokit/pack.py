@@ -39,7 +39,10 @@ def pack(
     for note in splits.train.notes:
         speaker.say(f"note: {note}", "yellow")
     count = sum(len(source) for source in splits if source is not None)
-    speaker.say(f"{count:,} images, no smaller than {bound} pixels, to {show(target)}", "bold")
+    speaker.say(
+        f"{count:,} images, larger ones shrunk to no less than {bound} pixels, to {show(target)}",
+        "bold",
+    )
     with speaker.counting("packed", count) as advance:
         found = write_pack(splits, target, bound, raw, default_threads(), advance)
     if found.bad:

@@ -160,10 +160,10 @@ def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> 
     if warmup < epochs:
         return {}
     if "optim.warmup_epochs" in stated:
-        raise UserError(
-            f"optim.warmup_epochs {warmup:g} leaves none of the {epochs} epochs at the full rate; "
-            "set less than train.epochs"
+        notices.append(
+            f"optim.warmup_epochs {warmup:g} leaves none of the {epochs} epochs at the full rate"
         )
+        return {}
     notices.append(f"warm-up {warmup:g} -> {epochs / 10:g} epochs: the run has {epochs}")
     return {"optim.warmup_epochs": epochs / 10}
 

@@ -79,6 +79,8 @@ def _subject(
     size: int | None,
 ) -> Subject:
     if size is not None:
+        if size < 8:
+            raise UserError(f"size {size} is too small for an image; set at least 8")
         spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.eval().requires_grad_(False)

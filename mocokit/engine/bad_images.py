@@ -6,6 +6,7 @@ image that failed in one epoch is replaced in all later ones, whether it can be 
 Within its epoch an image has one place of its own; there, reading decides.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class BadImages:
         self, path: Path, images: int, share: float, steps_per_epoch: int, world: World = World()
     ) -> None:
         self._path, self._steps_per_epoch, self._world = path, steps_per_epoch, world
-        self.limit = max(10, int(share * images))
+        self._images, self.limit = images, max(10, int(share * images))
         # Failures after the last checkpoint of a killed run are here alone.
         self.first = dict(_lines(path))
         self._untold: list[tuple[int, int, str, str]] = []
@@ -77,9 +78,11 @@ class BadImages:
                 self.first[number] = step
                 self._write(f"{number}\t{name!r}\t{reason}\tstep {step + 1}\n")
         if told and self.count > self.limit:
+            enough = min(1.0, math.ceil(200 * self.count / self._images) / 100)
             raise UserError(
-                f"{self.count} images cannot be read, more than the limit of {self.limit}; "
-                f"{self._path} names them; raise the limit with --set data.bad_share=0.1"
+                f"{self.count} images so far cannot be read, more than the limit of {self.limit}; "
+                f"{self._path} names them, `mocokit check` counts them all; raise the limit with "
+                f"--set data.bad_share={enough:g}"
             )
 
     def _write(self, line: str) -> None:

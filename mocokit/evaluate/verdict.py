@@ -26,6 +26,7 @@ LEAST_MOMENTUM = 0.5
 # run it was not seen there afterwards.
 PATIENCE = 500  # steps with a full queue, before a loss at the level of chance means something
 DATA_BOUND = 0.1  # share of the time; the guide's figure too
+SETTLED = 3  # lines after the first, before a share of the time means something
 OWN_KEYS = 0.05  # share of queries that meet their image's older key; ImageNet has 0.1 %
 RECENT = 20  # lines that speak for the present
 
@@ -166,8 +167,9 @@ def _filling(steps: Lines, health: Health) -> Found:
 
 
 def _data_bound(steps: Lines, health: Health) -> Found:
-    wait = _recent(steps, "data_wait", 0.0)
-    if wait <= DATA_BOUND:
+    later = steps[1:]  # the first line holds the start of the loading processes
+    wait = _recent(later, "data_wait", 0.0)
+    if wait <= DATA_BOUND or len(later) < SETTLED:
         return None
     return "data-bound", (
         f"data-bound: the device waits {wait:.0%} of the time; raise data.workers, or keep the "
