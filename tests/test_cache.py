@@ -123,7 +123,9 @@ def test_two_at_once(folder: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failures and [p.suffix for p in entry.parent.iterdir()] == [".npz"]
+    assert not failures
+    assert names(folder) == expected  # whoever deleted last, an entry is written again
+    assert [p.suffix for p in entry.parent.iterdir()] == [".npz"]
 
 
 def test_unused_entries_are_forgotten(folder: Path) -> None:
