@@ -51,7 +51,10 @@ def joined_world(device: str) -> Iterator[World]:
     # The first process scores and saves while the others wait.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     yield world
-    dist.destroy_process_group()  # after an error the others may never come to this
+    # Together: a process that leaves while another still works was seen to abort. After an error
+    # the others may never come to this.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def on_first(world: World, decide: Callable[[], T]) -> T:
