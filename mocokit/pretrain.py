@@ -5,6 +5,7 @@ and the number of workers change nothing. Methods plug into the loop through two
 and update (methods/method.py); they never fork it.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,10 @@ def replicated(method: nn.Module, job: Job) -> nn.Module:
     if job.world.size == 1:
         return method
     devices = [job.device] if job.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # torch 2.15 deprecates `broadcast_buffers`, and keeps it for who wants no broadcast at all.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
 
 
 def calibrate_on_first_group(job: Job) -> None:

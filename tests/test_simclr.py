@@ -176,3 +176,21 @@ def test_the_loss_starts_near_chance():
     views, draw = batch()
     loss = float(method(tuple(views), torch.arange(BATCH), draw).loss.detach())
     assert loss == pytest.approx(method.chance_loss, abs=1.0)
+
+
+def test_an_image_that_is_twice_in_a_batch_is_no_negative_of_itself():
+    """A bad image's substitute may be there already: at 2N - 2 negatives it has two fewer."""
+    _, grouped = small_encoder()
+    method = build(grouped, whole=True)
+    views, draw = batch()
+    twice = torch.tensor([*range(BATCH - 1), 0])
+    output = method(tuple(views), twice, draw)
+    a, b = (torch.nn.functional.normalize(v, dim=1) for v in method.encoder(
+        torch.cat([*views])).detach().chunk(2))  # fmt: skip
+    queries, keys, owners = torch.cat([a, b]), torch.cat([b, a]), torch.cat([twice, twice])
+    losses = []
+    for query, key, owner in zip(queries, keys, owners, strict=True):
+        others = torch.cat([a, b])[owners != owner] @ query / T
+        logits = torch.cat([(query @ key)[None] / T, others])
+        losses.append(logits.logsumexp(0) - logits[0])
+    assert float(output.loss.detach()) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-9)

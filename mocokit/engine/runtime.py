@@ -1,5 +1,7 @@
 """Processes, device and precision: what a run is computed with."""
 
+import gc
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mocokit.chance import Slot, library_seed
-from mocokit.errors import UserError
+from mocokit.errors import Interrupted, UserError
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,12 +50,28 @@ def joined_world(device: str) -> Iterator[World]:
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
+    # Before there is a group: loaded later, as DDP does, it keeps the group alive in the defaults
+    # of its functions, and `_leave` could not end it.
+    importlib.import_module("torch.distributed.nn.functional")
+
     # The first process scores and saves while the others wait.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
-    yield world
-    # Together: a process that leaves while another still works was seen to abort. After an error
-    # the others may never come to this.
+    try:
+        yield world
+    except Interrupted:  # which all processes agreed on; after another error they may never come
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """End the group and its threads, once every process has done its work.
+
+    A group that outlives this, as a parallel model's cycle would make it, has threads: one that
+    frees a tensor while the interpreter ends aborts the process.
+    """
     dist.barrier()
+    gc.collect()
     dist.destroy_process_group()
 
 

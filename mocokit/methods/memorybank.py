@@ -22,6 +22,9 @@ from mocokit.methods.processes import gather, sum_over_processes, to_device
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
 
+# Of queries (n, C) and the numbers of their images (n,): the loss, and NCE's constant.
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 class Seen(NamedTuple):
     """What the bank takes in after a step, of the whole batch."""
@@ -70,12 +73,13 @@ class MemoryBank(Method):
         (view,) = views
         plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
         contrast = Contrast(self.loss, plan)
-        seen: list[Seen] = []
+        compare = (self._against_noise if self.noise else self._against_bank)(draw, contrast)
+        vectors, constants = [], []
 
-        def loss_of(query: Tensor, _: slice) -> Tensor:
-            loss, constant = self.contrast(query, index, draw, contrast)
-            vectors = gather(query.detach(), plan.counts)
-            seen.append(Seen(vectors, gather(index, plan.counts), constant))
+        def loss_of(query: Tensor, rows: slice) -> Tensor:
+            loss, constant = compare(query, index[rows])
+            vectors.append(query.detach())
+            constants.append(constant)
             return loss
 
         loss = loss_in_pieces(
@@ -83,38 +87,46 @@ class MemoryBank(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
-            together=True,  # NCE's constant is estimated from all scores of the first batch
+            # NCE's constant is estimated from all scores of the first batch.
+            together=self.loss.coupled or self.noise,
             scale=self.loss_scale,
         )
-        return Output(loss, contrast.metrics(), seen[0])
+        own = torch.cat(vectors)
+        seen = Seen(gather(own, plan.counts), gather(index, plan.counts), constants[-1])
+        return Output(loss, contrast.metrics(), seen)
 
     def update(self, keep: Seen, step: int, progress: float) -> None:
         self.bank.blend(keep.images, keep.vectors, self.momentum)
         self.constant.copy_(keep.constant)
 
-    def contrast(
-        self, query: Tensor, index: Tensor, draw: Draw, contrast: Contrast
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of this process's queries (n, C) against the bank as it is; NCE's constant."""
-        rows, size = self.bank.rows, len(self.bank.rows)
-        key = rows[index]
-        if not self.noise:
-            if self.negatives is None:
-                negatives = Negatives(rows, torch.arange(size, device=rows.device), self.chunk)
-            else:
-                drawn = self._draw(draw, self.negatives, rows.device)
-                negatives = Negatives(rows[drawn], drawn, self.chunk)
-            return contrast(query, key, negatives, index), self.constant
-        plan, count = contrast.plan, self.negatives or size
+    def _against_bank(self, draw: Draw, contrast: Contrast) -> Compare:
+        """The loss of queries against the bank as it is, or against a part that is drawn."""
+        rows = self.bank.rows
+        if self.negatives is None:
+            owners = torch.arange(len(rows), device=rows.device)
+            negatives = Negatives(rows, owners, self.chunk)
+        else:
+            owners = self._draw(draw, self.negatives, rows.device)
+            negatives = Negatives(rows[owners], owners, self.chunk)
+        return lambda query, own: (contrast(query, rows[own], negatives, own), self.constant)
+
+    def _against_noise(self, draw: Draw, contrast: Contrast) -> Compare:
+        """InstDisc's NCE of all of this process's queries, and its constant."""
+        rows, size, plan = self.bank.rows, len(self.bank.rows), contrast.plan
+        count = self.negatives or size
         drawn = self._draw(draw, plan.images * count, rows.device).view(plan.images, count)
-        with torch.autocast(query.device.type, enabled=False):
-            others = torch.bmm(rows[drawn[plan.own]], query[:, :, None])[:, :, 0]  # (n, m)
-        positive = dots(query, key)
-        contrast.record(query, positive, others.detach().amax(1))
-        constant = self._constant(positive, others, plan)
-        weight = len(query) * plan.world / plan.images
-        loss = nce(positive, others, size, self.loss.temperature, constant) * weight
-        return loss, constant
+
+        def compare(query: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast(query.device.type, enabled=False):
+                others = torch.bmm(rows[drawn[plan.own]], query[:, :, None])[:, :, 0]  # (n, m)
+            positive = dots(query, rows[own])
+            contrast.record(query, positive, others.detach().amax(1))
+            constant = self._constant(positive, others, plan)
+            weight = len(query) * plan.world / plan.images
+            loss = nce(positive, others, size, self.loss.temperature, constant) * weight
+            return loss, constant
+
+        return compare
 
     def _draw(self, draw: Draw, count: int, device: torch.device) -> Tensor:
         """Numbers of `count` images of the data, with replacement."""

@@ -15,7 +15,7 @@ from mocokit.methods.gradients import loss_in_pieces
 from mocokit.methods.losses import Loss
 from mocokit.methods.method import Draw, Method, Output, Views
 from mocokit.methods.pieces import Encoding, GroupPlan, taken
-from mocokit.methods.processes import gather_with_gradient, to_device
+from mocokit.methods.processes import gather, gather_with_gradient, to_device
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
 
@@ -60,7 +60,7 @@ class SimCLR(Method):
         loss = loss_in_pieces(
             encoding,
             plan.pieces(views=2),
-            lambda vectors, _: self.contrast(vectors, plan, np.argsort(order), contrast),
+            lambda vectors, _: self.contrast(vectors, index, np.argsort(order), contrast),
             self.trained(),
             together=True,
             scale=self.loss_scale,
@@ -68,14 +68,18 @@ class SimCLR(Method):
         return Output(loss, contrast.metrics(), None)
 
     def contrast(
-        self, vectors: Tensor, plan: GroupPlan, back: np.ndarray, contrast: Contrast
+        self, vectors: Tensor, own: Tensor, back: np.ndarray, contrast: Contrast
     ) -> Tensor:
-        """The loss of this process's vectors: n first views in order, n second ones shuffled."""
+        """The loss of this process's vectors: n first views in order, n second ones shuffled.
+
+        own (n,) numbers the images. One that comes twice, as a substitute may, is no negative of
+        itself.
+        """
+        plan = contrast.plan
         a, shuffled = vectors.chunk(2)
         all_b = gather_with_gradient(shuffled, plan.counts)[to_device(back, vectors.device)]
         b = all_b[plan.own]
-        images = torch.arange(plan.images, device=vectors.device)
-        own = images[plan.own]
+        images = gather(own, plan.counts)
         if not self.symmetric:
             return contrast(a, b, Negatives(all_b, images, self.chunk), own)
         everything = torch.cat([gather_with_gradient(a, plan.counts), all_b])  # (2B, C)

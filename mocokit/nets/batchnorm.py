@@ -211,9 +211,11 @@ def alone(module: nn.Module) -> Iterator[None]:
     layers = [layer for layer in _layers(module) if layer.whole]
     for layer in layers:
         layer.whole = False
-    yield
-    for layer in layers:
-        layer.whole = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.whole = True
 
 
 @contextmanager
