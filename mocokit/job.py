@@ -165,7 +165,7 @@ def open_job(
     effect = sizes.in_effect(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
     for notice in notices:
-        speaker.say(f"note: {notice}", "yellow")
+        speaker.note(notice)
     parts = build.build_parts(settings, effect, device)
     if out is None and not resume:  # chosen some seconds ago: another run may have taken it since
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
@@ -181,7 +181,8 @@ def begun(job: Job) -> Iterator[None]:
     with held(job.folder) if job.world.writes else contextlib.nullcontext():
         if job.world.writes:
             _write_start(job)
-        state = checkpoint.load_newest(job.folder.checkpoints)
+        note = job.speaker.note
+        state = checkpoint.load_newest(job.folder.checkpoints, tell=note)
         if state is not None:
             job.load(state)
             del state  # or it would live as long as the run

@@ -119,10 +119,9 @@ class Recording:
             remedies.append(
                 f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
             )
-        self.job.speaker.say(
-            f"note: {sum(latest) / WAITS:.0%} of the time went into waiting for images; "
-            + ("; ".join(remedies) or "more cores or a faster disk would help"),
-            "yellow",
+        self.job.speaker.note(
+            f"{sum(latest) / WAITS:.0%} of the time went into waiting for images; "
+            + ("; ".join(remedies) or "more cores or a faster disk would help")
         )
 
     def scores(self, scores: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,6 +55,54 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):
         checkpoint.load_newest(folder)
     assert checkpoint.load_newest(tmp_path / "none") is None
+
+
+def test_a_flipped_bit_is_found_named_and_the_one_before_is_used(tmp_path):
+    folder = tmp_path / "c"
+    for step in (1, 2):
+        weights = torch.arange(1000, dtype=torch.float32) + step
+        checkpoint.save(folder, step, {"optimizer": {0: [weights]}, "x": torch.tensor(step)})
+    path = folder / checkpoint.name_of(2)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(500, 510).float().numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    damaged = torch.load(path, weights_only=True)["optimizer"][0][0]
+    assert len(damaged) == 1000 and not torch.equal(damaged, weights)  # torch sees nothing wrong
+    with pytest.raises(UserError, match="step-00000002.pt is damaged: .* checksum"):
+        checkpoint.load(path)
+    told = []
+    assert checkpoint.load_newest(folder, tell=told.append)["step"] == 1
+    assert len(told) == 1 and "step-00000002.pt" in told[0] and "checkpoint before" in told[0]
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_the_one_before_is_used(tmp_path):
+    folder = tmp_path / "c"
+    for step in (1, 2):
+        checkpoint.save(folder, step, {"x": torch.ones(2)})
+    state = torch.load(folder / checkpoint.name_of(2), weights_only=True)
+    torch.save(state | {"format": 99}, folder / checkpoint.name_of(2))
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.load(folder / checkpoint.name_of(2))
+    assert checkpoint.load_newest(folder)["step"] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a limit on file sizes is set in a child")
+def test_a_disk_that_fills_up_while_writing_keeps_the_old_one_and_names_the_need(tmp_path):
+    """The system stops the write itself, as a full disk would, in the middle of the file."""
+    folder = tmp_path / "c"
+    checkpoint.save(folder, 1, {"x": torch.ones(2)})
+    code = (
+        "import resource, sys, torch; from pathlib import Path; from mocokit.engine import "
+        "checkpoint; from mocokit.errors import MocokitError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "try: checkpoint.save(Path(sys.argv[1]), 2, {'x': torch.ones(2**20)})\n"
+        "except MocokitError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "it needs about 4 MiB; what was saved before is untouched" in done.stdout
+    assert [path.name for path in folder.iterdir()] == ["step-00000001.pt"]
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
 class Trap:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,10 +12,11 @@ from test_world import free_port
 from torch.nn import functional as F
 
 from mocokit.methods.losses import InfoNCE, nt_xent
-from mocokit.methods.processes import gather_with_gradient, sum_over_processes
+from mocokit.methods.processes import exchange, gather_with_gradient, sum_over_processes
 from mocokit.methods.similarity import Negatives
 
 COUNTS = [3, 2]
+ORDERS = [[4, 0, 3, 1, 2], [0, 1, 2, 3, 4], [3, 4, 2, 1, 0], [2, 1, 0, 4, 3]]
 
 
 def projections():
@@ -59,6 +61,9 @@ def test_invariant_11_a_differentiable_gather_gives_the_gradient_of_one_process(
     nt_xent(*F.normalize(whole, dim=2), 0.3).backward()
     torch.testing.assert_close(together, whole.grad, atol=1e-12, rtol=1e-12)
     assert [one["sum"] for one in found] == [3.0, 3.0]
+    for number, order in enumerate(ORDERS):
+        rows = [row for one in found for row in one["exchanged"][number]]
+        assert rows == [[float(i), -float(i)] for i in order]
 
 
 def test_alone_a_sum_is_itself():
@@ -68,7 +73,11 @@ def test_alone_a_sum_is_itself():
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    first = sum(COUNTS[:rank])
+    numbers = torch.arange(first, first + COUNTS[rank]).float()
+    rows = torch.stack([numbers, -numbers], 1)
     answer = {
+        "exchanged": [exchange(rows, np.array(order), COUNTS).tolist() for order in ORDERS],
         "gradient": share_of_nt_xent(rank).tolist(),
         "sum": float(sum_over_processes(torch.tensor(1.0 + rank))),
     }

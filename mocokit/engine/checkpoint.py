@@ -1,16 +1,22 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically."""
+"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
 
+Each carries a checksum of its content: torch finds a file that was cut short, but reads one with a
+flipped bit as if nothing were wrong.
+"""
+
+import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mocokit.errors import MocokitError, UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksum
 _NAME = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -24,15 +30,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(step)
     partial = path.with_suffix(".partial")
+    content = {"format": FORMAT, "step": step, **_on_cpu(state)}
+    content["checksum"] = digest(content)
     try:
         with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, "step": step, **state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
         partial.unlink(missing_ok=True)
-        size = sum(t.nbytes for t in _tensors(state)) / 2**20
+        size = sum(x.nbytes for _, x in _leaves(content) if isinstance(x, Tensor)) / 2**20
         raise MocokitError(
             f"cannot write {path} ({error}); it needs about {size:.0f} MiB; what was saved before "
             "is untouched: make room, and go on with the same command"
@@ -41,12 +49,37 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for branch in tree.values():
-            yield from _tensors(branch)
+def digest(state: Mapping[str, Any]) -> str:
+    """SHA-256 of every tensor, number and text of a state, with its place, type and shape."""
+    found = hashlib.sha256()
+    for place, leaf in _leaves(state):
+        found.update(f"{place}\0".encode())
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            found.update(memoryview(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+        else:
+            found.update(repr(leaf).encode())
+    return found.hexdigest()
+
+
+def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for name, branch in tree.items():
+            yield from _leaves(branch, f"{place}/{name!r}")
+    elif isinstance(tree, (list, tuple)):
+        for number, branch in enumerate(tree):
+            yield from _leaves(branch, f"{place}/{number}")
+    else:
+        yield place, tree
+
+
+def _on_cpu(tree: Any) -> Any:
+    """The same with its tensors on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().cpu()
+    if isinstance(tree, Mapping):
+        return {name: _on_cpu(branch) for name, branch in tree.items()}
+    return type(tree)(map(_on_cpu, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
 def _point(link: Path, target: Path) -> None:
@@ -84,20 +117,30 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of mocokit")
+    if state.pop("checksum", None) != digest(state):
+        raise UserError(f"{path} is damaged: its content is not what its checksum says")
     return state
 
 
-def load_newest(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None where there is none.
+def load_newest(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, or None where there is none; tells of damaged ones.
 
     Raises UserError if there are checkpoints but every one is damaged.
     """
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         try:
-            return load(folder / name_of(step), device)
+            state = load(folder / name_of(step), device)
         except UserError as error:
             damaged.append(str(error))
+            continue
+        for text in damaged:
+            tell(f"{text}; going on from the checkpoint before")
+        return state
     if damaged:
         raise UserError(f"no checkpoint in {folder} can be read: {damaged[0]}")
     return None

@@ -135,6 +135,10 @@ class Speaker:
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(Text(text, style=style or ""))
 
+    def note(self, text: str) -> None:
+        """Say what a person should know of, though nothing stops for it."""
+        self.say(f"note: {text}", "yellow")
+
     def table(self, title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
         """A small table; all but the first column are set to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")

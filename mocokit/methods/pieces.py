@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.methods.method import Draw, Views, as_float
-from mocokit.methods.processes import gather, rank_and_world, to_device
+from mocokit.methods.processes import exchange, rank_and_world, to_device
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_of_groups
 
 
@@ -67,8 +67,8 @@ def taken(view: Views, order: NDArray[np.int64], plan: GroupPlan) -> Callable[[s
         return lambda rows: view[rows]
     mine = order[plan.own]
     if plan.world > 1:
-        everything = gather(view[:], plan.counts)  # (B, 3, S, S) on each process, for a moment
-        own = everything[to_device(mine, everything.device)]
+        # In the precision in which the encoder takes them: half as much to send.
+        own = exchange(as_encoded(view[:]), order, plan.counts)
         return lambda rows: own[rows]
     if isinstance(view, Tensor):
         images = view
@@ -114,6 +114,14 @@ class Encoding:
                 vectors.append(self(piece))
                 statistics.part(len(piece.groups))
             return torch.cat(vectors)
+
+
+def as_encoded(views: Tensor) -> Tensor:
+    """Views as a network's first layer takes them: under autocast, in its precision."""
+    device = views.device.type
+    if torch.is_autocast_enabled(device) and views.dtype == torch.float32:
+        return views.to(torch.get_autocast_dtype(device))
+    return views
 
 
 def normalise(projections: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -35,6 +36,29 @@ def gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+@torch.no_grad()
+def exchange(rows: Tensor, order: NDArray[np.int64], counts: Sequence[int]) -> Tensor:
+    """This process's rows after all processes' rows are put in a common order, without gradient.
+
+    Process r holds counts[r] consecutive rows of the whole, before and after; position i of the
+    whole is to hold row order[i]. Each row goes once, to the process that wants it: a gather would
+    bring every row to every process.
+    """
+    rank = dist.get_rank()
+    bounds = np.cumsum([0, *counts])
+    holder = np.searchsorted(bounds, order, side="right") - 1  # of the row wanted at a position
+    wanted = [slice(bounds[r], bounds[r + 1]) for r in range(len(counts))]
+    mine = holder[wanted[rank]]
+    leaving = [order[want][holder[want] == rank] - bounds[rank] for want in wanted]
+    sent = rows[to_device(np.concatenate(leaving), rows.device)]
+    received = rows.new_empty((counts[rank], *rows.shape[1:]))
+    arriving = np.bincount(mine, minlength=len(counts)).tolist()
+    dist.all_to_all_single(received, sent, arriving, [len(part) for part in leaving])
+    # They arrive by the process they come from, each process's in the order of their positions.
+    places = np.argsort(np.argsort(mine, kind="stable"), kind="stable")
+    return received[to_device(places, rows.device)]
 
 
 def gather_with_gradient(rows: Tensor, counts: Sequence[int]) -> Tensor:
