@@ -176,6 +176,7 @@ def build_due(settings: Settings, effect: InEffect, world: World) -> Due:
         save_epochs=settings.save.every_epochs,
         save_steps=settings.save.every_steps,
         milestone_epochs=settings.save.milestone_epochs,
+        compare_steps=settings.engine.compare_steps,
         world=world.size,
     )
 

@@ -223,6 +223,9 @@ class Engine(Section):
     compile: Literal["auto"] | bool = setting("auto", "torch.compile the encoders; auto: on CUDA")
     deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
     threads: Positive | Literal["auto"] = place("auto", "CPU threads of each process")
+    compare_steps: int = place(
+        500, "steps between comparisons of what several processes hold copies of", ge=1
+    )
 
 
 class Save(Section):

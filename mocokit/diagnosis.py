@@ -8,6 +8,7 @@ from mocokit import build
 from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.engine.runtime import autocast
+from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.evaluate.geometry import positives_in_queue
 from mocokit.evaluate.health import HealthMonitor
 from mocokit.evaluate.leak import Step, contrast_by_grouping, has_groups
@@ -22,9 +23,11 @@ MakeViews = Callable[[Job, int, Batch], Sequence[Any]]
 
 
 def diagnose(
-    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None
+    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
 ) -> dict[str, Any]:
     """Every process calls it; the one that writes also scores, and measures the geometry.
+
+    A signal breaks off what that one does alone; then nothing was found.
 
     The images are those of the steps to come, which the queue does not hold yet. Nothing that
     training reads is changed.
@@ -45,10 +48,14 @@ def diagnose(
     if not job.world.writes:
         return {}
     health: HealthMonitor = build.build_health(settings, job.splits, job.device)
-    views, _, _ = next(upcoming(job, loader, make_views, 1))
-    found |= health.run(method.encoder, views)
-    if monitor is not None:
-        found |= dict(monitor.run(method.encoder))
+    try:
+        with stop.at_once():
+            views, _, _ = next(upcoming(job, loader, make_views, 1))
+            found |= health.run(method.encoder, views)
+            if monitor is not None:
+                found |= dict(monitor.run(method.encoder))
+    except Stopped:
+        return {}
     return found
 
 

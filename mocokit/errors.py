@@ -24,8 +24,11 @@ class NonFiniteLoss(MocokitError):
 
 
 class Interrupted(MocokitError):
-    """The run was asked to stop; it has saved everything and can be resumed."""
+    """The run was asked to stop; it has saved everything and can be resumed.
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    `agreed`: every process of the run stops for it.
+    """
+
+    def __init__(self, message: str, exit_code: int, agreed: bool = True) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.agreed = exit_code, agreed

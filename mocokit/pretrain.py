@@ -5,15 +5,12 @@ and the number of workers change nothing. Methods plug into the loop through two
 and update (methods/method.py); they never fork it.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
@@ -22,14 +19,14 @@ from mocokit.diagnosis import diagnose
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.record import Speaker
-from mocokit.engine.runtime import World, autocast, joined_world, on_first, seed_libraries
-from mocokit.engine.stop import StopSignals
+from mocokit.engine.replicas import compare_replicas
+from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
+from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output, Views
 from mocokit.methods.processes import to_device
-from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
-from mocokit.nets.heads import calibrate_head
+from mocokit.start import calibrate_on_first_group, replicated
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 
@@ -70,20 +67,25 @@ def pretrain(
     }
     changes = recipes.merge(flags, settings or {})
     asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
-    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, Speaker().counting)
-    with joined_world(asked.engine.device) as world, StopSignals() as stop:
-        job = open_job(asked, stated, splits, out, resume, world)
+    with StopSignals() as stop, joined_world(asked.engine.device) as world:
+        with stop.before_the_first_step():
+            speaker, where = Speaker(world.writes), asked.data
+            splits = open_data(where.path, where.labels, where.root, speaker.counting)
+            job = open_job(asked, stated, splits, out, resume, world)
         result = on_first(world, job.folder.result)
         if result is None:
             with begun(job):
                 report.start(job)
                 try:
                     train(job, stop)
+                    with stop.at_once():
+                        result = report.finish(job)
                 except NonFiniteLoss as error:
                     raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
                 except torch.OutOfMemoryError:
                     raise UserError(job.out_of_memory()) from None
-                result = report.finish(job)
+                except Stopped:
+                    raise stop.error(job.step, job.folder.path) from None
         report.result(job, result)
     return Run(job.folder.path, result)
 
@@ -98,10 +100,18 @@ def train(job: Job, stop: StopSignals) -> None:
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
     loader = build.build_loader(settings, job.unread(), job.world, device, job.step, job.bad.known)
     if job.step == 0 and settings.net.calibrate_head:
-        calibrate_on_first_group(job)
+        calibrate_on_first_group(job, make_batch_views)
     model = replicated(method, job)
     watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
+
+    def score() -> None:
+        job.average_statistics()
+        scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
+        record.scores(diagnose(job, loader, make_batch_views, scored, stop))
+
     with report.recording(job) as record:
+        if due.health(job.step) and record.unscored():  # a stop came before they were finished
+            score()
         for step, batch in record.waiting(loader):
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
@@ -123,10 +133,10 @@ def train(job: Job, stop: StopSignals) -> None:
             if logged or device.type == "cpu":
                 watch.check()
             record.step(output, images, batch.bad, norm)
+            if due.compare(job.step):
+                compare_replicas(method, job.step)
             if due.health(job.step):
-                job.average_statistics()
-                scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
-                record.scores(diagnose(job, loader, make_batch_views, scored))
+                score()
             save, end = due.save_or_stop(job.step, stop.asked)
             if save:
                 watch.check()
@@ -161,34 +171,3 @@ def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> b
     scaler.step(optimizer)
     scaler.update()
     return scaler.get_scale() >= before
-
-
-def replicated(method: nn.Module, job: Job) -> nn.Module:
-    """The method, with gradients averaged over the processes where there are several.
-
-    Buffers are never broadcast: queues are equal by construction, running statistics are averaged
-    where they are read.
-    """
-    if job.world.size == 1:
-        return method
-    devices = [job.device] if job.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # torch 2.15 deprecates `broadcast_buffers`, and keeps it for who wants no broadcast at all.
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
-
-
-def calibrate_on_first_group(job: Job) -> None:
-    """Scale the head's start on the first group of the first batch, whatever a process's share."""
-    method = job.parts.method
-    if job.world.writes:
-        known = job.settings, job.unread(), World(), job.device, 0, job.bad.known
-        views = make_batch_views(job, 0, build.build_loader(*known).batch_at(0))[0][:]
-        first = group_sizes(job.images_of(0), job.effect.groups)[0]
-        with moving_once(method.encoder, 0), alone(method.encoder):
-            set_groups(method.encoder, 1)
-            calibrate_head(method.encoder, views[:first])
-    if job.world.size > 1:
-        for parameter in method.encoder.parameters():
-            dist.broadcast(parameter.data, 0)
-    method.begin_anew()

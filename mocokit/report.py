@@ -16,7 +16,7 @@ from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
 from mocokit.data.pack import is_pack
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
-from mocokit.engine.runtime import default_threads, peak_memory
+from mocokit.engine.runtime import default_threads, on_first, peak_memory
 from mocokit.evaluate.advice import advise
 from mocokit.evaluate.verdict import verdict
 from mocokit.export import write_backbone
@@ -126,7 +126,7 @@ class Recording:
 
     def scores(self, scores: dict[str, Any]) -> None:
         """What a diagnosis found, at an epoch's end, and what it means."""
-        if self.metrics is None:
+        if self.metrics is None or not scores:
             return
         if self.job.step == self.job.effect.total_steps:
             self.job.health = scores  # for the result, which is the last line
@@ -140,6 +140,12 @@ class Recording:
             self.job.speaker.say(
                 f"epoch {epoch}: {found.text}", None if found.healthy else "yellow"
             )
+
+    def unscored(self) -> bool:
+        """Whether the scores due after the last step are missing; the first process decides."""
+        if self.job.step == self.job.effect.total_steps:
+            return True  # they would be in the result
+        return self.job.step > 0 and on_first(self.job.world, self.job.folder.unscored)
 
     def close(self) -> None:
         """End the loading processes too, which a traceback would otherwise keep alive."""

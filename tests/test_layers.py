@@ -19,6 +19,7 @@ LAYERS = [
     {"subjects"},
     {"check", "pack"},
     {"pretrain"},
+    {"start"},
     {"diagnosis"},
     {"report"},
     {"evaluations"},

@@ -56,10 +56,15 @@ def digest(state: Mapping[str, Any]) -> str:
         found.update(f"{place}\0".encode())
         if isinstance(leaf, Tensor):
             found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            found.update(memoryview(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy()))
+            found.update(_bytes(leaf))
         else:
             found.update(repr(leaf).encode())
     return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,10 +5,13 @@ import time
 import torch
 import torch.distributed as dist
 
+AGREE_SECONDS = 5.0  # a scheduler that stops a run gives it some tens
+MOST_STEPS = 1000
+
 
 class Due:
-    """Answers for steps counted from 1. Clocks and signals differ between processes, so their
-    answers are agreed on, at the steps that are recorded; on one process, at every step.
+    """Answers for steps counted from 1. Clocks and signals differ between processes, so these
+    agree on them every few seconds, and after each score; one process answers at every step.
     """
 
     def __init__(
@@ -22,6 +25,7 @@ class Due:
         save_epochs: int,
         save_steps: int | None,
         milestone_epochs: int | None = None,
+        compare_steps: int = 500,
         world: int = 1,
     ) -> None:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
@@ -32,8 +36,10 @@ class Due:
             save_steps,
         )
         self.milestone_epochs = milestone_epochs or 0
-        self.world = world
-        self._saved = time.monotonic()
+        self.compare_steps, self.world = compare_steps, world
+        self._saved = self._agreed = time.monotonic()
+        self._steps = 0  # since they last agreed
+        self._wait = 1  # steps until they agree next
 
     def log(self, step: int) -> bool:
         """The first step, every n-th and the last."""
@@ -47,6 +53,10 @@ class Due:
         """With every score, after the first epoch, so that what is wrong shows early, and last."""
         first = self.monitor_epochs > 0 and step == self.steps_per_epoch
         return first or self.monitor(step) or step == self.total_steps
+
+    def compare(self, step: int) -> bool:
+        """Whether processes compare what each holds a copy of."""
+        return self.world > 1 and step % self.compare_steps == 0
 
     def save_or_stop(self, step: int, asked_to_stop: bool) -> tuple[bool, bool]:
         """Whether to write a checkpoint, and whether to stop after it."""
@@ -65,10 +75,15 @@ class Due:
         return every > 0 and step % (every * self.steps_per_epoch) == 0
 
     def _agree(self, step: int, *wishes: bool) -> tuple[bool, ...]:
-        """True where any process wishes so; a wish waits for the next recorded step."""
-        if not self.log(step):
+        """True where any process wishes so; a wish waits until all agree next."""
+        self._steps += 1
+        if self._steps < self._wait and not self.health(step):
             return tuple(False for _ in wishes)
+        pace = (time.monotonic() - self._agreed) / self._steps
+        wait = max(1, min(MOST_STEPS, int(AGREE_SECONDS / max(pace, 1e-9))))
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flags = torch.tensor(wishes, dtype=torch.int32, device=device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        told = torch.tensor([*wishes, -wait], dtype=torch.int32, device=device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        *flags, last = told.tolist()
+        self._agreed, self._steps, self._wait = time.monotonic(), 0, -last  # the least of all
         return tuple(bool(flag) for flag in flags)

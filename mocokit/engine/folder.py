@@ -46,6 +46,11 @@ class RunFolder:
         lines = read_metrics(self.metrics)
         return lines[-1] if lines and lines[-1].get("finished") else None
 
+    def unscored(self) -> bool:
+        """Whether the latest step of the metrics has no line of scores."""
+        lines = read_metrics(self.metrics)
+        return bool(lines) and "loss" in lines[-1]
+
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         self.make()

@@ -58,8 +58,9 @@ def joined_world(device: str) -> Iterator[World]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     try:
         yield world
-    except Interrupted:  # which all processes agreed on; after another error they may never come
-        _leave()
+    except Interrupted as error:
+        if error.agreed:  # after another error some may never come
+            _leave()
         raise
     _leave()
 

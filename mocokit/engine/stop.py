@@ -1,12 +1,21 @@
-"""Asked to stop: signals set a flag that the loop reads between steps, so that it can save."""
+"""Asked to stop: signals set a flag that the loop reads between steps, so that it can save.
+
+Work that leaves nothing to save, such as scoring, is broken off at once.
+"""
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from mocokit.errors import Interrupted
 
 PREEMPTED, BY_HAND = 75, 130
+
+
+class Stopped(BaseException):
+    """Raised out of work that a signal breaks off; whoever allowed it, catches it."""
 
 
 class StopSignals:
@@ -18,6 +27,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self._before: dict[int, object] = {}
+        self._breaks = False
 
     @property
     def asked(self) -> bool:
@@ -43,6 +53,33 @@ class StopSignals:
         if number == signal.SIGINT and self.exit_code == BY_HAND:
             raise KeyboardInterrupt
         self.exit_code = BY_HAND if number == signal.SIGINT else PREEMPTED
+        if self._breaks:
+            self._breaks = False  # once: cleaning up is not to be broken off
+            raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that a signal, taken before or during it, ends by raising Stopped."""
+        if self.asked:
+            raise Stopped
+        self._breaks = True
+        try:
+            yield
+        finally:
+            self._breaks = False
+
+    @contextmanager
+    def before_the_first_step(self) -> Iterator[None]:
+        """Work after which there is nothing to save yet; raises Interrupted."""
+        try:
+            with self.at_once():
+                yield
+        except Stopped:
+            raise Interrupted(
+                "stopped before the first step: there was nothing to save",
+                self.exit_code or PREEMPTED,
+                agreed=False,
+            ) from None
 
     def error(self, step: int, folder: object) -> Interrupted:
         """What to raise once the checkpoint after `step` steps is written."""

@@ -222,7 +222,11 @@ def alone(module: nn.Module) -> Iterator[None]:
 def moving_once(module: nn.Module, parts: int) -> Iterator["RunningStatistics"]:
     """Let forwards of several parts of one batch move the running statistics as one would."""
     statistics = RunningStatistics(module, parts)
-    yield statistics
+    try:
+        yield statistics
+    except BaseException:
+        statistics.undo()
+        raise
     statistics.finish()
 
 
@@ -247,6 +251,12 @@ class RunningStatistics:
             torch._foreach_add_(self._sums, self._tensors, alpha=groups)
             torch._foreach_copy_(self._tensors, self._before)
             self._groups += groups
+
+    def undo(self) -> None:
+        """Leave the statistics as they were, where the parts were not all forwarded."""
+        if self._tensors:
+            torch._foreach_copy_(self._tensors, self._before)
+            torch._foreach_copy_(self._counts, self._started)
 
     def finish(self) -> None:
         """Move the statistics to the mean over all groups, once."""
