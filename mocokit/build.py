@@ -18,11 +18,11 @@ from mocokit.engine.due import Due
 from mocokit.engine.optim import Schedule, build_optimizer
 from mocokit.engine.resident import Resident, fits
 from mocokit.engine.runtime import (
-    World,
     autocast,
     default_precision,
     default_threads,
 )
+from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.evaluate.health import HealthMonitor
 from mocokit.evaluate.monitor import KnnMonitor

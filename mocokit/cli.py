@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from mocokit import cli_evaluate, recipes, settings as settings_
+from mocokit import cli_evaluate, launch, recipes, settings as settings_, slurm
 from mocokit.config import Settings
-from mocokit.errors import MocokitError
+from mocokit.errors import MocokitError, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -47,6 +47,19 @@ def pretrain(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the newest unfinished such run in runs/")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines, each of which runs this")] = 1,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="where several machines meet")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="go on so often from the last checkpoint after a failure")
+    ] = 0,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="bit for bit on CUDA too, and slower")
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="print every setting and the augmentation, and stop")
     ] = False,
@@ -61,12 +74,20 @@ def pretrain(
         "train.batch_size": batch_size,
         "engine.device": device,
         "seed": seed,
+        "engine.deterministic": deterministic,
     }
     changes = recipes.merge(flags, changes)
     asked, stated = recipes.asked(recipe, data, changes, needs_data=not show)
     if show:
         _show(asked, stated)
         return
+    from mocokit.engine.world import announced
+
+    if announced(os.environ) is None:
+        number = launch.count_processes(asked.engine.device, processes, nodes)
+        if number is not None:
+            launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
+            return
     from mocokit.pretrain import pretrain as run
 
     run(recipe, data, out, resume=resume, settings=changes)
@@ -112,6 +133,55 @@ def pack_data(
     from mocokit.pack import pack
 
     pack(data, file, recipe, raw, changes)
+
+
+@app.command("slurm")
+def write_slurm(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a recipe's name, a config.yaml, or the images")
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="run folder; must be named, as it is gone on with")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine")] = 8,
+    cpus: Annotated[int, typer.Option(min=1, help="processors for each GPU")] = 8,
+    time: Annotated[str, typer.Option(help="limit of a job, after which it goes on")] = "24:00:00",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="of sbatch, as partition=gpu; repeatable"),
+    ] = None,
+    file: Annotated[str, typer.Option(help="where to write the batch file")] = "mocokit.sbatch",
+    epochs: Annotated[int | None, typer.Option(help="passes over the images")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images a step, over all GPUs")] = None,
+    seed: Annotated[int | None, typer.Option(help="all chance follows from it")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Write a batch file for SLURM that trains, saves before its limit, and goes on by itself."""
+    changes = settings_.parse_assignments(assignments or [])
+    flags = {"train.epochs": epochs, "train.batch_size": batch_size, "seed": seed}
+    asked, _ = recipes.asked(recipe, data, recipes.merge(flags, changes))
+    if out is None:
+        raise UserError("name the run folder with --out: a job that goes on must find it again")
+    options = {"--epochs": epochs, "--batch-size": batch_size, "--seed": seed}
+    words = [sys.executable, "-m", "mocokit", "pretrain", *filter(None, (recipe, data))]
+    words += ["--out", os.path.abspath(out)]
+    words += [word for k, v in options.items() if v is not None for word in (k, str(v))]
+    words += [word for text in assignments or [] for word in ("--set", text)]
+    name = f"mocokit-{asked.recipe}"
+    text = slurm.script(
+        words, name=name, nodes=nodes, gpus=gpus, cpus=cpus, time=time, log=f"{name}-%j.log",
+        options=sbatch or [],
+    )  # fmt: skip
+    try:
+        with open(file, "w", encoding="utf-8") as written:
+            written.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); name another --file") from None
+    typer.echo(f"{file}: {nodes * gpus} GPUs. Submit it with: sbatch {file}")
 
 
 @app.command("recipes")
@@ -172,7 +242,9 @@ def main() -> None:
     try:
         app()
     except MocokitError as error:
-        typer.echo(f"mocokit: {error}", err=True)
+        if not launch.report(error):
+            rank = os.environ.get("RANK", "0")
+            typer.echo(f"mocokit: {'' if rank == '0' else f'process {rank}: '}{error}", err=True)
         sys.exit(error.exit_code)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,6 +1,7 @@
 """A run about to go: settings decided, folder opened, parts built, newest checkpoint taken up."""
 
 import contextlib
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, un
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
 from mocokit.engine.resident import Resident
-from mocokit.engine.runtime import World, choose_device, on_first, prepare
+from mocokit.engine.runtime import choose_device, on_first, prepare
+from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
@@ -75,6 +77,7 @@ class Job:
             "settings": settings_.to_yaml(self.settings),
             "fingerprint": self.splits.train.fingerprint,
             "bad_images": self.bad.state(),
+            "processes": self.world.size,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -156,7 +159,8 @@ def open_job(
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     speaker = Speaker(world.writes)
     device = choose_device(asked.engine.device, world)
-    asking = Asking(asked, stated, splits.train, device)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    asking = Asking(asked, stated, splits.train, device, restarted)
     folder, settings, images, notices = on_first(world, lambda: _decide(asking, out, resume))
     found = renumbered(splits.train, images)
     if found is None:
@@ -167,7 +171,7 @@ def open_job(
     for notice in notices:
         speaker.note(notice)
     parts = build.build_parts(settings, effect, device)
-    if out is None and not resume:  # chosen some seconds ago: another run may have taken it since
+    if out is None and not folder.is_run:  # chosen some seconds ago: perhaps taken since
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
@@ -185,6 +189,11 @@ def begun(job: Job) -> Iterator[None]:
         state = checkpoint.load_newest(job.folder.checkpoints, tell=note)
         if state is not None:
             job.load(state)
+            if (before := state["processes"]) != job.world.size:
+                note(
+                    f"the checkpoint was written by {before} process(es), now there are "
+                    f"{job.world.size}: the same computation, up to the order of sums"
+                )
             del state  # or it would live as long as the run
         yield
 
@@ -196,6 +205,7 @@ class Asking(NamedTuple):
     stated: Collection[str]
     train: Source
     device: torch.device
+    restarted: bool  # by torchrun, after processes had failed
 
     def anew(self, folder: RunFolder) -> Decision:
         """A new run in this folder."""
@@ -231,7 +241,7 @@ def _decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
                 "name another --out, or state the same settings"
             )
         return decision
-    if not resume:
+    if not (resume or asking.restarted):
         return asking.anew(next_folder(recipe, name))
     for folder in unfinished(recipe, name):
         try:
@@ -240,6 +250,8 @@ def _decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
             continue  # another run's broken config.yaml
         if not conflicts:
             return decision
+    if not resume:  # it ended before it had a folder
+        return asking.anew(next_folder(recipe, name))
     raise UserError(
         f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
         "settings; leave --resume out to start one"

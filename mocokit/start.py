@@ -7,7 +7,7 @@ from torch import nn
 
 from mocokit import build
 from mocokit.diagnosis import MakeViews
-from mocokit.engine.runtime import World
+from mocokit.engine.world import World
 from mocokit.job import Job
 from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
 from mocokit.nets.heads import calibrate_head

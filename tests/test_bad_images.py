@@ -13,7 +13,7 @@ from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.source import FolderSource, open_data
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.runtime import World
+from mocokit.engine.world import World
 
 SIZE, BATCH, EPOCHS = 24, 4, 4
 

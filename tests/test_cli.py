@@ -10,6 +10,7 @@ from PIL import Image
 from mocokit import cli
 
 FLAGS = {
+    "--processes", "--nodes", "--rdzv", "--restarts", "--deterministic",
     "--out", "--epochs", "--batch-size", "--device", "--seed", "--set", "--resume", "--show",
     "--help",
 }  # fmt: skip

@@ -19,6 +19,7 @@ LAYERS = [
     {"subjects"},
     {"check", "pack"},
     {"pretrain"},
+    {"launch"},
     {"start"},
     {"diagnosis"},
     {"report"},
@@ -35,6 +36,7 @@ LAYERS = [
     {"settings"},
     {"config"},
     {"places"},
+    {"slurm"},
     {"errors", "chance"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked

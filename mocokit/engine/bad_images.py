@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.engine.runtime import World
+from mocokit.engine.world import World
 from mocokit.errors import UserError
 
 Bad = tuple[tuple[int, str, str], ...]  # number, name, reason

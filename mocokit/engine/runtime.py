@@ -5,7 +5,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -13,40 +12,26 @@ import torch
 import torch.distributed as dist
 
 from mocokit.chance import Slot, library_seed
+from mocokit.engine.world import World, announced
 from mocokit.errors import Interrupted, UserError
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class World:
-    """Which of how many processes this is; rank 0 alone writes."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def writes(self) -> bool:
-        return self.rank == 0
-
-
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
-    """Join the group of processes that torchrun announces in the environment, if it does."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    """Join the group of processes that the environment announces, if it does."""
     if dist.is_initialized():  # the caller's own group
         yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
         return
-    if not all(name in os.environ for name in names):
+    found = announced(os.environ)
+    if found is None:
         yield World()
         return
-    world = World(
-        int(os.environ["RANK"]),
-        int(os.environ["WORLD_SIZE"]),
-        int(os.environ.get("LOCAL_RANK", "0")),
-    )
+    world = found.world
+    os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
+    os.environ |= {"MASTER_ADDR": found.address, "MASTER_PORT": str(found.port)}
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
@@ -96,9 +81,9 @@ def on_first(world: World, decide: Callable[[], T]) -> T:
 def choose_device(name: str, world: World = World()) -> torch.device:
     """The device of that name, or the best there is; raises UserError if it is not there."""
     local_rank = world.local_rank
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -110,7 +95,8 @@ def choose_device(name: str, world: World = World()) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is not None and world.size > 1:
             raise UserError(f"device {name} is one for {world.size} processes; take cuda")
-        number = local_rank if device.index is None else device.index
+        own = 0 if count == 1 else local_rank  # a scheduler may show each process only its own
+        number = own if device.index is None else device.index
         if number >= count:
             there = f"there are {count} CUDA devices" if count else "there is no CUDA device here"
             raise UserError(f"device {name}: {there}; take --device auto to use what there is")
@@ -133,10 +119,12 @@ def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "f
 
 
 def default_threads() -> int:
-    """The processors this process may use."""
+    """The processors this process may use: its part, where several run on this machine."""
+    count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    found = announced(os.environ)
+    return max(1, count // (found.local_size if found else 1))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -1,0 +1,76 @@
+"""A batch file for SLURM that trains, and goes on where a time limit or another job cut it off."""
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from mocokit.errors import UserError
+
+# TERM comes this long before the limit: what a run needs to save.
+WARNING = 120  # seconds
+
+SCRIPT = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={gpus}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --cpus-per-task={cpus}
+#SBATCH --time={time}
+#SBATCH --output={log}
+#SBATCH --open-mode=append
+# The run saves when it gets TERM, and ends with 75.
+#SBATCH --signal=TERM@{warning}
+# After a failed node or a preemption SLURM starts the job again by itself.
+#SBATCH --requeue
+{extra}
+# This shell outlives a TERM of its own, to see how the run ended.
+trap : TERM
+
+# One process for each GPU; if one fails, the others are ended.
+srun --kill-on-bad-exit=1 {command}
+code=$?
+
+# A time limit is no reason for --requeue, so the job asks for it.
+if [ "$code" -eq 75 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def script(
+    command: Sequence[str],
+    *,
+    name: str,
+    nodes: int,
+    gpus: int,
+    cpus: int,
+    time: str,
+    log: str,
+    options: Sequence[str] = (),
+) -> str:
+    """The file's text: `command`, a list of words, in one process for each GPU.
+
+    `options` are further ones of sbatch, such as partition=gpu. Raises UserError for what would
+    break the file's lines.
+    """
+    if not re.fullmatch(r"(\d+-)?\d{1,3}(:\d{2}){0,2}", time):
+        raise UserError(f"--time {time}: write 24:00:00, or 2-12:00:00 for two and a half days")
+    for option in options:
+        if not re.fullmatch(r"[a-z][a-z-]*(=[^\s#]+)?", option):
+            raise UserError(f"--sbatch {option}: write NAME or NAME=VALUE, as in partition=gpu")
+    for what, text in (("a name", name), ("--log", log)):
+        if re.search(r"\s", text):
+            raise UserError(f"{what} of {text!r} has a space, which sbatch's lines do not take")
+    return SCRIPT.format(
+        command=shlex.join(command),
+        extra="\n".join(f"#SBATCH --{option}" for option in options) + ("\n" if options else ""),
+        name=name,
+        nodes=nodes,
+        gpus=gpus,
+        cpus=cpus,
+        time=time,
+        log=log,
+        warning=WARNING,
+    )

@@ -1,0 +1,191 @@
+"""Processes of a run: announced by others, or started, ended and told of by us."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mocokit import launch
+from mocokit.engine import checkpoint
+from mocokit.engine.runtime import default_threads
+from mocokit.engine.world import World, announced, first_host
+from mocokit.errors import Interrupted, MocokitError, UserError
+
+SLURM_STEP = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}  # fmt: skip
+
+
+def mpi(rank, size, local_rank, local_size):
+    values = {"RANK": rank, "SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_SIZE": local_size}
+    return {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in values.items()}
+
+
+class TestAnnounced:
+    def test_a_process_on_its_own(self):
+        assert announced({}) is None
+        assert announced(mpi(0, 1, 0, 1)) is None
+
+    def test_torchrun(self):
+        place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        found = announced(place | {"MASTER_ADDR": "a", "MASTER_PORT": "7"})
+        assert found == (World(3, 4, 1), 2, "a", 7)
+        with pytest.raises(UserError, match="MASTER_ADDR"):
+            announced(place)
+
+    def test_a_step_of_slurm(self):
+        world, local_size, address, port = announced(SLURM_STEP)
+        assert (world, local_size, address) == (World(5, 8, 1), 4, "gpu03")
+        assert 20000 <= port < 30000
+        assert announced(SLURM_STEP | {"SLURM_STEP_ID": "3"}).port != port
+        set_by_hand = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}
+        assert announced(SLURM_STEP | set_by_hand)[2:] == ("10.0.0.1", 99)
+
+    def test_a_script_of_slurm_is_no_step(self):
+        """There, a job's variables are set, though only one process runs."""
+        job = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1234"}
+        assert announced(job) is None
+        assert announced(job | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
+
+    def test_open_mpi(self):
+        assert announced(mpi(1, 2, 1, 2)) == (World(1, 2, 1), 2, "127.0.0.1", 29500)
+        with pytest.raises(UserError, match="MASTER_ADDR, the machine of the first"):
+            announced(mpi(5, 8, 1, 4))
+        assert announced(mpi(5, 8, 1, 4) | {"MASTER_ADDR": "b"}).address == "b"
+
+    @pytest.mark.parametrize(
+        ("hosts", "first"),
+        [
+            ("gpu[07-09,12],login1", "gpu07"), ("node3", "node3"), ("a1,a2", "a1"),
+            ("rack[2-3]n[1,4]", "rack2n1"), ("x[5]", "x5"), ("", None),
+        ],
+    )  # fmt: skip
+    def test_first_host(self, hosts, first):
+        assert first_host(hosts) == first
+
+
+def test_processes_of_a_machine_share_its_processors(monkeypatch):
+    alone = default_threads()
+    for name, value in mpi(0, 2, 0, 2).items():
+        monkeypatch.setenv(name, value)
+    assert default_threads() == max(1, alone // 2)
+
+
+class TestEnded:
+    def told(self, rank, code, text, at=0.0):
+        return {"rank": rank, "code": code, "text": text, "time": at}
+
+    def test_what_all_say_is_said_once(self):
+        error = launch.ended([self.told(r, 2, "no such data") for r in (0, 1)], {0: 2, 1: 2})
+        assert isinstance(error, UserError) and str(error) == "no such data"
+
+    def test_the_first_to_fail_is_named(self):
+        reports = [self.told(3, 2, "no disk", 1.0), self.told(0, 1, "lost process 3", 2.0)]
+        assert str(launch.ended(reports, {0: 1, 3: 2})) == "process 3: no disk"
+
+    def test_saved_and_stopped(self):
+        error = launch.ended([self.told(0, 75, "saved"), self.told(1, 75, "saved")], {})
+        assert isinstance(error, Interrupted) and error.exit_code == 75
+
+    def test_killed_or_failed(self):
+        assert "process 1 was ended by SIGKILL" in str(launch.ended([], {0: 1, 1: -9}))
+        error = launch.ended([], {2: 1})
+        assert "process 2 failed" in str(error) and error.exit_code == MocokitError.exit_code
+        assert "before the processes had saved" in str(launch.ended([], {}))
+
+
+def test_mistakes_before_the_start():
+    with pytest.raises(UserError, match="--nodes 2 needs --rdzv HOST:PORT"):
+        launch.launch(["pretrain"], 1, 2, None, 0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="0 GPUs are visible"):
+            launch.count_processes("cuda", 2, 1)
+    assert launch.count_processes("cpu", None, 1) is None
+    assert launch.count_processes("cpu", 2, 1) == 2
+    assert launch.count_processes("cpu", None, 2) == 1
+
+
+QUICK = ["--device", "cpu", "--epochs", "4", "--batch-size", "32", "--processes", "2"]
+for setting in ("engine.threads=1", "method.group_size=8", "save.every_steps=3",
+                "log.every_steps=1", "engine.compare_steps=4"):  # fmt: skip
+    QUICK += ["--set", setting]
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "mocokit", "pretrain", "demo", *map(str, arguments), *QUICK]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def process_of_rank(starter, rank):
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == starter.pid and f"\0RANK={rank}\0" in (path / "environ").read_text():
+                return int(path.name)
+        except (OSError, ValueError):
+            continue
+    raise AssertionError("there is no such process")
+
+
+def wait_for_step(out, step, starter):
+    deadline = time.monotonic() + 200
+    while not (steps := checkpoint.steps(out / "checkpoints")) or steps[-1] < step:
+        assert starter.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def same_run(a, b):
+    one, two = (checkpoint.load(folder / "last.pt") for folder in (a, b))
+    assert one["step"] == two["step"] == 20
+    assert {"queue.rows", "encoder.head.0.weight"} < one["method"].keys()
+    for name, tensor in one["method"].items():
+        assert torch.equal(tensor, two["method"][name]), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_started_killed_stopped_and_gone_on_with_equals_straight(toy_npz, tmp_path):
+    """kill -9 of one process of two; then SIGTERM to the starter; then the rest."""
+    straight = start(toy_npz, "--out", tmp_path / "straight")
+    _, text = straight.communicate(timeout=200)
+    assert straight.returncode == 0, text
+
+    out = tmp_path / "killed"
+    first = start(toy_npz, "--out", out)
+    wait_for_step(out, 3, first)
+    os.kill(process_of_rank(first, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, text = first.communicate(timeout=200)
+    assert time.monotonic() - killed < 60
+    assert first.returncode == 1, text
+    assert text.rstrip().splitlines()[-1].startswith("mocokit: process 1 was ended by SIGKILL")
+
+    reached = checkpoint.steps(out / "checkpoints")[-1]
+    second = start(toy_npz, "--out", out)
+    wait_for_step(out, min(reached + 3, 15), second)
+    second.send_signal(signal.SIGTERM)
+    _, text = second.communicate(timeout=200)
+    assert second.returncode == 75, text
+    assert text.count("and saved; go on with the same command") == 1, text
+
+    third = start(toy_npz, "--out", out)
+    _, text = third.communicate(timeout=200)
+    assert third.returncode == 0, text
+    assert text.count("finished: ") == 1
+    same_run(tmp_path / "straight", out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 21)]
+
+
+def test_a_mistake_is_told_once_with_its_code(toy_npz):
+    process = start(toy_npz, "--set", "method.groups=1")
+    _, text = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert text.count("2 processes for 1 batch-norm groups") == 1, text
+    assert "Traceback" not in text
