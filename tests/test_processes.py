@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given, settings, strategies as st
 from test_world import free_port
 from torch.nn import functional as F
 
+from mocokit.engine.replicas import compare_replicas, fingerprint
+from mocokit.errors import MocokitError
 from mocokit.methods.losses import InfoNCE, nt_xent
 from mocokit.methods.processes import exchange, gather_with_gradient, sum_over_processes
 from mocokit.methods.similarity import Negatives
@@ -60,6 +63,8 @@ def test_invariant_11_a_differentiable_gather_gives_the_gradient_of_one_process(
     whole = projections().requires_grad_()
     nt_xent(*F.normalize(whole, dim=2), 0.3).backward()
     torch.testing.assert_close(together, whole.grad, atol=1e-12, rtol=1e-12)
+    for one in found:  # both processes name the one that differs, and in what
+        assert "after step 7 process 1 holds another weight than process 0 (1 of 2" in one["differ"]
     assert [one["sum"] for one in found] == [3.0, 3.0]
     for number, order in enumerate(ORDERS):
         rows = [row for one in found for row in one["exchanged"][number]]
@@ -70,13 +75,51 @@ def test_alone_a_sum_is_itself():
     assert sum_over_processes(torch.tensor(2.0)) == pytest.approx(2.0)
 
 
+@settings(max_examples=50)
+@given(
+    st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool])
+)
+def test_a_fingerprint_sees_a_bit_and_its_place(seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    size = int(torch.randint(2, 50, (), generator=generator))
+    tensor = (torch.randn(size, generator=generator) > 0 if dtype == torch.bool
+              else torch.randint(-9, 9, (size,), generator=generator).to(dtype))  # fmt: skip
+    whole = int(fingerprint(tensor))
+    assert int(fingerprint(tensor.clone())) == whole
+    other = tensor.clone()
+    words = other.view(torch.uint8)
+    place = int(torch.randint(len(words), (), generator=generator))
+    words[place] ^= 1
+    assert int(fingerprint(other)) != whole
+    turned = tensor.flip(0)
+    assert torch.equal(turned, tensor) == (int(fingerprint(turned)) == whole)
+
+
+def test_a_fingerprint_is_the_same_in_chunks(monkeypatch):
+    tensor = torch.randn(1000)
+    whole = int(fingerprint(tensor))
+    monkeypatch.setattr("mocokit.engine.replicas.CHUNK", 7)
+    assert int(fingerprint(tensor)) == whole
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     first = sum(COUNTS[:rank])
     numbers = torch.arange(first, first + COUNTS[rank]).float()
     rows = torch.stack([numbers, -numbers], 1)
+    layer = torch.nn.Linear(4, 3)
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    compare_replicas(layer, 6)
+    if rank == 1:
+        layer.weight.data[2, 3] += 1e-6
+    try:
+        compare_replicas(layer, 7)
+    except MocokitError as error:
+        differ = str(error)
     answer = {
+        "differ": differ,
         "exchanged": [exchange(rows, np.array(order), COUNTS).tolist() for order in ORDERS],
         "gradient": share_of_nt_xent(rank).tolist(),
         "sum": float(sum_over_processes(torch.tensor(1.0 + rank))),

@@ -44,7 +44,7 @@ def test_what_sbatch_reads():
         "#SBATCH --time=24:00:00", "#SBATCH --signal=TERM@120", "#SBATCH --requeue",
         "#SBATCH --open-mode=append", "#SBATCH --partition=gpu",
     } < set(lines)  # fmt: skip
-    first = [line for line in write().splitlines() if line and not line.startswith("#")][0]
+    first = next(line for line in write().splitlines() if line and not line.startswith("#"))
     assert first == "trap : TERM"  # sbatch reads no option after the first command
 
 
