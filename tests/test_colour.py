@@ -126,7 +126,7 @@ def tables(count, hue=0.5, seed=0):
     jittered, gray = draw.random((2, count)) < 0.7
     return Table(
         np.zeros((count, 4), np.int64), none > 0, jittered, *columns,
-        ORDERS[np.arange(count) % 24], gray, none, none > 0,
+        ORDERS[np.arange(count) % 24], gray, none, none, none > 0,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ device, batched, and PIL's own algorithm in torch's uint8 kernel, image by image
 ten times as fast for photos. Device type and size alone decide between them.
 
 The flip is done with the crop, wherever the settings put it: it commutes with all that follows,
-for colours are changed pixel by pixel and the blur is symmetric.
+for colours are changed pixel by pixel and the blur is symmetric; RandAugment comes after it.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mocokit.views import colour
 from mocokit.views.params import Table, ViewSpec
+from mocokit.views.randaugment import randaugment
 from mocokit.views.separable import (
     DENSE_SIDE,
     blur_rows,
@@ -64,7 +65,7 @@ def _views(spec: ViewSpec, table: Table, canvases: "_Canvases") -> Tensor:
                 images = colour.map_colours(images, list(group), rows)
                 continue
             for operation in group:
-                _apply(operation, images, rows)
+                _apply(operation, images, rows, spec)
         _put(out[part], _normalise(spec, images))
     return out
 
@@ -139,7 +140,7 @@ def _normalise(spec: ViewSpec, images: Tensor) -> Tensor:
     return torch.addcmul(shift, images, scale, out=images)
 
 
-def _apply(operation: str, images: Tensor, table: Table) -> None:
+def _apply(operation: str, images: Tensor, table: Table, spec: ViewSpec) -> None:
     """One operation, in place, on the images that the table names."""
     if operation == "jitter":
         factors = np.stack([table.brightness, table.contrast, table.saturation, table.hue])
@@ -148,6 +149,8 @@ def _apply(operation: str, images: Tensor, table: Table) -> None:
         colour.grayscale_rows(images, np.flatnonzero(table.grayscale))
     elif operation == "blur":
         blur_rows(images, table.sigma)
+    elif operation == "randaugment":
+        randaugment(images, table.randaugment, spec.mean)
     elif operation == "solarize" and table.solarize.any():
         colour.solarize_rows(images, np.flatnonzero(table.solarize))
 
