@@ -121,18 +121,19 @@ def _mix(pixels: Tensor, factor: Tensor, of_gray: Tensor, of_mean: Tensor) -> No
     if len(pixels):
         gray = _gray(pixels)
         mean = gray.mean(2, keepdim=True).mul_(of_mean)
-        torch.addcmul(gray.mul_(of_gray).add_(mean), pixels, factor, out=pixels).clamp_(0, 1)
+        # Not addcmul, whose CPU kernel is slow where it repeats a number.
+        pixels.mul_(factor).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
 
 
 def _turn_hue(pixels: Tensor, one: Tensor, after: Tensor, before: Tensor, ends: Tensor) -> None:
     """Of pixels (n, 3, P) in place; weights (n, 1, 1)."""
     high, low = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
-    ends = torch.add(high, low).mul_(ends)
-    turned = torch.addcmul(ends, pixels, one)
-    for channel in range(3):
-        here = turned[:, channel]
-        here.addcmul_(pixels[:, (channel + 1) % 3], after[:, 0])
-        here.addcmul_(pixels[:, (channel + 2) % 3], before[:, 0])
+    turned = torch.mul(pixels, one).add_(torch.add(high, low).mul_(ends))
+    part = torch.empty_like(pixels[:, 0])
+    for distance, weight in ((1, after[:, 0]), (2, before[:, 0])):
+        for channel in range(3):
+            torch.mul(pixels[:, (channel + distance) % 3], weight, out=part)
+            turned[:, channel].add_(part)
     torch.clamp(turned, low, high, out=pixels)
 
 

@@ -130,7 +130,9 @@ def _random_operations(
     spec: ViewSpec, seed: int, epoch: int, index: NDArray[np.int64], view: int
 ) -> NDArray[np.void]:
     """(N, L): each of the L drawn is applied with probability 1/2, as in timm."""
-    layers = spec.randaugment[0] if "randaugment" in spec.order else 0
+    if "randaugment" not in spec.order:
+        return np.zeros((len(index), 0), RANDOM_OPERATION)
+    layers = spec.randaugment[0]
     slots = Slot.RANDAUGMENT + np.arange(layers * _RANDOM_SLOTS).reshape(layers, _RANDOM_SLOTS)
     numbers = uniform(seed, epoch, index[:, None, None], view, slots)  # (N, L, 6)
     which, whether, radius, angle, sign, kind = np.moveaxis(numbers, 2, 0)
