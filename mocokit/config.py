@@ -80,7 +80,7 @@ class Views(Section):
     )
     randaugment: tuple[Drawn, Magnitude, Spread] = setting(
         (2, 10.0, 0.5),
-        "where order names it: operations drawn for a view, each applied to half of them; their "
+        "where order names it: operations drawn for a view, each applied in half of cases; their "
         "magnitude, of 10, and its standard deviation (timm's rand-n2-m10-mstd0.5)",
     )
     flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
