@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     rounds = 3 if arguments.quick else arguments.rounds
-    small, large = (32, 4) if arguments.quick else (128, 32)
+    small, large = (32, 4) if arguments.quick else (256, 32)
     tasks = [Task(32, small, 32, 32), Task(224, large, 300, 400)]
     chosen = installed()
     versions = ", ".join(

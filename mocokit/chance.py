@@ -32,6 +32,9 @@ class Slot(IntEnum):
     SIGMA = 42
     SOLARIZE = 43
 
+    # RandAugment, of the views too: six for each of three operations.
+    RANDAUGMENT = 130  # 130..147
+
     SUBSTITUTE = 100  # which image stands in for one that cannot be read
     HOLD_OUT = 110  # which labelled images are kept for the monitor
     EVALUATION = 111  # an evaluation's own stream: its weights, its orders, its views

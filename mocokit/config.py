@@ -13,7 +13,10 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Share | tuple[Share, Share]  # of both views, or of the first and of the second
-ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize"]
+Drawn = Annotated[int, Field(ge=1, le=3)]
+Magnitude = Annotated[float, Field(ge=0, le=10)]
+Spread = Annotated[float, Field(ge=0)]
+ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "randaugment"]
 
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
@@ -75,6 +78,11 @@ class Views(Section):
     solarize_probability: Shares = setting(
         0.0, "share of views whose bright half is inverted; two numbers: of first, of second views"
     )
+    randaugment: tuple[Drawn, Magnitude, Spread] = setting(
+        (2, 10.0, 0.5),
+        "where order names it: operations drawn for a view, each applied in half of cases; their "
+        "magnitude, of 10, and its standard deviation (timm's rand-n2-m10-mstd0.5)",
+    )
     flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
     mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")
@@ -86,6 +94,10 @@ class Views(Section):
             raise ValueError("order names an operation twice")
         if self.order[:1] != ("crop",):
             raise ValueError("order must begin with crop, which gives every view its size")
+        if {"flip", "randaugment"} <= set(self.order[1:]) and (
+            self.order.index("flip") > self.order.index("randaugment")
+        ):
+            raise ValueError("order must name flip before randaugment, which a flip would turn")
         for name in ("crop_area", "crop_ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:

@@ -66,6 +66,18 @@ MOCOV3_VIEWS: Changes = {
 # The same for vision transformers, with main_moco.py's default --crop-min=.08.
 MOCOV3_VIT_VIEWS: Changes = {**MOCOV3_VIEWS, "views.crop_area": (0.08, 1.0)}
 
+# InfoMin's "InfoMin Aug." (arXiv 2005.10243), with the order and the numbers of the authors' code
+# (PyContrast, datasets/util.py, aug "D", with a queue). Their results also need a jigsaw branch.
+INFOMIN_VIEWS: Changes = {
+    **simclr_views(),
+    "views.order": ("crop", "flip", "jitter", "blur", "randaugment", "grayscale"),
+    "views.crop_area": (0.2, 1.0),
+    "views.interpolation": "bilinear",
+    "views.randaugment": (2, 10.0, 0.5),
+    "views.mean": (0.485, 0.456, 0.406),
+    "views.std": (0.229, 0.224, 0.225),
+}
+
 # A linear probe's training views (the authors' main_lincls.py: RandomResizedCrop(224) and flip);
 # its evaluation views are those of every run: short side 256, centre 224.
 PROBE_VIEWS: Changes = {

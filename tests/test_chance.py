@@ -38,6 +38,7 @@ def test_slots_are_pinned():
         "BLUR": 41,
         "SIGMA": 42,
         "SOLARIZE": 43,
+        "RANDAUGMENT": 130,
         "SUBSTITUTE": 100,
         "HOLD_OUT": 110,
         "EVALUATION": 111,

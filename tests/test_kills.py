@@ -67,7 +67,8 @@ for number in range(int(kills)):
     pid = run(killed, moment == "write")
     if moment == "random":
         further = lines() + draw.randrange(3)  # of some 25 with those of scores
-        while lines() < further and not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while lines() < further and not os.waitid(os.P_PID, pid, look):
             time.sleep(0.001)
         time.sleep(draw.random() * step)
         os.kill(pid, signal.SIGKILL)

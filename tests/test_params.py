@@ -284,3 +284,9 @@ def test_description_names_every_number():
         "0 first, 0.2 second",
         "x becomes 1 - x where x is .5 or more",
     )
+
+
+def test_the_fallback_has_a_pixel_at_least():
+    """Where the nearest ratio allowed of a line of pixels is thinner than one."""
+    assert draw(spec_of(crop_ratio=(4.0, 5.0)), 3, 50, 1).boxes[:, 2:].tolist() == [[1, 1]] * 3
+    assert draw(spec_of(crop_ratio=(0.2, 0.25)), 3, 1, 50).boxes[:, 2:].tolist() == [[1, 1]] * 3

@@ -9,6 +9,7 @@ from reference_views import simclr, spec_of, v3
 from mocokit.config import Settings
 from mocokit.settings import replace
 from mocokit.view_settings import (
+    INFOMIN_VIEWS,
     MOCOV3_VIEWS,
     MOCOV3_VIT_VIEWS,
     PROBE_VIEWS,
@@ -35,6 +36,18 @@ def test_mocov3s_pair():
     assert spec(MOCOV3_VIT_VIEWS) == with_(v3(), crop_area=(0.08, 1.0))
 
 
+def test_infomins_views():
+    """PyContrast's aug "D" with a queue, written out."""
+    assert spec(INFOMIN_VIEWS) == spec_of(
+        order=("crop", "flip", "jitter", "blur", "randaugment", "grayscale"),
+        brightness=0.8,
+        contrast=0.8,
+        saturation=0.8,
+        hue=0.2,
+        randaugment=(2, 10.0, 0.5),
+    )
+
+
 def test_the_probes_views_only_crop_and_flip():
     probe = spec(PROBE_VIEWS)
     assert (probe.order, probe.crop_area, probe.size) == (("crop", "flip"), (0.08, 1.0), 224)
@@ -45,7 +58,15 @@ def test_the_probes_views_only_crop_and_flip():
 
 
 @pytest.mark.parametrize(
-    "changes", [simclr_views(), SIMCLR_CIFAR_VIEWS, MOCOV3_VIEWS, MOCOV3_VIT_VIEWS, PROBE_VIEWS]
+    "changes",
+    [
+        simclr_views(),
+        SIMCLR_CIFAR_VIEWS,
+        MOCOV3_VIEWS,
+        MOCOV3_VIT_VIEWS,
+        INFOMIN_VIEWS,
+        PROBE_VIEWS,
+    ],
 )
 def test_nothing_of_a_pipeline_is_left_to_the_recipe_before_it(changes):
     """On top of other views they give the same draws: what their order names, they settle."""

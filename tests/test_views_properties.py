@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from reference_views import flat, replay, spec_of
 
 from mocokit.views import views
-from mocokit.views.params import Table, draw_table
+from mocokit.views.params import RANDOM_OPERATION, Table, draw_table
 from mocokit.views.views import evaluation_views, make_views
 
 SIDES = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 3, 64, 65, 300]))
@@ -113,6 +113,7 @@ def table_at_the_ends(draw, heights, widths):
         order=np.array(orders, np.int64).reshape(count, 4),
         grayscale=ends(False, True),
         sigma=ends(0.0, 0.1, 2.0),
+        randaugment=np.zeros((count, 0), RANDOM_OPERATION),
         solarize=ends(False, True),
     )
 

@@ -19,7 +19,10 @@ class Resident:
 
     def gather(self, index: NDArray[np.int64]) -> Tensor:
         """The pixels of a batch as one flat buffer, one image (H, W, 3) after another."""
-        images = self.images[torch.from_numpy(index).to(self.images.device)]
+        rows, device = torch.from_numpy(index), self.images.device
+        if device.type == "cuda":
+            rows = rows.pin_memory()  # or the host would wait for the device
+        images = self.images[rows.to(device, non_blocking=True)]
         if images.dim() == 3:
             images = images[..., None].expand(-1, -1, -1, 3)
         return images.reshape(-1)

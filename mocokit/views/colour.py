@@ -1,23 +1,35 @@
 """Colour jitter, grayscale and solarisation on batches, with torchvision's float-tensor semantics.
 
-Each image has its own factors and its own order of the four operations. Large images on a CPU are
-changed one by one; all others are sorted by operation, for each of the four places in the order,
-so that every operation changes neighbours and none is computed in vain.
+Each image has its own factors and its own order of the four operations, and each operation is one
+affine map of a pixel's channels x, which is then cut to limits:
+
+    brightness f    f x                                        to [0, 1]
+    contrast f      f x + (1 - f) (mean of the gray image)     to [0, 1]
+    saturation f    f x + (1 - f) gray(x)                      to [0, 1]
+    hue             H x + (1 - d) (max(x) + min(x))            to [min(x), max(x)]
+
+The hue need not be found to be turned. By d <= 1 sixths of the circle: red becomes
+r - g + (2d - 1) b + (1 - d)(max + min), and so on around the circle; back by d is the same with
+the two neighbours exchanged; and two sixths are a change of channels. So the matrix H is circulant.
+
+On a CPU images are changed in place, sorted into neighbours or one by one. On a CUDA device all
+colour changes that follow one another are one compiled function of all images.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from mocokit.views.separable import Numbers, alone, host, upload
+from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, Table
+from mocokit.views.separable import Numbers, alone, can_compile, host, upload
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-_SIXTHS = (0, 2, 4)  # of the colour circle, where red, green and blue are
-_NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # factors that change nothing
+MAPS = ("jitter", "grayscale")  # what `map_colours` does
+_NEUTRAL = np.array([[1.0], [1.0], [1.0], [0.0]])  # factors that change nothing
 
 
 def jitter(
@@ -48,43 +60,111 @@ def jitter_rows(
     """`jitter` in place, of these rows only; factors (4, B) and order (B, 4) are of all images."""
     if alone(images):
         for row in rows:
-            for operation in order[row]:
-                if factors[operation, row] != _NEUTRAL[operation]:
-                    _OPERATIONS[operation](images[row : row + 1], float(factors[operation, row]))
+            _jitter_one(images[row].flatten(1), factors[:, row].tolist(), order[row].tolist())
     elif rows.size:
-        _jitter_sorted(images, rows, factors, order)
+        _jitter_sorted(images, rows, factors[:, rows], order[rows])
 
 
 def _jitter_sorted(
-    images: Tensor,
-    rows: NDArray[np.int64],
-    factors: NDArray[np.float64],
-    order: NDArray[np.int64],
+    images: Tensor, rows: NDArray[np.int64], factors: NDArray[np.float64], order: NDArray[np.int64]
 ) -> None:
-    """All rows go along through four sortings, one for each place in the order."""
-    places, amounts, counts = [], [], []
-    for position in range(4):
-        operations = order[rows, position]
-        amount = factors[operations, rows]
-        operations = np.where(amount == _NEUTRAL[operations], 4, operations)
-        turn = np.argsort(operations, kind="stable")
-        # The first sorting picks from all images, the others from what was sorted before.
-        places.append(turn if position else rows[turn])
-        amounts.append(amount[turn])
-        rows = rows[turn]
-        counts.append(np.bincount(operations, minlength=5)[:4])
-    # One transfer for all lists, cut on the device where the host knows.
-    picks = upload(np.stack([*places, rows]), images.device)
-    values = upload(np.stack(amounts), images.device, images.dtype).view(4, -1, 1, 1, 1)
-    part = images
-    for position in range(4):
-        part = part.index_select(0, picks[position])
-        end = 0
-        for operation, count in enumerate(counts[position].tolist()):
-            group = slice(end, end := end + count)
-            if count:
-                _OPERATIONS[operation](part[group], values[position, group])
-    images.index_copy_(0, picks[4], part)
+    """Sorted by the place of the hue: up to three steps before it, all hues, up to three after.
+
+    So every step changes neighbours, and the costly one is taken once.
+    """
+    place = np.argmax(order == HUE, axis=1)
+    turn = np.argsort(place, kind="stable")
+    place, order, factors = place[turn], order[turn], factors[:, turn]
+    bounds = np.searchsorted(place, np.arange(3), side="right").tolist()
+    others = order[order != HUE].reshape(-1, 3).T  # (3, N) operations
+    factor = np.take_along_axis(factors, others, 0)
+    rest = 1 - factor
+    circle, ends = _hue_map(factors[HUE])
+    mixing = [
+        factor,
+        np.where(others == SATURATION, rest, 0),
+        np.where(others == CONTRAST, rest, 0),
+    ]
+    # One transfer for all numbers, and one for the rows: the sorted ones, then those left alone.
+    sent = upload(np.concatenate([*mixing, circle, ends[None]]), images.device, images.dtype)
+    mix, turned = sent[:9].view(3, 3, -1, 1, 1), sent[9:, :, None, None]
+    apart = np.setdiff1d(np.arange(len(images)), rows, assume_unique=True)
+    places = np.concatenate([rows[turn], apart])
+    there, back = upload(np.stack([places, np.argsort(places)]), images.device)
+    sorted_ = images.index_select(0, there)
+    part = sorted_[: len(rows)].flatten(2)
+    for step, bound in enumerate(bounds):
+        _mix(part[bound:], *mix[:, step, bound:])
+    _turn_hue(part, *turned)
+    for step, bound in enumerate(bounds):
+        _mix(part[:bound], *mix[:, step, :bound])
+    torch.index_select(sorted_, 0, back, out=images)
+
+
+def _hue_map(turns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How to turn the hue: weights (3, N) of a channel and the two after it; of max + min (N,)."""
+    whole, rest = np.divmod(6 * turns, 2)
+    back = rest > 1
+    part = np.where(back, 2 - rest, rest)  # sixths to turn on, or back, after whole channels
+    # A channel is made of the one that stands `whole` before it, and of that one's neighbours.
+    circle = np.zeros((3, len(turns)))
+    image, one = np.arange(len(turns)), -(whole + back).astype(np.int64)
+    circle[one % 3, image] = 1
+    circle[(one + 1 + back) % 3, image] = -1
+    circle[(one + 2 - back) % 3, image] = 2 * part - 1
+    still = turns == 0
+    return np.where(still, np.array([[1.0], [0.0], [0.0]]), circle), np.where(still, 0, 1 - part)
+
+
+def _mix(pixels: Tensor, factor: Tensor, of_gray: Tensor, of_mean: Tensor) -> None:
+    """Brightness, contrast or saturation of pixels (n, 3, P) in place; weights (n, 1, 1)."""
+    if len(pixels):
+        gray = _gray(pixels)
+        mean = gray.mean(2, keepdim=True).mul_(of_mean)
+        # Not addcmul, whose CPU kernel is slow where it repeats a number.
+        pixels.mul_(factor).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
+
+
+def _turn_hue(pixels: Tensor, one: Tensor, after: Tensor, before: Tensor, ends: Tensor) -> None:
+    """Of pixels (n, 3, P) in place; weights (n, 1, 1)."""
+    high, low = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
+    turned = torch.mul(pixels, one).add_(torch.add(high, low).mul_(ends))
+    part = torch.empty_like(pixels[:, 0])
+    for distance, weight in ((1, after[:, 0]), (2, before[:, 0])):
+        for channel in range(3):
+            torch.mul(pixels[:, (channel + distance) % 3], weight, out=part)
+            turned[:, channel].add_(part)
+    torch.clamp(turned, low, high, out=pixels)
+
+
+def _jitter_one(pixels: Tensor, factors: list[float], order: list[int]) -> None:
+    """Of one image's pixels (3, P) in place."""
+    for operation in order:
+        factor = factors[operation]
+        if operation == BRIGHTNESS:
+            pixels.mul_(factor).clamp_(0, 1)
+        elif operation == CONTRAST:
+            mean = _gray(pixels.mean(1).view(1, 3, 1)).view(1)
+            pixels.mul_(factor).add_(mean, alpha=1 - factor).clamp_(0, 1)
+        elif operation == SATURATION:
+            gray = _gray(pixels[None])[0]
+            pixels.mul_(factor).add_(gray, alpha=1 - factor).clamp_(0, 1)
+        elif factor:
+            _turn_one(pixels, factor)
+
+
+def _turn_one(pixels: Tensor, turns: float) -> None:
+    """`_turn_hue` of one image's pixels (3, P)."""
+    circle, ends = _hue_map(np.array([turns]))
+    one, after, before = circle[:, 0].tolist()
+    high, low = pixels.amax(0), pixels.amin(0)
+    turned = torch.add((high + low).mul_(float(ends[0])), pixels, alpha=one)
+    for channel in range(3):
+        here = turned[channel]
+        here.add_(pixels[(channel + 1) % 3], alpha=after).add_(
+            pixels[(channel + 2) % 3], alpha=before
+        )
+    torch.clamp(turned, low, high, out=pixels)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -129,50 +209,66 @@ def _gray(images: Tensor) -> Tensor:
     return gray.add_(images[:, 1:2], alpha=LUMA[1]).add_(images[:, 2:3], alpha=LUMA[2])
 
 
-def _brightness(images: Tensor, factor: Tensor | float) -> None:
-    images.mul_(factor).clamp_(0, 1)
+def map_colours(images: Tensor, operations: list[str], table: Table) -> Tensor:
+    """Some of MAPS, applied in turn as the table says, to all images at once: (B, 3, H, W)."""
+    parts = [_MAPS[operation](table) for operation in operations]
+    weights = upload(np.concatenate([part[0] for part in parts]), images.device, images.dtype)
+    hue = upload(np.concatenate([part[1] for part in parts]), images.device)
+    compiled = images.device.type == "cuda" and can_compile()
+    return (_compiled() if compiled else affine_steps)(images, weights, hue)
 
 
-def _contrast(images: Tensor, factor: Tensor | float) -> None:
-    # The mean of the gray image is the gray of the mean colour.
-    mean = _gray(images.mean((2, 3), keepdim=True))
-    images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+def _jitter_map(table: Table) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Four steps of N images: weights (4, N, 6), and whether they turn the hue (4, N)."""
+    factors = np.stack([table.brightness, table.contrast, table.saturation, table.hue])
+    factors = np.where(table.jitter, factors, _NEUTRAL)
+    operation = table.order.T
+    factor = np.take_along_axis(factors, operation, 0)
+    circle, ends = _hue_map(factors[HUE])
+    hue, none = operation == HUE, np.zeros_like(factor)
+    weights = [
+        *np.where(hue, circle[:, None], np.stack([factor, none, none])),
+        np.where(operation == SATURATION, 1 - factor, 0),
+        np.where(operation == CONTRAST, 1 - factor, 0),
+        np.where(hue, ends, 0),
+    ]
+    return np.stack(weights, axis=-1), hue
 
 
-def _saturation(images: Tensor, factor: Tensor | float) -> None:
-    gray = _gray(images).mul_(1 - factor)
-    images.mul_(factor).add_(gray).clamp_(0, 1)
+def _gray_map(table: Table) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """One step, as `_jitter_map`."""
+    weights = np.zeros((1, len(table.grayscale), 6))
+    weights[0, :, 0], weights[0, :, 3] = ~table.grayscale, table.grayscale
+    return weights, np.zeros((1, len(table.grayscale)), bool)
 
 
-def _hue(images: Tensor, factor: Tensor | float) -> None:
-    """Turn the hue in HSV. Written without the sectors' table: value and chroma stay as they are.
+_MAPS = {"jitter": _jitter_map, "grayscale": _gray_map}
 
-    Masks are floats, blended by lerp: on a CPU torch.where takes twenty times as long.
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    # Dynamic from the first call on, so that no kernel depends on the batches seen before.
+    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(affine_steps, dynamic=True)
+    return compiled
+
+
+def affine_steps(images: Tensor, weights: Tensor, hue: Tensor) -> Tensor:
+    """S affine maps of images (B, 3, H, W), each cut to its limits; for a compiler to fuse.
+
+    weights (S, B, 6): of a channel and the two after it around the circle, of the pixel's gray
+    value, of the gray image's mean, of max + min; hue (S, B): whether max and min are the limits.
     """
-    red, green, blue = images.unbind(1)  # (B, H, W)
-    high, low = torch.maximum(red, green), torch.minimum(red, green)
-    torch.maximum(high, blue, out=high)
-    torch.minimum(low, blue, out=low)
-    spread = high - low
-    mask = torch.eq(high, green, out=torch.empty_like(high))
-    # The hue in sixths of the circle, times the spread: in [-1, 5] spreads.
-    turn = (red - green).add_(spread, alpha=4)
-    turn.lerp_((blue - red).add_(spread, alpha=2), mask)
-    turn.lerp_(green - blue, torch.eq(high, red, out=mask))
-    # A channel is high within one sixth of its own hue and low beyond two: a wave of period 6,
-    # folded twice from a line, with its crests and its valleys cut off.
-    base = low - spread
-    for channel, sixth in enumerate(_SIXTHS):
-        wave = _shifted(turn, spread, 6 * factor - sixth).abs_()
-        wave.sub_(spread, alpha=3).abs_().add_(base)
-        torch.clamp(wave, low, high, out=images[:, channel])
-
-
-def _shifted(turn: Tensor, spread: Tensor, sixths: Tensor | float) -> Tensor:
-    """turn + (sixths + a multiple of 6) * spread, in [-6, 6] spreads."""
-    if isinstance(sixths, Tensor):
-        return torch.addcmul(turn, spread, ((sixths - 1).remainder(6) - 5).view(-1, 1, 1))
-    return torch.add(turn, spread, alpha=(sixths - 1) % 6 - 5)
-
-
-_OPERATIONS = {BRIGHTNESS: _brightness, CONTRAST: _contrast, SATURATION: _saturation, HUE: _hue}
+    for step in range(len(weights)):
+        one, after, before, of_gray, of_mean, of_ends = weights[step, :, :, None, None].unbind(1)
+        red, green, blue = images.unbind(1)  # (B, H, W)
+        gray = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+        mean = gray.mean((1, 2), keepdim=True)
+        high = torch.maximum(torch.maximum(red, green), blue)
+        low = torch.minimum(torch.minimum(red, green), blue)
+        shared = of_gray * gray + of_mean * mean + of_ends * (high + low)
+        turned = hue[step, :, None, None]
+        least, most = torch.where(turned, low, 0.0), torch.where(turned, high, 1.0)
+        circle = ((red, green, blue), (green, blue, red), (blue, red, green))
+        mixed = [one * x + after * y + before * z + shared for x, y, z in circle]
+        images = torch.stack([torch.clamp(channel, least, most) for channel in mixed], dim=1)
+    return images

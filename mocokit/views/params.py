@@ -17,6 +17,15 @@ Interpolation = Literal["bilinear", "bicubic"]
 Shares = float | tuple[float, float]  # of both views, or of the first and of the second
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _CROP_TRIES = 10
+# RandAugment's operations; a Table holds their numbers here.
+RANDOM_OPERATIONS = (
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize add",
+    "color", "contrast", "brightness", "sharpness", "shear x", "shear y", "translate x",
+    "translate y",
+)  # fmt: skip
+# Number (-1: none), its argument, and whether pixels that move are interpolated by a cubic.
+RANDOM_OPERATION = np.dtype([("operation", np.int8), ("amount", np.float64), ("bicubic", np.bool_)])
+_RANDOM_SLOTS, _LEVELS = 6, 10.0
 BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its mass
 
 
@@ -38,6 +47,7 @@ class ViewSpec:
     blur_probability: Shares
     blur_sigma: tuple[float, float]
     solarize_probability: Shares
+    randaugment: tuple[int, float, float]
     flip_probability: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -62,6 +72,7 @@ class Table(NamedTuple):
     order: NDArray[np.int64]  # (N, 4) 0 brightness 1 contrast 2 saturation 3 hue, applied in turn
     grayscale: NDArray[np.bool_]  # (N,)
     sigma: NDArray[np.float64]  # (N,) pixels, 0 where not blurred
+    randaugment: NDArray[np.void]  # (N, L) of RANDOM_OPERATION, applied in turn
     solarize: NDArray[np.bool_]  # (N,)
 
     def rows(self, part: slice | NDArray[np.int64]) -> "Table":
@@ -106,12 +117,48 @@ def draw_table(
         order=np.argsort(keys, axis=1, kind="stable").astype(np.int64),
         grayscale=happens("grayscale", Slot.GRAYSCALE, spec.grayscale_probability),
         sigma=np.where(blurred, _between(numbers[:, Slot.SIGMA], *spec.blur_sigma), 0.0),
+        randaugment=_random_operations(spec, seed, epoch, np.asarray(index, np.int64), view),
         solarize=happens("solarize", Slot.SOLARIZE, spec.solarize_probability),
     )
 
 
 def _between(share: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
     return low + (high - low) * share
+
+
+def _random_operations(
+    spec: ViewSpec, seed: int, epoch: int, index: NDArray[np.int64], view: int
+) -> NDArray[np.void]:
+    """(N, L): each of the L drawn is applied with probability 1/2, as in timm."""
+    if "randaugment" not in spec.order:
+        return np.zeros((len(index), 0), RANDOM_OPERATION)
+    layers = spec.randaugment[0]
+    slots = Slot.RANDAUGMENT + np.arange(layers * _RANDOM_SLOTS).reshape(layers, _RANDOM_SLOTS)
+    numbers = uniform(seed, epoch, index[:, None, None], view, slots)  # (N, L, 6)
+    which, whether, radius, angle, sign, kind = np.moveaxis(numbers, 2, 0)
+    _, magnitude, deviation = spec.randaugment
+    # Box and Muller's normal number.
+    normal = np.sqrt(-2 * np.log1p(-radius)) * np.cos(2 * np.pi * angle)
+    level = np.clip(magnitude + deviation * normal, 0, _LEVELS) / _LEVELS
+    signed = np.where(sign < 0.5, -level, level)
+    enhance = 1.8 * level + 0.1
+    amounts = {
+        "rotate": 30 * signed,  # degrees, counter-clockwise
+        "posterize": np.floor(4 * level),  # bits kept
+        "solarize": np.floor(256 * level),  # inverted from this level on
+        "solarize add": np.floor(110 * level),  # levels added below 128
+        **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), enhance),
+        **dict.fromkeys(("shear x", "shear y"), 0.3 * signed),  # pixels a pixel
+        **dict.fromkeys(("translate x", "translate y"), 0.45 * signed),  # of the side
+    }
+    drawn = np.zeros(which.shape, RANDOM_OPERATION)
+    number = np.floor(which * len(RANDOM_OPERATIONS)).astype(np.int8)
+    drawn["operation"] = np.where(whether < 0.5, number, -1)
+    for operation, amount in amounts.items():
+        chosen = drawn["operation"] == RANDOM_OPERATIONS.index(operation)
+        drawn["amount"] = np.where(chosen, amount, drawn["amount"])
+    drawn["bicubic"] = kind < 0.5
+    return drawn
 
 
 def _boxes(
@@ -225,6 +272,11 @@ def _rows(spec: ViewSpec) -> dict[str, tuple[str, str]]:
             f"cut at {BLUR_TAILS:g} sigma, edges repeated",
         ),
         "solarize": (_shares(spec.solarize_probability), "x becomes 1 - x where x is .5 or more"),
+        "randaugment": (
+            "1/2 each",
+            f"{spec.randaugment[0]} of {len(RANDOM_OPERATIONS)} operations drawn, magnitude normal "
+            f"({spec.randaugment[1]:.4g}, {spec.randaugment[2]:.4g}) of 10, on whole levels",
+        ),
         "flip": (f"{spec.flip_probability:.4g}", "left to right"),
     }
 

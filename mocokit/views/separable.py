@@ -6,6 +6,10 @@ the crop is ever seen. The columns come first, as in PIL before version 13 and i
 matters to the cubic alone, whose overshoots are cut off after each of the two.
 """
 
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -39,6 +43,13 @@ def host(numbers: Numbers) -> NDArray[Any]:
 def alone(images: Tensor) -> bool:
     """Whether each image is worked on by itself: on a CPU it fills the cache from this size on."""
     return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
+
+
+@cache
+def can_compile() -> bool:
+    """Whether torch.compile can make CUDA kernels here: it needs Triton and a C compiler."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    return find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def crop_resize(images: Tensor, boxes: Numbers, size: int, flip: Numbers) -> Tensor:
@@ -118,14 +129,18 @@ def resizing_weights(
     Of a line of `extent` pixels the stretch [start, start + length) is resampled, one output
     pixel for `scale` input pixels; output (O,) or (B, O) are the numbers of the output pixels.
     """
-    start, length, scale = (part.view(-1, 1, 1) for part in (start, length, scale))
-    pixels = torch.arange(extent, device=start.device, dtype=start.dtype) - start  # (B, 1, extent)
+    start, length, scale = (part.view(-1, 1) for part in (start, length, scale))
+    unit = scale.clamp(min=1)
     # PIL: centre (o + .5) * scale, pixel middles at p + .5, distances in units of max(scale, 1).
-    centre = (output.unsqueeze(-1) + 0.5) * scale
-    distance = ((pixels + 0.5) - centre).abs_().div_(scale.clamp(min=1))
-    weights = _cubic(distance) if interpolation == "bicubic" else distance.neg_().add_(1).clamp_(0)
-    weights = weights * ((pixels >= 0) & (pixels < length))
-    return weights / weights.sum(-1, keepdim=True)
+    centre = (output + 0.5) * scale / unit  # (B, O)
+    pixels = torch.arange(extent, device=start.device, dtype=start.dtype) - start  # (B, extent)
+    middle = (pixels + 0.5) / unit
+    # What lies beyond the stretch is too far away to have a weight.
+    middle = middle.masked_fill((pixels < 0) | (pixels >= length), torch.inf)
+    distance = (middle.unsqueeze(1) - centre.unsqueeze(2)).abs_()
+    cubic = interpolation == "bicubic"
+    weights = _cubic(distance) if cubic else distance.neg_().add_(1).clamp_(0)
+    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def _cubic(distance: Tensor) -> Tensor:

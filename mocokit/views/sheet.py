@@ -9,7 +9,16 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, Table, ViewSpec, draw_table
+from mocokit.views.params import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    RANDOM_OPERATIONS,
+    SATURATION,
+    Table,
+    ViewSpec,
+    draw_table,
+)
 from mocokit.views.views import make_views
 
 _MOST = 8
@@ -78,11 +87,22 @@ def _caption(spec: ViewSpec, table: Table, row: int) -> list[str]:
         "jitter": "jitter " + " ".join(steps) if table.jitter[row] else "",
         "grayscale": "gray" if table.grayscale[row] else "",
         "blur": f"blur {table.sigma[row]:.2f}" if table.sigma[row] else "",
+        "randaugment": " + ".join(_random_words(table.randaugment[row])),
         "solarize": "solarize" if table.solarize[row] else "",
     }
     # Jitter is as long as all others together, so it has the second line to itself.
     others = [words[operation] for operation in spec.order if operation != "jitter"]
     return [" | ".join(word for word in others if word), words["jitter"]]
+
+
+def _random_words(drawn: NDArray[np.void]) -> list[str]:
+    applied = [one for one in drawn if one["operation"] >= 0]
+    names = [RANDOM_OPERATIONS[one["operation"]] for one in applied]
+    plain = ("autocontrast", "equalize", "invert")  # what has no argument
+    return [
+        name if name in plain else f"{name} {one['amount']:.4g}"
+        for name, one in zip(names, applied, strict=True)
+    ]
 
 
 def _fit(levels: Levels, cell: int) -> Image.Image:
