@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,8 @@ def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
     path = settings.data.path if own and settings is not None else data
     splits = open_data(path)
     if splits.train.labels is None and path is not None and Path(path).expanduser().is_dir():
-        try:
-            return open_data(path, "folders")
-        except UserError:
-            pass  # a flat folder, of which the caller says that it has no labels
+        # A flat folder has no labels either way, as the caller says.
+        with suppress(UserError):
+            splits = open_data(path, "folders")
+    splits.check_classes()
     return splits

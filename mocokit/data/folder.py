@@ -13,6 +13,7 @@ from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index
 from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.protocol import extended
 from mocokit.data.walk import Endings, entries, is_folder, walk
 from mocokit.errors import UserError
 
@@ -113,7 +114,7 @@ def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
         return Listing(trained)
     # Validation images without class folders can still be looked at, but not scored.
     wanted = numbers is not None and any(b"/" in one for one in held)
-    numbers, _ = folder_labels(beside, held, wanted, classes)
+    numbers, classes = folder_labels(beside, held, wanted, classes)
     return Listing(trained, Part(str(beside), _index(name, held, numbers, classes)))
 
 
@@ -148,7 +149,8 @@ def folder_labels(
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """The class of each image, its first folder below `root`, as a number; and the classes.
 
-    `known` are the classes that training has, if these images are for validation.
+    `known` are the classes that training has, if these images are for validation; others are
+    numbered after them.
     """
     if not wanted:
         return None, ()
@@ -159,13 +161,9 @@ def folder_labels(
             raise UserError(f"{where}, so it has no class: {remedy}")
     folders = [one.partition(b"/")[0] for one in found]
     raw = sorted(set(folders))
-    classes = tuple(printable(os.fsdecode(one)) for one in raw) if known is None else known
-    positions = {name: position for position, name in enumerate(classes)}
-    numbers = {one: positions.get(printable(os.fsdecode(one)), -1) for one in raw}
-    for one, number in numbers.items():
-        if number < 0:
-            where = f"{show(root)} has a class {show(os.fsdecode(one))} that train/ lacks"
-            raise UserError(f"{where}: remove or rename that folder, or set data.labels=none")
+    named = tuple(printable(os.fsdecode(one)) for one in raw)
+    classes = named if known is None else extended(known, named)
+    numbers = {one: classes.index(name) for one, name in zip(raw, named, strict=True)}
     return np.fromiter((numbers[one] for one in folders), np.int64, len(folders)), classes
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -91,7 +92,8 @@ def read_arrays(path: str | Path) -> Arrays:
 
 def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:
     """Write an .npz, all of it or nothing; of two writers at once, one wins."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    part = target.with_name(f"{target.name}.{writer}.part")
     save = np.savez_compressed if compressed else np.savez
     try:
         with part.open("wb") as file:

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, printable, short_name
-from mocokit.data.protocol import Source
-from mocokit.errors import UserError
+from mocokit.data.protocol import Source, extended
 
 
 class SeveralSource:
@@ -31,15 +30,12 @@ class SeveralSource:
         self.fingerprint = self._digest()
 
     def relabel(self, classes: tuple[str, ...]) -> None:
-        """Number the classes by this order of their names, which training and validation share."""
+        """Number the classes by this order of their names; those not among them come after."""
+        classes = extended(classes, self._names_of_classes())
         positions = {name: number for number, name in enumerate(classes)}
         labels = []
         for part in self.parts:
             assert part.labels is not None
-            unknown = [name for name in part.classes if name not in positions]
-            if unknown:
-                what = f"{part.name} has a class {unknown[0]} that the training images lack"
-                raise UserError(f"{what}: leave that data out, or set data.labels=none")
             numbers = np.array([positions[name] for name in part.classes], np.int64)
             labels.append(numbers[part.labels])
         self.classes, self.labels = classes, np.concatenate(labels)

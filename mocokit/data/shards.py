@@ -156,7 +156,7 @@ def _look(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> 
     if not tested:
         return Listing(part, None, tuple(notes))
     if numbers is not None:
-        numbers, _ = numbered(tested, held[0], classes)
+        numbers, classes = numbered(tested, held[0], classes)
     return Listing(part, _part(held, tested, name, numbers, classes), tuple(notes))
 
 
