@@ -14,7 +14,7 @@ from mocokit.evaluate import finetune, linear_paper, linear_quick
 from mocokit.evaluate.knn import knn_grid, nearest
 from mocokit.evaluate.table import CENTRE, Transform
 from mocokit.evaluations import Evaluation
-from mocokit.trial import Options, Trial
+from mocokit.trial import PIXELS, Options, Trial
 
 PERCENTS = (1.0, 10.0, 100.0)
 
@@ -39,23 +39,30 @@ def evaluate_knn(
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
     trial = Trial(run, Options(data, **options), leave_one_out=True)
     task = trial.task
-    shown = ", ".join(str(min(one, len(task.train_numbers))) for one in k)
-    protocol = (
-        f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
-        f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
-    )
-    for subject in trial.subjects():
+    subjects, most = [*trial.subjects(), *trial.pixels()], len(task.train_numbers)
+    for subject in subjects:
         train = trial.table(subject, task.train)
         test = train if task.leave_one_out else trial.table(subject, task.test)
         known = np.isin(task.train_numbers, train.good)
         numbers, labels = task.train_numbers[known], task.train_labels[known]
         queries, truth = linear_paper.test_features(task, test)
         own = torch.arange(len(numbers)) if task.leave_one_out else None
-        found = nearest(train.take(numbers), queries, max(k), own, subject.device)
+        bank = train.take(numbers)
+        if subject.name == PIXELS:
+            bank, queries = bank - (middle := bank.mean(0)), queries - middle
+        most = len(numbers) - task.leave_one_out
+        if not most:
+            raise UserError(f"of {task.train.name} one image can be read; a vote needs others")
+        found = nearest(bank, queries, min(max(k), most), own, subject.device)
         grid = knn_grid(found, torch.from_numpy(labels), k, temperature, len(task.classes))
         for count, warmth, predicted in grid:
-            setting = {"k": min(count, len(task.train_numbers)), "temperature": warmth}
+            setting = {"k": min(count, most), "temperature": warmth}
             trial.add(subject, predicted.numpy(), truth, setting)
+    shown = ", ".join(str(min(one, most)) for one in k)
+    protocol = (
+        f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
+        f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
+    )
     return trial.finish("knn", protocol)
 
 
@@ -146,6 +153,7 @@ def evaluate_finetune(
     words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
     for share in percent:
         part = trial.task.with_share(share / 100, trial.options.seed)
+        trial.speaker.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
         for subject in trial.subjects(calibrate=False):
             predicted, truth, details = finetune.fine_tune(
                 subject,

@@ -188,7 +188,7 @@ def test_places_without_images(tmp_path: Path) -> None:
     assert str(tmp_path) in text and all(extension in text for extension in EXTENSIONS)
     (tmp_path / "a.tar").write_bytes(b"x")
     assert "a.tar" in refusal(tmp_path / "a.tar")
-    assert "data.path" in refusal(tmp_path / "a.tar" / "below")
+    assert "give an existing path of images" in refusal(tmp_path / "a.tar" / "below")
 
 
 def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,19 @@ def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource 
     found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
-    return FolderSource.of_index(train.root, train.known), validation
+    source = FolderSource.of_index(train.root, train.known)
+    if labels == "auto" and source.labels is None:
+        source.notes = _classes_perhaps(source.names)
+    return source, validation
+
+
+def _classes_perhaps(names: Names) -> tuple[str, ...]:
+    """What to tell of folders that look like classes, but are not taken for them unasked."""
+    tops = {name.partition(b"/")[0] if b"/" in name else b"" for name in names.every()}
+    if b"" in tops or not 2 <= len(tops) <= len(names) // 2:
+        return ()
+    text = f"no labels: if its {len(tops):,} folders are classes, --set data.labels=folders says so"
+    return (text,)
 
 
 def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
