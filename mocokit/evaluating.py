@@ -11,7 +11,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate import finetune, linear_paper, linear_quick
-from mocokit.evaluate.knn import knn_grid, nearest
+from mocokit.evaluate.knn import knn_grid_of
 from mocokit.evaluate.table import CENTRE, Transform
 from mocokit.evaluations import Evaluation
 from mocokit.trial import PIXELS, Options, Trial
@@ -53,10 +53,18 @@ def evaluate_knn(
         most = len(numbers) - task.leave_one_out
         if not most:
             raise UserError(f"of {task.train.name} one image can be read; a vote needs others")
-        found = nearest(bank, queries, min(max(k), most), own, subject.device)
-        grid = knn_grid(found, torch.from_numpy(labels), k, temperature, len(task.classes))
+        grid = knn_grid_of(
+            bank,
+            torch.from_numpy(labels),
+            queries,
+            [min(one, most) for one in k],
+            temperature,
+            len(task.classes),
+            own,
+            subject.device,
+        )
         for count, warmth, predicted in grid:
-            setting = {"k": min(count, most), "temperature": warmth}
+            setting = {"k": count, "temperature": warmth}
             trial.add(subject, predicted.numpy(), truth, setting)
     shown = ", ".join(str(min(one, most)) for one in k)
     protocol = (
@@ -93,6 +101,7 @@ def evaluate_linear(
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
     trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
     views = Transform(stream) if train_views == "crops" else CENTRE
@@ -149,6 +158,7 @@ def evaluate_finetune(
     if options.get("precision") == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
     for share in percent:

@@ -103,6 +103,15 @@ def _subject(
         spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.eval().requires_grad_(False)
+    if size is not None:
+        try:
+            with torch.no_grad():
+                network(torch.zeros(1, 3, size, size, device=device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"size {size}: {name} cannot take such views ({reason[:160]}); leave --size out"
+            ) from None
     width = width or int(network.num_features)  # type: ignore[arg-type]
     kind = partial(autocast, device, precision)
     return Subject(name, network, width, spec, architecture, layer, precision, kind)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from mocokit import places
@@ -114,7 +115,7 @@ class Trial:
 
     def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
         """Features of a source, from the cache where it holds them."""
-        return features_of(
+        table = features_of(
             subject,
             source,
             transform,
@@ -125,6 +126,13 @@ class Trial:
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
+        if source is self.task.train:
+            numbers = self.task.train_numbers
+            unread = len(numbers) - int(np.isin(numbers, table.good).sum())
+            note = f"{unread} training images could not be read and are left out"
+            if unread and note not in self.notes:
+                self.notes.append(note)
+        return table
 
     def tell_epochs(self, subject: Subject, what: str = "") -> TellEpoch:
         return lambda done, total, loss: self._tell(

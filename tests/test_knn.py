@@ -27,6 +27,17 @@ def naive(bank, labels, queries, k, temperature, classes):
 
 @pytest.mark.parametrize("k", [1, 5, 30, 200])
 @pytest.mark.parametrize("temperature", [0.07, 0.1, 1.0])
+def test_a_large_k_is_searched_for_some_queries_after_others(monkeypatch):
+    draw = torch.Generator().manual_seed(3)
+    bank, queries = torch.randn(50, 6, generator=draw), torch.randn(31, 6, generator=draw)
+    labels, own = torch.arange(50) % 4, torch.arange(31)
+    plain = knn.knn_grid(knn.nearest(bank, queries, 40, own), labels, [5, 40], [0.1, 1.0], 4)
+    monkeypatch.setattr(knn, "CHUNK", 40 * 7)
+    found = knn.knn_grid_of(bank, labels, queries, [5, 40], [0.1, 1.0], 4, own)
+    for (k, t, predicted), (k2, t2, ours) in zip(plain, found, strict=True):
+        assert (k, t) == (k2, t2) and torch.equal(predicted, ours)
+
+
 def test_equals_the_naive_vote(k, temperature, monkeypatch):
     monkeypatch.setattr(knn, "CHUNK", 100)  # several chunks
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ from mocokit import evaluations, recipes, subjects
 from mocokit.data.source import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
+from mocokit.evaluate import monitor
 from mocokit.evaluate.finetune import Plan
 from mocokit.trial import Options, Trial
 
@@ -130,8 +131,13 @@ def test_small_and_odd_data(tmp_path, capsys):
     assert "kNN, k 1, 1," in found.protocol  # each has but one other
     one = arrays(tmp_path / "one.npz", [0] * 9, [0] * 3)
     assert mocokit.evaluate_knn(judged, one, **quiet).accuracy == 1
-    with pytest.raises(UserError, match="two classes"):
-        mocokit.evaluate_linear(judged, one, protocol="quick", **quiet)
+    for evaluate, options in (
+        (mocokit.evaluate_linear, {"protocol": "quick"}),
+        (mocokit.evaluate_linear, {"protocol": "paper"}),
+        (mocokit.evaluate_finetune, {}),
+    ):
+        with pytest.raises(UserError, match="at least two classes"):
+            evaluate(judged, one, **options, **quiet)
     missing = arrays(tmp_path / "missing.npz", [0, 2] * 6, [0, 1, 2], size=(8, 20))
     found = mocokit.evaluate_knn(judged, missing, per_class=True, **quiet)
     assert found.results[0].scores.per_class[1] == 0 and len(found.classes) == 3
@@ -157,6 +163,7 @@ def test_a_run_that_was_moved_keeps_its_report(toy_npz, tmp_path):
     with pytest.raises(UserError, match=r"trained on are not at .*data\.npz; name them"):
         mocokit.evaluate_knn(moved)
     assert mocokit.evaluate_knn(moved, toy_npz, baseline=False).accuracy == found.accuracy
+    assert mocokit.evaluate_knn(moved, toy_npz, baseline=False, layer="head").accuracy > 0.25
 
 
 def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeypatch):
@@ -172,11 +179,14 @@ def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeyp
     assert seen == [(str(toy_npz), "auto", str(tmp_path))]
 
 
-def test_pixels_are_left_out_where_they_take_too_much(toy_npz, monkeypatch):
-    monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 159)
-    found = mocokit.evaluate_knn("random:resnet_tiny", toy_npz, size=16)
+def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
+    data = arrays(tmp_path / "x.npz", [0, 1] * 4)
+    monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 8 - 1)
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and "over 2 GiB" in found.notes[0]
-    found = mocokit.evaluate_knn("random:resnet_tiny", toy_npz, size=72)
+    monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 2**31)
+    assert len(mocokit.evaluate_knn("random:resnet_tiny", data, size=16).results) == 2
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=72)
     assert len(found.results) == 1 and found.notes == ()
 
 
@@ -184,3 +194,54 @@ def test_fine_tuning_says_ahead_what_it_will_do():
     plan = Plan(epochs=1, batch_size=128)
     assert plan.ahead(51200) == "51,200 labelled images, 1 epoch of them, 400 steps"
     assert "100 epochs of them, 400 steps (more than the 1 asked" in plan.ahead(500)
+
+
+def test_random_weights_are_calibrated_on_images_of_all_classes(monkeypatch):
+    """Files of a folder come class by class: the first ones are of one class."""
+    seen = []
+    monkeypatch.setattr(monitor, "CALIBRATION", 1)
+    monkeypatch.setattr(monitor, "BATCH", 10)
+    monkeypatch.setattr(monitor, "calibrate", lambda network, batches: seen.extend(batches))
+    monkeypatch.setattr(
+        monitor,
+        "evaluation_batches",
+        lambda source, numbers, *rest: [(None, int(number)) for number in numbers],
+    )
+    monitor.calibrated(None, range(95), None, None)
+    assert seen == [0, 9, 19, 28, 38, 47, 57, 66, 76, 85]
+
+
+def test_what_a_network_cannot_look_at_is_told(toy_npz):
+    with pytest.raises(UserError, match="size 100: random vit_tiny.* cannot take such views"):
+        mocokit.evaluate_knn("random:vit_tiny_patch16_224", toy_npz, size=100)
+
+
+def test_unreadable_images_are_counted_on_both_sides(tmp_path):
+    for number in range(24):
+        side = "val" if number >= 16 else "train"
+        save(tmp_path / f"pets/{side}/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
+    (tmp_path / "pets/train/cat/1.png").write_bytes(b"not an image")
+    (tmp_path / "pets/val/dog/22.png").write_bytes(b"not an image")
+    found = mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16, k=[50])
+    assert found.notes == (
+        "1 training images could not be read and are left out",
+        "1 test images could not be read and count as neither",
+    )
+    assert found.results[0].setting["k"] == 15 and found.results[0].scores.count == 7
+    for path in (tmp_path / "pets/val").rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="can be read"):
+        mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16)
+
+
+def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 1)
+    for number in range(8):
+        save(tmp_path / f"pets/train/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
+    for side in ("cat", "dog"):
+        (tmp_path / f"pets/val/{side}").mkdir(parents=True)
+        (tmp_path / f"pets/val/{side}/1.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="none of the test images of pets can be read"):
+        mocokit.evaluate_finetune(
+            "random:resnet_tiny", tmp_path / "pets", size=16, percent=[100], epochs=1
+        )

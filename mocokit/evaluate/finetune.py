@@ -18,7 +18,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.engine.health import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
-from mocokit.errors import NonFiniteLoss
+from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.features import evaluating, evaluation_batches, probe_spec
 from mocokit.evaluate.linear_paper import TellEpoch, training_views
 from mocokit.evaluate.subject import Subject
@@ -183,5 +183,5 @@ def _predict(
             predicted.append(model(views).argmax(1).cpu())
             known.append(torch.from_numpy(labels[batch.index]))
     if not predicted:
-        return torch.empty(0, dtype=torch.long), labels[:0]
+        raise UserError(f"none of the test images of {task.test.name} can be read")
     return torch.cat(predicted), torch.cat(known).numpy()
