@@ -250,7 +250,8 @@ def _named_folder(out: str | Path, resume: bool) -> RunFolder:
     folder = RunFolder(Path(out))
     if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
+    empty = folder.is_begun or not (folder.path.is_dir() and any(folder.path.iterdir()))
+    if not folder.is_run and not empty:
         raise UserError(f"--out {out} holds other files and no run; name a new folder")
     if resume and not folder.is_run:
         raise UserError(f"--resume: there is no run in {out}; leave it out to start one")

@@ -119,6 +119,8 @@ def _subject(
 
 def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
     folder = folder_of(path)
+    if RunFolder(path).is_begun:
+        raise UserError(f"the run in {path} was killed before it began; start it again with --out")
     if path.is_dir() and folder is None:
         raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
     settings, state = export.read(_head_file(path) if layer == "head" else path)

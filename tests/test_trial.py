@@ -91,6 +91,21 @@ def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
         mocokit.load(tmp_path / "run")
 
 
+def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    with pytest.raises(UserError, match="was killed before it began"):
+        subjects.open_subject(folder.path, "cpu")
+    settings = {"engine.threads": 1}
+    mocokit.pretrain("demo", toy_npz, folder.path, epochs=1, batch_size=32, settings=settings)
+    assert folder.result() is not None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.lock").touch()
+    (tmp_path / "other/mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files and no run"):
+        mocokit.pretrain("demo", toy_npz, tmp_path / "other")
+
+
 def save(path, level):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (12, 9), (level, level, level)).save(path)
