@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
-from mocokit.data.index import Index
+from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.protocol import extended
 from mocokit.data.walk import Endings, entries, is_folder, walk
@@ -67,6 +67,11 @@ class FolderSource:
 
     def describe(self, index: int) -> str:
         return printable(self.names[index])
+
+    def stamp(self) -> str:
+        root = os.fsencode(self.root)
+        files = (os.path.join(root, name) for name in self.names.every())
+        return stamp_of(self.fingerprint, files)
 
     def index(self) -> Index:
         known = ("folder", self.name, len(self), self.fingerprint)

@@ -36,6 +36,14 @@ class Source(Protocol):
         """What a person calls the image: one printable line."""
         ...
 
+    def stamp(self) -> str:
+        """What another set of pixels never shares, as far as files' sizes and times tell.
+
+        The fingerprint says whether it is the same data by name, and holds for a copy; what is
+        computed from pixels is kept under this.
+        """
+        ...
+
     def index(self) -> Index:
         """What tells these images from others, for `save_index`."""
         ...

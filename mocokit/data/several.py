@@ -66,6 +66,9 @@ class SeveralSource:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[number], index - (int(self._ends[number - 1]) if number else 0)
 
+    def stamp(self) -> str:
+        return " ".join(part.stamp() for part in self.parts)
+
     def index(self) -> Index:
         names = Names.of([name for part in self.parts for name in _full_names(part)])
         known = ("several", self.name, len(self), self.fingerprint)
@@ -122,6 +125,9 @@ class RenumberedSource:
     def describe(self, index: int) -> str:
         assert self.known.names is not None
         return printable(self.known.names[index])
+
+    def stamp(self) -> str:
+        return f"{self.fingerprint} of {self.source.stamp()}"
 
     def index(self) -> Index:
         return self.known
