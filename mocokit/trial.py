@@ -56,7 +56,8 @@ class Trial:
         if options.json is not None:
             check_writable(options.json)
         # Mistakes come before weights are fetched.
-        known = None if options.data is None and is_ours(run) else labelled(options.data, None)
+        ours = is_ours(run)
+        known = None if options.data is None and ours else labelled(options.data, None)
         self.speaker, self.started = Speaker(), time.perf_counter()
         self.device = choose_device(options.device)
         self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
@@ -129,7 +130,7 @@ class Trial:
         if source is self.task.train:
             numbers = self.task.train_numbers
             unread = len(numbers) - int(np.isin(numbers, table.good).sum())
-            note = f"{unread} training images could not be read and are left out"
+            note = f"{_images(unread, 'training')} could not be read: left out"
             if unread and note not in self.notes:
                 self.notes.append(note)
         return table
@@ -170,7 +171,8 @@ class Trial:
             where += "; random weights with batch-norm statistics of the training images"
         unread = len(self.task.test_numbers) - self.results[0].scores.count
         if unread:
-            self.notes.append(f"{unread} test images could not be read and count as neither")
+            note = f"{_images(unread, 'test')} could not be read: neither right nor wrong"
+            self.notes.append(note)
         evaluation = Evaluation(
             kind=kind,
             run=self.run,
@@ -220,3 +222,7 @@ def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
             raise UserError(f"{what}; put each image into a folder of its class") from None
     splits.check_classes()
     return splits
+
+
+def _images(count: int, which: str) -> str:
+    return f"{count:,} {which} image{'s' * (count != 1)}"

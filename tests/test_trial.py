@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import mocokit
@@ -16,6 +17,8 @@ from mocokit.errors import UserError
 from mocokit.evaluate import monitor
 from mocokit.evaluate.finetune import Plan
 from mocokit.trial import Options, Trial
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +43,8 @@ def fetched(monkeypatch):
 
 
 def test_mistakes_come_before_weights_are_fetched(fetched, toy_npz, tmp_path):
+    with pytest.raises(UserError, match="there is no run, checkpoint or timm model 'NOTHING'"):
+        mocokit.evaluate_knn("NOTHING", "nope")  # the first word is the first mistake
     for data, options, said in (
         ("nope", {}, "there are no images at nope"),
         (None, {}, "name the images to score on"),
@@ -86,7 +91,7 @@ def test_what_is_missing_is_named(recipe, data, said):
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
     RunFolder(tmp_path / "run").create(recipes.demo(), {})
     with pytest.raises(UserError, match=r"ended before its first checkpoint.*config\.yaml --out"):
-        subjects.open_subject(tmp_path / "run", "cpu")
+        subjects.open_subject(tmp_path / "run", CPU)
     with pytest.raises(UserError, match="no weights yet"):
         mocokit.load(tmp_path / "run")
 
@@ -95,7 +100,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.make()
     with pytest.raises(UserError, match="was killed before it began"):
-        subjects.open_subject(folder.path, "cpu")
+        subjects.open_subject(folder.path, CPU)
     settings = {"engine.threads": 1}
     mocokit.pretrain("demo", toy_npz, folder.path, epochs=1, batch_size=32, settings=settings)
     assert folder.result() is not None
@@ -199,9 +204,8 @@ def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 8 - 1)
     found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and "over 2 GiB" in found.notes[0]
-    monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 2**31)
-    assert len(mocokit.evaluate_knn("random:resnet_tiny", data, size=16).results) == 2
-    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=72)
+    monkeypatch.setattr("mocokit.trial.PIXEL_LIMIT", 15)
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and found.notes == ()
 
 
@@ -226,9 +230,18 @@ def test_random_weights_are_calibrated_on_images_of_all_classes(monkeypatch):
     assert seen == [0, 9, 19, 28, 38, 47, 57, 66, 76, 85]
 
 
-def test_what_a_network_cannot_look_at_is_told(toy_npz):
-    with pytest.raises(UserError, match="size 100: random vit_tiny.* cannot take such views"):
-        mocokit.evaluate_knn("random:vit_tiny_patch16_224", toy_npz, size=100)
+def test_what_a_network_cannot_look_at_is_told(monkeypatch):
+    class Choosy(torch.nn.Linear):
+        num_features = 4
+
+        def forward(self, images):
+            assert images.shape[-1] == 224, "Input height (100) doesn't match model (224)."
+            return images
+
+    monkeypatch.setattr(subjects, "_random_backbone", lambda model, seed: Choosy(4, 4))
+    assert subjects.open_subject("random:resnet18", CPU, size=224).subject.width == 4
+    with pytest.raises(UserError, match=r"size 100: .* such views \(Input height .*--size out"):
+        subjects.open_subject("random:resnet18", CPU, size=100)
 
 
 def test_unreadable_images_are_counted_on_both_sides(tmp_path):
@@ -237,16 +250,18 @@ def test_unreadable_images_are_counted_on_both_sides(tmp_path):
         save(tmp_path / f"pets/{side}/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
     (tmp_path / "pets/train/cat/1.png").write_bytes(b"not an image")
     (tmp_path / "pets/val/dog/22.png").write_bytes(b"not an image")
-    found = mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16, k=[50])
+    found = mocokit.evaluate_knn(
+        "random:resnet_tiny", tmp_path / "pets", size=16, k=[50], baseline=False
+    )
     assert found.notes == (
-        "1 training images could not be read and are left out",
-        "1 test images could not be read and count as neither",
+        "1 training image could not be read: left out",
+        "1 test image could not be read: neither right nor wrong",
     )
     assert found.results[0].setting["k"] == 15 and found.results[0].scores.count == 7
     for path in (tmp_path / "pets/val").rglob("*.png"):
         path.write_bytes(b"not an image")
     with pytest.raises(UserError, match="can be read"):
-        mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16)
+        mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16, baseline=False)
 
 
 def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
