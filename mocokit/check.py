@@ -57,6 +57,7 @@ def check(
             text = f"{len(leaked):,} validation images are among the training images too: {names}"
             speaker.say(text, "yellow")
     try:
+        splits.check_classes()
         notices = sizes.fit(asked, len(splits.train), stated)[1]
     except UserError as error:  # too few to train on, not to look at
         notices = [str(error)]

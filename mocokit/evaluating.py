@@ -11,10 +11,10 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate import finetune, linear_paper, linear_quick
-from mocokit.evaluate.knn import knn_grid, nearest
+from mocokit.evaluate.knn import knn_grid_of
 from mocokit.evaluate.table import CENTRE, Transform
 from mocokit.evaluations import Evaluation
-from mocokit.trial import Options, Trial
+from mocokit.trial import PIXELS, Options, Trial
 
 PERCENTS = (1.0, 10.0, 100.0)
 
@@ -39,23 +39,38 @@ def evaluate_knn(
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
     trial = Trial(run, Options(data, **options), leave_one_out=True)
     task = trial.task
-    shown = ", ".join(str(min(one, len(task.train_numbers))) for one in k)
-    protocol = (
-        f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
-        f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
-    )
-    for subject in trial.subjects():
+    subjects, most = [*trial.subjects(), *trial.pixels()], len(task.train_numbers)
+    for subject in subjects:
         train = trial.table(subject, task.train)
         test = train if task.leave_one_out else trial.table(subject, task.test)
         known = np.isin(task.train_numbers, train.good)
         numbers, labels = task.train_numbers[known], task.train_labels[known]
         queries, truth = linear_paper.test_features(task, test)
         own = torch.arange(len(numbers)) if task.leave_one_out else None
-        found = nearest(train.take(numbers), queries, max(k), own, subject.device)
-        grid = knn_grid(found, torch.from_numpy(labels), k, temperature, len(task.classes))
+        bank = train.take(numbers)
+        if subject.name == PIXELS:
+            bank, queries = bank - (middle := bank.mean(0)), queries - middle
+        most = len(numbers) - task.leave_one_out
+        if not most:
+            raise UserError(f"of {task.train.name} one image can be read; a vote needs others")
+        grid = knn_grid_of(
+            bank,
+            torch.from_numpy(labels),
+            queries,
+            [min(one, most) for one in k],
+            temperature,
+            len(task.classes),
+            own,
+            subject.device,
+        )
         for count, warmth, predicted in grid:
-            setting = {"k": min(count, len(task.train_numbers)), "temperature": warmth}
+            setting = {"k": count, "temperature": warmth}
             trial.add(subject, predicted.numpy(), truth, setting)
+    shown = ", ".join(str(min(one, most)) for one in k)
+    protocol = (
+        f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
+        f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
+    )
     return trial.finish("knn", protocol)
 
 
@@ -86,6 +101,7 @@ def evaluate_linear(
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
     trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
     views = Transform(stream) if train_views == "crops" else CENTRE
@@ -142,10 +158,12 @@ def evaluate_finetune(
     if options.get("precision") == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
     for share in percent:
         part = trial.task.with_share(share / 100, trial.options.seed)
+        trial.speaker.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
         for subject in trial.subjects(calibrate=False):
             predicted, truth, details = finetune.fine_tune(
                 subject,

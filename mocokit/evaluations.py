@@ -106,7 +106,7 @@ def publish(
     record = evaluation.as_dict(confusion)
     if path is not None:
         try:
-            _write(Path(path), json.dumps(record, indent=1) + "\n")
+            _write(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
         except OSError as error:
             why = f"cannot write {path} ({error.strerror})"
             raise UserError(f"{why}; choose another place with --json") from None
@@ -123,6 +123,20 @@ def publish(
             speaker.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
     took, memory = clock(evaluation.seconds), evaluation.peak_memory_gib
     speaker.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises UserError where a file could not be written: asked before hours of work."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        why = "it is a folder"
+    elif not place.parent.is_dir():
+        why = f"there is no folder {place.parent}"
+    elif not os.access(place if place.exists() else place.parent, os.W_OK):
+        why = "you may not write there"
+    else:
+        return
+    raise UserError(f"cannot write {path} ({why}); choose another place with --json")
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
@@ -202,7 +216,7 @@ def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
 
 def _write(path: Path, text: str) -> None:
     """All of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
@@ -218,4 +232,5 @@ def _hardware() -> str:
     except OSError:
         names = []
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads != 1)} of {name}"

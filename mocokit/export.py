@@ -42,6 +42,10 @@ def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
     """The settings of what `load` loads, and the backbone's weights. Raises UserError."""
     path = Path(path)
     if path.is_dir():
+        if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
+            what = f"the run in {path} ended before its first checkpoint, so it has no weights yet"
+            remedy = f"go on with it: mocokit pretrain {path}/config.yaml --out {path}"
+            raise UserError(f"{what}; {remedy}")
         finished = path / "backbone.safetensors"
         path = finished if finished.is_file() else path / "last.pt"
     if not path.is_file():

@@ -160,12 +160,12 @@ def open_job(
     speaker = Speaker(world.writes)
     device = choose_device(asked.engine.device, world)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    asking = Asking(asked, stated, splits.train, device, restarted)
+    asking = Asking(asked, stated, splits, device, restarted)
     folder, settings, images, notices = on_first(world, lambda: _decide(asking, out, resume))
     found = renumbered(splits.train, images)
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
-    splits = splits._replace(train=found[0])
+    splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
     effect = sizes.in_effect(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
     for notice in notices:
@@ -203,33 +203,34 @@ class Asking(NamedTuple):
 
     settings: Settings
     stated: Collection[str]
-    train: Source
+    splits: Splits
     device: torch.device
     restarted: bool  # by torchrun, after processes had failed
 
     def anew(self, folder: RunFolder) -> Decision:
         """A new run in this folder."""
-        settings, notices = sizes.fit(self.settings, len(self.train), self.stated)
+        self.splits.check_classes()
+        settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
         settings = build.settle(settings, self.device, None)
-        notices = [*self.train.notes, *notices]
-        return Decision(folder, settings, self.train.index(), notices)
+        notices = [*self.splits.train.notes, *notices]
+        return Decision(folder, settings, self.splits.train.index(), notices)
 
     def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
         # Killed before its first step, it has no index, and nothing to contradict.
-        index = load_index(folder.index) if folder.index.is_file() else self.train.index()
-        found = renumbered(self.train, index)
+        index = load_index(folder.index) if folder.index.is_file() else self.splits.train.index()
+        found = renumbered(self.splits.train, index)
         settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, stored)
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
-        notices = [*self.train.notes, *changed, *notices]
+        notices = [*self.splits.train.notes, *changed, *notices]
         return Decision(folder, settings, index, notices), conflicts
 
 
 def _decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
-    recipe, name = asking.settings.recipe, asking.train.name
+    recipe, name = asking.settings.recipe, asking.splits.train.name
     if out is not None:
         folder = _named_folder(out, resume)
         if not folder.is_run:
@@ -262,7 +263,8 @@ def _named_folder(out: str | Path, resume: bool) -> RunFolder:
     folder = RunFolder(Path(out))
     if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
-    if not folder.is_run and folder.path.is_dir() and any(folder.path.iterdir()):
+    empty = folder.is_begun or not (folder.path.is_dir() and any(folder.path.iterdir()))
+    if not folder.is_run and not empty:
         raise UserError(f"--out {out} holds other files and no run; name a new folder")
     if resume and not folder.is_run:
         raise UserError(f"--resume: there is no run in {out}; leave it out to start one")

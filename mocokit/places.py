@@ -3,6 +3,7 @@
 Read before anything heavy is imported, so that a mistake in a command is told at once.
 """
 
+import difflib
 import glob
 import os
 import re
@@ -30,6 +31,25 @@ def exist(text: str) -> bool:
         is_elsewhere(part) or any(map(_there, _matching(part)))
         for part in ([text] if _there(text) else text.split("::"))
     )
+
+
+def lacking(text: str) -> str:
+    """The sentence for a text that names nothing: what of it is not there, and the remedy."""
+    parts = [text] if _there(text) else text.split("::")
+    absent = (part for part in parts if not exist(part))
+    part = next(absent, text)
+    return f"there is no file or folder {part}; {remedy(part)}"
+
+
+def remedy(part: str) -> str:
+    """What to do about a place that is not there."""
+    inside = _INNERMOST.findall(part)
+    ranges = [one for one in inside if ".." in one and not _RANGE.fullmatch(one)]
+    if part.count("{") != part.count("}") or ranges:
+        return "its braces name no range: write {000..146}, or {a,b} for a choice"
+    if close := difflib.get_close_matches(part, NAMED, n=1, cutoff=0.7):
+        return f"did you mean {close[0]}?"
+    return f"give an existing path of images, or one of {', '.join(NAMED)}"
 
 
 def absolute(text: str) -> str:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from mocokit.chance import Slot
 from mocokit.config import Settings
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.evaluate.subject import Layer, Subject
@@ -35,6 +38,21 @@ class Opened:
     untrained: Callable[[], Subject] | None  # the same network with random weights; None: it is one
     settings: Settings | None  # of the run that it came from
     folder: RunFolder | None  # that run's folder
+
+
+def is_ours(run: str | Path) -> bool:
+    """Whether it is a path, which may know images of its own, and not a model's name.
+
+    Raises UserError where it names nothing; fetches nothing.
+    """
+    if Path(run).expanduser().exists():
+        return True
+    name = str(run)
+    if name == RANDOM or name.startswith(f"{RANDOM}:"):
+        _check_random(_random_model(name))
+    else:
+        _timm_name(name)
+    return False
 
 
 def open_subject(
@@ -59,7 +77,8 @@ def open_subject(
     if layer == "head":
         raise UserError(f"{name} has no head; only a run folder or a checkpoint has one")
     if name == RANDOM or name.startswith(f"{RANDOM}:"):
-        model = name.partition(":")[2] or DEFAULT_RANDOM
+        model = _random_model(name)
+        _check_random(model)
         spec = build.view_spec(recipes.mocov2())
         network = _random_backbone(model, seed)
         return Opened(place(f"random {model}", network, spec, model), None, None, None)
@@ -84,6 +103,15 @@ def _subject(
         spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.eval().requires_grad_(False)
+    if size is not None:
+        try:
+            with torch.no_grad():
+                network(torch.zeros(1, 3, size, size, device=device))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"size {size}: {name} cannot take such views ({reason[:160]}); leave --size out"
+            ) from None
     width = width or int(network.num_features)  # type: ignore[arg-type]
     kind = partial(autocast, device, precision)
     return Subject(name, network, width, spec, architecture, layer, precision, kind)
@@ -91,6 +119,8 @@ def _subject(
 
 def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
     folder = folder_of(path)
+    if RunFolder(path).is_begun:
+        raise UserError(f"the run in {path} was killed before it began; start it again with --out")
     if path.is_dir() and folder is None:
         raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
     settings, state = export.read(_head_file(path) if layer == "head" else path)
@@ -137,14 +167,28 @@ def folder_of(path: Path) -> RunFolder | None:
     return None
 
 
+def _random_model(name: str) -> str:
+    return name.partition(":")[2] or DEFAULT_RANDOM
+
+
+def _check_random(model: str) -> None:
+    import timm
+
+    known = ["resnet_tiny", *timm.list_models()]
+    if model not in known and not timm.is_model(model):
+        close = difflib.get_close_matches(model, known, n=1)
+        hint = f"did you mean {RANDOM}:{close[0]}?" if close else "timm.list_models() lists them"
+        raise UserError(f"{RANDOM}:{model}: there is no such model; {hint}")
+
+
 def _random_backbone(model: str, seed: int) -> nn.Module:
     seed_libraries(seed, 0, Slot.INITIALISE)
     return build_backbone(model)
 
 
-def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
+def _timm_name(name: str) -> str:
+    """The model that a name stands for; raises UserError."""
     import timm
-    from timm.data import resolve_model_data_config
 
     model = name.removeprefix("timm:")
     if not timm.is_model(model.partition(".")[0]):
@@ -154,8 +198,30 @@ def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
             f"there is no run, checkpoint or timm model {name!r}{hint} (random, or random:MODEL, "
             "has random weights)"
         )
+    return model
+
+
+@contextmanager
+def _without_retries() -> Iterator[None]:
+    """Hugging Face tells of each of ten attempts, which are one mistake."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
     try:
-        network = timm.create_model(model, pretrained=True, num_classes=0)
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
+    import timm
+    from timm.data import resolve_model_data_config
+
+    model = _timm_name(name)
+    Speaker().say(f"timm {model}: its weights, from Hugging Face's cache or from the network")
+    try:
+        with _without_retries():
+            network = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

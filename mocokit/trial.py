@@ -6,24 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
+from mocokit import places
 from mocokit.config import Settings
-from mocokit.data.source import Source, Splits, open_data
+from mocokit.data.source import Labels, Source, Splits, open_data
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
 from mocokit.errors import UserError
 from mocokit.evaluate.features import evaluating
 from mocokit.evaluate.linear_paper import Fitted, TellEpoch, test_features
-from mocokit.evaluate.monitor import calibrated
+from mocokit.evaluate.monitor import PIXEL_LIMIT, calibrated
 from mocokit.evaluate.scores import Scores
-from mocokit.evaluate.subject import Layer, Subject
+from mocokit.evaluate.subject import Layer, Pixels, Subject
 from mocokit.evaluate.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.evaluate.task import Task, task_of
-from mocokit.evaluations import Evaluation, Result, publish
-from mocokit.subjects import Opened, open_subject
+from mocokit.evaluations import Evaluation, Result, check_writable, publish
+from mocokit.subjects import Opened, is_ours, open_subject
 
 MAX_WORKERS = 8
+PIXELS = "raw pixels, centred"
+PIXEL_MEMORY = 2**31  # bytes
 QUIET_SECONDS = 10.0  # between lines that tell of long work
 
 
@@ -49,6 +53,11 @@ class Trial:
 
     def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
         self.run, self.options = str(run), options
+        if options.json is not None:
+            check_writable(options.json)
+        # Mistakes come before weights are fetched.
+        ours = is_ours(run)
+        known = None if options.data is None and ours else labelled(options.data, None)
         self.speaker, self.started = Speaker(), time.perf_counter()
         self.device = choose_device(options.device)
         self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
@@ -66,7 +75,7 @@ class Trial:
         stated = "auto" if settings is None else settings.engine.threads
         threads = default_threads() if stated == "auto" else min(stated, default_threads())
         prepare(self.device, threads, deterministic=False)
-        self.splits = labelled(options.data, settings)
+        self.splits = known or labelled(None, settings)
         self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)
         self.results: list[Result] = []
         self.notes: list[str] = []
@@ -86,6 +95,18 @@ class Trial:
             self._untrained[calibrate] = self._calibrate(untrained) if calibrate else untrained
         return [self.opened.subject, self._untrained[calibrate]]
 
+    def pixels(self) -> list[Subject]:
+        """The images themselves as features, where they are small and baselines are wanted."""
+        first = self.opened.subject
+        width = 3 * first.spec.size**2
+        if not self.options.baseline or first.spec.size > PIXEL_LIMIT:
+            return []
+        if 4 * width * len(self.task.train) > PIXEL_MEMORY:
+            self.notes.append("raw pixels are left out, which would take over 2 GiB")
+            return []
+        network = Pixels().to(self.device).eval()
+        return [Subject(PIXELS, network, width, first.spec, "pixels")]
+
     def _calibrate(self, subject: Subject) -> Subject:
         """Random weights are judged with batch-norm statistics that fit the images."""
         self.calibrated = True
@@ -95,16 +116,24 @@ class Trial:
 
     def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
         """Features of a source, from the cache where it holds them."""
-        return features_of(
+        table = features_of(
             subject,
             source,
             transform,
             workers=self.workers,
-            folder=cache_folder() if self.options.cache else None,
+            # Pixels are made as fast as they are read, and take much room.
+            folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
             tell=lambda done, total: self._tell(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
+        if source is self.task.train:
+            numbers = self.task.train_numbers
+            unread = len(numbers) - int(np.isin(numbers, table.good).sum())
+            note = f"{_images(unread, 'training')} could not be read: left out"
+            if unread and note not in self.notes:
+                self.notes.append(note)
+        return table
 
     def tell_epochs(self, subject: Subject, what: str = "") -> TellEpoch:
         return lambda done, total, loss: self._tell(
@@ -142,7 +171,8 @@ class Trial:
             where += "; random weights with batch-norm statistics of the training images"
         unread = len(self.task.test_numbers) - self.results[0].scores.count
         if unread:
-            self.notes.append(f"{unread} test images could not be read and count as neither")
+            note = f"{_images(unread, 'test')} could not be read: neither right nor wrong"
+            self.notes.append(note)
         evaluation = Evaluation(
             kind=kind,
             run=self.run,
@@ -170,14 +200,29 @@ class Trial:
 
 def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
     """The images to score on: those named, or the run's own; labels from folders where need be."""
-    if data is None and settings is None:
-        raise UserError("name the images to score on: only a run knows its own")
-    own = settings is not None and data is None
-    path = settings.data.path if own and settings is not None else data
-    splits = open_data(path)
+    path, root = None if data is None else str(data), None
+    labels: Labels = "auto"
+    if data is None:
+        if settings is None:
+            raise UserError("name the images to score on: only a run knows its own")
+        path, root = settings.data.path, settings.data.root
+        labels = "folders" if settings.data.labels == "folders" else "auto"
+        if path is not None and not places.exist(path):
+            where = f"the images that it was trained on are not at {path}"
+            raise UserError(f"{where}; name them, or others, after it")
+    if path is not None and (Path(path).expanduser() / "config.yaml").is_file():
+        raise UserError(f"{path} is a run folder, not images; leave it out to take the run's own")
+    splits = open_data(path, labels, root)
     if splits.train.labels is None and path is not None and Path(path).expanduser().is_dir():
         try:
-            return open_data(path, "folders")
-        except UserError:
-            pass  # a flat folder, of which the caller says that it has no labels
+            splits = open_data(path, "folders", root)
+        except UserError as error:
+            reason, _, _ = str(error).partition(":")
+            what = f"{splits.train.name} has no labels ({reason})"
+            raise UserError(f"{what}; put each image into a folder of its class") from None
+    splits.check_classes()
     return splits
+
+
+def _images(count: int, which: str) -> str:
+    return f"{count:,} {which} image{'s' * (count != 1)}"

@@ -4,11 +4,14 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mocokit.data import cache, walk
+from mocokit.data.index import read_arrays, write_arrays
 from mocokit.data.source import open_data
 
 LONG_AGO = 10**18
@@ -126,6 +129,35 @@ def test_two_at_once(folder: Path) -> None:
     assert not failures
     assert names(folder) == expected  # whoever deleted last, an entry is written again
     assert [p.suffix for p in entry.parent.iterdir()] == [".npz"]
+
+
+def test_two_threads_write_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are in the middle of writing at the same moment: one wins, none fails."""
+    meeting, plain = threading.Barrier(2, timeout=20), np.savez
+
+    def save(file: Any, **arrays: Any) -> None:
+        meeting.wait()
+        plain(file, **arrays)
+        meeting.wait()
+
+    monkeypatch.setattr(np, "savez", save)
+    failed: list[BaseException] = []
+
+    def write(number: int) -> None:
+        try:
+            write_arrays(tmp_path / "x.npz", {"one": np.full(1000, number)}, compressed=False)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and len(set(read_arrays(tmp_path / "x.npz")["one"].tolist())) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
 def test_unused_entries_are_forgotten(folder: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import mocokit
-from mocokit.data.source import load_index
+from mocokit import build as mocokit_build
+from mocokit.data.source import load_index, open_data
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.job import Job
@@ -105,6 +106,56 @@ def test_other_images_are_still_another_run(stopped):
         path.rename(path.with_name(f"x{path.name}"))
     with pytest.raises(UserError, match="the data's images"):
         run(folder, out)
+
+
+@pytest.fixture
+def classed(tmp_path, photos):
+    """train/ and val/ of three classes."""
+    folder, files = tmp_path / "classed", sorted(photos.rglob("*.jpg"))
+    for number, file in enumerate(files):
+        place = folder / ("val" if number >= 64 else "train") / "abc"[number % 3]
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    return folder
+
+
+@pytest.mark.parametrize("sides", [["train"], ["train", "val"]])
+def test_a_class_that_vanishes_leaves_the_others_their_numbers(
+    classed, tmp_path, monkeypatch, sides
+):
+    out, seen = tmp_path / "run", []
+    write, build = Job.save, mocokit_build.build_monitor
+
+    def save(job):
+        write(job)
+        if job.step == 2:
+            raise Interrupted("stopped", 75)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "save", save)
+        with pytest.raises(Interrupted):
+            run(classed, out)
+    before = open_data(classed).validation
+    expected = {before.describe(i): before.classes[n] for i, n in enumerate(before.labels)}
+    for side in sides:
+        shutil.rmtree(classed / side / "b")
+    if sides == ["train"]:
+        with pytest.raises(UserError, match="class b to validate on that no training image has"):
+            run(classed, tmp_path / "anew")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            mocokit_build,
+            "build_monitor",
+            lambda settings, splits, device: seen.append(splits) or build(settings, splits, device),
+        )
+        done = run(classed, out, **{"data.bad_share": 0.9})
+    train, validation = seen[-1]
+    assert train.classes == validation.classes == ("a", "b", "c")
+    assert set(train.labels) == {0, 1, 2}
+    found = {validation.describe(i): validation.classes[n] for i, n in enumerate(validation.labels)}
+    assert found == {name: expected[name] for name in found}
+    assert ("b" in found.values()) == (sides == ["train"])
+    assert "knn_backbone" in done.result
 
 
 def test_too_many_missing_images_end_the_run_with_the_remedy(stopped):

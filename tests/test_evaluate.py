@@ -84,10 +84,11 @@ def test_knn_is_the_runs_own_score_and_scikit_learns(run, command, toy_npz):
     ):
         assert text in said, text
     found = json.loads((run / "out.json").read_text())
-    trained, untrained = found["results"]
+    trained, untrained, pixels = found["results"]
     assert trained["features"] == "trained backbone" and trained["images"] == 40
     assert np.trace(trained["confusion"]) / 40 == trained["accuracy"]
     assert untrained["features"] == "random weights"
+    assert pixels["features"] == "raw pixels, centred"
     for name in ("protocol", "weights", "data_fingerprint", "date", "hardware", "versions"):
         assert found[name], name
 
@@ -98,10 +99,14 @@ def test_knn_is_the_runs_own_score_and_scikit_learns(run, command, toy_npz):
             pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
             return backbone((pixels - 0.5) / 0.25).numpy()
 
-    other = KNeighborsClassifier(160, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
-    other.fit(features(arrays["train_images"]), arrays["train_labels"])
-    theirs = other.score(features(arrays["test_images"]), arrays["test_labels"])
-    assert trained["accuracy"] == pytest.approx(theirs, abs=0.026)  # one image of 40
+    def centred(images):
+        return (images - arrays["train_images"].mean(0)).reshape(len(images), -1) / 255 / 0.25
+
+    for made, ours in ((features, trained), (centred, pixels)):
+        other = KNeighborsClassifier(160, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
+        other.fit(made(arrays["train_images"]), arrays["train_labels"])
+        theirs = other.score(made(arrays["test_images"]), arrays["test_labels"])
+        assert ours["accuracy"] == pytest.approx(theirs, abs=0.026)  # one image of 40
 
 
 def test_every_evaluation_is_added_to_the_runs_report(run, command, toy_npz):
@@ -191,7 +196,8 @@ def test_random_weights_by_name(command, toy_npz):
         and "random resnet_tiny, k " in said
         and "batch-norm statistics of the training" in said
     )
-    assert len(said.split("temperature 0.1 │")) == 2  # there is no baseline of a baseline
+    # There is no baseline of a baseline, but the images themselves.
+    assert len(said.split("temperature 0.1 │")) == 3 and "raw pixels, centred, k " in said
     seeds = [
         open_subject("random:resnet_tiny", CPU, seed=seed).subject.weights for seed in (0, 0, 1)
     ]
@@ -232,6 +238,12 @@ def test_timm_without_a_connection_says_so(monkeypatch):
         (["knn", "random"], "name the images to score on"),
         (["knn", "random:resnet_tiny", "{photos}/day 0"], "has no labels"),
         (["knn", "random:resnet_tiny", "none.npz"], "there are no images at none.npz"),
+        (["knn", "random:nonet", "{toy}"], "random:nonet: there is no such model; did you mean"),
+        (["knn", "random:resnet_tiny", "cifar01"], "did you mean cifar10?"),
+        (["knn", "{run}", "x-{{000.."], "write {000..146}"),
+        (["knn", "{run}", "{run}"], "is a run folder, not images; leave it out"),
+        (["knn", "{run}", "{run}/README.md"], "is a file of another kind"),
+        (["knn", "{run}", "--json", "{run}"], "cannot write"),
         (["knn", "{run}", "--k", "0"], "neighbours are counted from 1"),
         (["knn", "{run}", "--temperature", "0"], "it must be positive"),
         (["knn", "{run}/checkpoints"], "there is no backbone at"),

@@ -169,6 +169,17 @@ def test_failures_provoked_for_real(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_hundredfold_learning_rate_is_seen_after_the_first_epoch(seed, tmp_path):
+    changes = {"optim.lr": 0.2, "monitor.every_epochs": 1}
+    mocokit.pretrain("demo", out=tmp_path, epochs=2, seed=seed, settings=changes)
+    recorded = lines(tmp_path)
+    first = next(at for at, line in enumerate(recorded) if "rankme" in line)
+    assert "collapsed" in verdict(recorded[: first + 1]).kinds
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_constant_images_provoked_for_real(tmp_path):
     import numpy as np
 

@@ -199,3 +199,14 @@ def test_the_gpu_finds_the_same_neighbours():
     here = knn_scores(bank, labels, queries, 200, 0.1, 9)
     there = vote(nearest(bank, queries, 200, None, torch.device("cuda")), labels, 200, 0.1, 9)
     np.testing.assert_allclose(here.numpy(), there.numpy(), rtol=1e-3)
+
+
+def test_a_large_k_is_searched_for_some_queries_after_others(monkeypatch):
+    draw = torch.Generator().manual_seed(3)
+    bank, queries = torch.randn(50, 6, generator=draw), torch.randn(31, 6, generator=draw)
+    labels, own = torch.arange(50) % 4, torch.arange(31)
+    plain = knn.knn_grid(knn.nearest(bank, queries, 40, own), labels, [5, 40], [0.1, 1.0], 4)
+    monkeypatch.setattr(knn, "CHUNK", 40 * 7)
+    found = knn.knn_grid_of(bank, labels, queries, [5, 40], [0.1, 1.0], 4, own)
+    for (k, t, predicted), (k2, t2, ours) in zip(plain, found, strict=True):
+        assert (k, t) == (k2, t2) and torch.equal(predicted, ours)

@@ -130,7 +130,7 @@ class TestAsked:
         assert settings.seed == 3 and stated == {"seed"}
 
     def test_a_recipe_without_data_is_refused(self):
-        with pytest.raises(UserError, match="mocov1 needs images: mocokit pretrain mocov1 FOLDER"):
+        with pytest.raises(UserError, match="mocov1 needs images: name a folder"):
             recipes.asked("mocov1", None, {})
         assert recipes.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
 

@@ -104,7 +104,13 @@ def test_classes_stand_behind_a_tab(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"", "empty"), (b"\n \n", "empty"), (b"a\0b", "no text")]
+    ("content", "said"),
+    [
+        (b"", "empty"),
+        (b"\n \n", "empty"),
+        (b"a\0b", "no text"),
+        (b"Once upon a time\nthere was a fox.\n", "none is called 'Once upon a time'"),
+    ],
 )
 def test_what_is_no_list(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "x.txt").write_bytes(content)

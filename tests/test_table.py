@@ -1,6 +1,8 @@
 """Cached features: computed once, resumed to the bit, and known by all that decides them."""
 
 import dataclasses
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mocokit.evaluate import table as table_
 from mocokit.evaluate.subject import Subject, weights_hash
 from mocokit.evaluate.table import CENTRE, Transform, cache_folder, features_of, key_of, prune
 from mocokit.nets.backbones import build_backbone
+from mocokit.pack import pack
 from mocokit.views.params import ViewSpec
 
 
@@ -171,3 +174,43 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "features"
     monkeypatch.delenv("MOCOKIT_CACHE")
     assert cache_folder().parts[-2:] == ("mocokit", "features")
+
+
+def photo(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 12), (level, level, level)).save(path)
+
+
+def test_other_pixels_under_the_same_names_are_other_features(tmp_path):
+    """train/a/1.bmp and val/a/1.bmp: their fingerprints agree, and even sizes and times may."""
+    for side, level in (("train", 0), ("val", 200), ("train", 9)):
+        for name in ("a/1.bmp", "b/1.bmp"):
+            photo(tmp_path / "in" / side / name, level)
+            os.utime(tmp_path / "in" / side / name, ns=(10**18, 10**18))
+    train, validation = open_data(tmp_path / "in")
+    assert train.fingerprint == validation.fingerprint
+    judged = subject()
+    tables = [
+        features_of(judged, one, folder=tmp_path / "cache").rows.copy()
+        for one in (train, validation)
+    ]
+    assert not np.array_equal(*tables)
+    before = key_of(judged, train)
+    assert key_of(judged, open_data(tmp_path / "in").train) == before
+    photo(tmp_path / "in/train/b/1.bmp", 77)
+    assert key_of(judged, train) != before
+
+
+def test_stamps_tell_the_sides_of_archives_and_packs_apart(tmp_path):
+    for side, level in (("train", 0), ("val", 200)):
+        for name in ("a/1.png", "b/1.png"):
+            photo(tmp_path / "in" / side / name, level)
+        with tarfile.open(tmp_path / f"{side}.tar", "w") as file:
+            file.add(tmp_path / "in" / side, arcname=".")
+    pack(tmp_path / "in", tmp_path / "x.pack", "demo")
+    first, second = open_data(f"{tmp_path}/{{train,val}}.tar")
+    assert first.stamp() != second.stamp()
+    packed, held = open_data(tmp_path / "x.pack")
+    assert packed.fingerprint == held.fingerprint and packed.stamp() != held.stamp()
+    both = open_data(f"{tmp_path}/train.tar::{tmp_path}/x.pack").train
+    assert first.stamp() in both.stamp() and packed.stamp() in both.stamp()

@@ -58,6 +58,9 @@ class ArraySource:
     def content(self, index: int) -> None:
         """Arrays hold bare pixels."""
 
+    def stamp(self) -> str:
+        return self.fingerprint
+
     def index(self) -> Index:
         return Index("array", self.name, len(self), self.fingerprint)
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
-from mocokit.data.index import Index
+from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.protocol import extended
 from mocokit.data.walk import Endings, entries, is_folder, walk
 from mocokit.errors import UserError
 
@@ -67,6 +68,11 @@ class FolderSource:
     def describe(self, index: int) -> str:
         return printable(self.names[index])
 
+    def stamp(self) -> str:
+        root = os.fsencode(self.root)
+        files = (os.path.join(root, name) for name in self.names.every())
+        return stamp_of(self.fingerprint, files)
+
     def index(self) -> Index:
         known = ("folder", self.name, len(self), self.fingerprint)
         return Index(*known, self.classes, self.names, self.labels)
@@ -96,7 +102,19 @@ def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource 
     found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
-    return FolderSource.of_index(train.root, train.known), validation
+    source = FolderSource.of_index(train.root, train.known)
+    if labels == "auto" and source.labels is None:
+        source.notes = _classes_perhaps(source.names)
+    return source, validation
+
+
+def _classes_perhaps(names: Names) -> tuple[str, ...]:
+    """What to tell of folders that look like classes, but are not taken for them unasked."""
+    tops = {name.partition(b"/")[0] if b"/" in name else b"" for name in names.every()}
+    if b"" in tops or not 2 <= len(tops) <= len(names) // 2:
+        return ()
+    text = f"no labels: if its {len(tops):,} folders are classes, --set data.labels=folders says so"
+    return (text,)
 
 
 def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
@@ -113,7 +131,7 @@ def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
         return Listing(trained)
     # Validation images without class folders can still be looked at, but not scored.
     wanted = numbers is not None and any(b"/" in one for one in held)
-    numbers, _ = folder_labels(beside, held, wanted, classes)
+    numbers, classes = folder_labels(beside, held, wanted, classes)
     return Listing(trained, Part(str(beside), _index(name, held, numbers, classes)))
 
 
@@ -148,7 +166,8 @@ def folder_labels(
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """The class of each image, its first folder below `root`, as a number; and the classes.
 
-    `known` are the classes that training has, if these images are for validation.
+    `known` are the classes that training has, if these images are for validation; others are
+    numbered after them.
     """
     if not wanted:
         return None, ()
@@ -159,13 +178,9 @@ def folder_labels(
             raise UserError(f"{where}, so it has no class: {remedy}")
     folders = [one.partition(b"/")[0] for one in found]
     raw = sorted(set(folders))
-    classes = tuple(printable(os.fsdecode(one)) for one in raw) if known is None else known
-    positions = {name: position for position, name in enumerate(classes)}
-    numbers = {one: positions.get(printable(os.fsdecode(one)), -1) for one in raw}
-    for one, number in numbers.items():
-        if number < 0:
-            where = f"{show(root)} has a class {show(os.fsdecode(one))} that train/ lacks"
-            raise UserError(f"{where}: remove or rename that folder, or set data.labels=none")
+    named = tuple(printable(os.fsdecode(one)) for one in raw)
+    classes = named if known is None else extended(known, named)
+    numbers = {one: classes.index(name) for one, name in zip(raw, named, strict=True)}
     return np.fromiter((numbers[one] for one in folders), np.int64, len(folders)), classes
 
 

@@ -1,11 +1,13 @@
 """What is known of a source without its pixels: kept by a run, and in the user's cache."""
 
 import contextlib
+import hashlib
 import json
 import os
+import threading
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,17 @@ class Index(NamedTuple):
     names: Names | None = None
     labels: NDArray[np.int64] | None = None
     extra: Mapping[str, NDArray[Any]] = {}
+
+
+def stamp_of(fingerprint: str, paths: Iterable[bytes | Path]) -> str:
+    """A hash of a fingerprint with the place, size and time of change of each file."""
+    digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
+    for path in paths:
+        digest.update(os.path.abspath(os.fsencode(path)) + b"\0")
+        with contextlib.suppress(OSError, ValueError):  # it is gone: told where it is read
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def save_index(index: Index, path: str | Path) -> None:
@@ -91,7 +104,8 @@ def read_arrays(path: str | Path) -> Arrays:
 
 def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:
     """Write an .npz, all of it or nothing; of two writers at once, one wins."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    part = target.with_name(f"{target.name}.{writer}.part")
     save = np.savez_compressed if compressed else np.savez
     try:
         with part.open("wb") as file:

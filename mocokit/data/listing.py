@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mocokit.data.folder import FolderSource, Labels
+from mocokit.data.folder import IMAGES, FolderSource, Labels
 from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
 
 ENDINGS = (".txt", ".lst", ".list", ".tsv")
+
+LOOKED_AT = 100  # lines, one of which must name a file, or end as an image's name does
 
 
 def open_listing(path: Path, labels: Labels) -> FolderSource:
@@ -27,6 +30,10 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     if not lines:
         raise UserError(f"the list {show(path)} is empty: write one path a line")
     pairs = [line.partition(b"\t") for line in lines]
+    if not any(_names_a_file(path.parent, name) for name, _, _ in pairs[:LOOKED_AT]):
+        first = show(os.fsdecode(pairs[0][0]))[:60]
+        what = f"{show(path)} is no list of image files: none is called {first!r}, its first line"
+        raise UserError(f"{what}; write one path a line")
     names = Names.of([name for name, _, _ in pairs])
     tabs = sum(bool(tab) for _, tab, _ in pairs)
     name = short_name(path.stem)
@@ -42,3 +49,12 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     numbers = {text: number for number, text in enumerate(order)}
     found = np.fromiter((numbers[text] for text in written), np.int64, len(written))
     return FolderSource(path.parent, names, found, classes, name)
+
+
+def _names_a_file(root: Path, name: bytes) -> bool:
+    if has_ending(name, IMAGES):
+        return True
+    try:
+        return (root / os.fsdecode(name)).is_file()
+    except (OSError, ValueError):
+        return False

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, bounded, decode
 from mocokit.data.folder import Labels
-from mocokit.data.index import DAMAGE, Index, from_arrays
+from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
 from mocokit.data.names import printable, show
 from mocokit.data.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
 from mocokit.errors import UserError
@@ -84,6 +84,10 @@ class PackedSource:
         if self.names is None:
             return f"image {index} of {self.name}"
         return printable(self.names[index])
+
+    def stamp(self) -> str:
+        digest = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=16)
+        return stamp_of(self.fingerprint + digest.hexdigest(), [self.path])
 
     def index(self) -> Index:
         known = ("pack", self.name, len(self), self.fingerprint)

@@ -21,7 +21,7 @@ from mocokit import places
 from mocokit.data.cache import alone, cache_folder
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.folder import VALIDATION, Labels
-from mocokit.data.index import Index
+from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.pack import write_pack
 from mocokit.data.packed import open_pack
@@ -89,6 +89,9 @@ class ParquetSource:
 
     def describe(self, index: int) -> str:
         return f"row {index} of {self.name}"
+
+    def stamp(self) -> str:
+        return stamp_of(self.fingerprint, self.paths)
 
     def index(self) -> Index:
         names = Names.of([f"row {row}".encode() for row in range(len(self))])

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.index import Index
+from mocokit.errors import UserError
 
 
 class Source(Protocol):
@@ -35,6 +36,14 @@ class Source(Protocol):
         """What a person calls the image: one printable line."""
         ...
 
+    def stamp(self) -> str:
+        """What another set of pixels never shares, as far as files' sizes and times tell.
+
+        The fingerprint says whether it is the same data by name, and holds for a copy; what is
+        computed from pixels is kept under this.
+        """
+        ...
+
     def index(self) -> Index:
         """What tells these images from others, for `save_index`."""
         ...
@@ -45,3 +54,31 @@ class Splits(NamedTuple):
 
     train: Source
     validation: Source | None
+
+    def check_classes(self) -> None:
+        """Raises UserError for a class to validate on that no training image has.
+
+        Sources number such classes after those of training. A run that lost a class since it began
+        goes on all the same, so this is asked where something begins.
+        """
+        train, other = self
+        if other is None or train.labels is None or other.labels is None:
+            return
+        for name in other.classes:
+            if name not in train.classes:
+                what = f"{other.name} has a class {name} to validate on that no training image has"
+                raise UserError(f"{what}: remove or rename it, or set data.labels=none")
+
+    def numbered_by(self, classes: tuple[str, ...]) -> "Splits":
+        """The same, with validation's labels numbered by these names; others come after them."""
+        other = self.validation
+        if other is not None and other.labels is not None and other.classes != classes:
+            every = extended(classes, other.classes)
+            numbers = np.array([every.index(name) for name in other.classes], np.int64)
+            other.labels, other.classes = numbers[other.labels], every
+        return self
+
+
+def extended(classes: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of both, the first ones first."""
+    return tuple(dict.fromkeys((*classes, *more)))

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, printable, short_name
-from mocokit.data.protocol import Source
-from mocokit.errors import UserError
+from mocokit.data.protocol import Source, extended
 
 
 class SeveralSource:
@@ -31,15 +30,12 @@ class SeveralSource:
         self.fingerprint = self._digest()
 
     def relabel(self, classes: tuple[str, ...]) -> None:
-        """Number the classes by this order of their names, which training and validation share."""
+        """Number the classes by this order of their names; those not among them come after."""
+        classes = extended(classes, self._names_of_classes())
         positions = {name: number for number, name in enumerate(classes)}
         labels = []
         for part in self.parts:
             assert part.labels is not None
-            unknown = [name for name in part.classes if name not in positions]
-            if unknown:
-                what = f"{part.name} has a class {unknown[0]} that the training images lack"
-                raise UserError(f"{what}: leave that data out, or set data.labels=none")
             numbers = np.array([positions[name] for name in part.classes], np.int64)
             labels.append(numbers[part.labels])
         self.classes, self.labels = classes, np.concatenate(labels)
@@ -69,6 +65,9 @@ class SeveralSource:
         index = range(len(self))[index]
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def stamp(self) -> str:
+        return " ".join(part.stamp() for part in self.parts)
 
     def index(self) -> Index:
         names = Names.of([name for part in self.parts for name in _full_names(part)])
@@ -126,6 +125,9 @@ class RenumberedSource:
     def describe(self, index: int) -> str:
         assert self.known.names is not None
         return printable(self.known.names[index])
+
+    def stamp(self) -> str:
+        return f"{self.fingerprint} of {self.source.stamp()}"
 
     def index(self) -> Index:
         return self.known

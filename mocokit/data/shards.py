@@ -4,6 +4,7 @@ WebDataset's layout: the members of a sample follow one another and share their 
 dot of its last part (`012.jpg`, `012.cls`). Plain archives of image files are read alike.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.folder import VALIDATION, Labels, digest_names, find_splits, folder_labels
-from mocokit.data.index import Arrays, Index
+from mocokit.data.index import Arrays, Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.tars import Member, members_of, splits_inside
 from mocokit.data.walk import Endings, walk
@@ -68,6 +69,10 @@ class ShardSource:
 
     def describe(self, index: int) -> str:
         return printable(self.names[index])
+
+    def stamp(self) -> str:
+        digest = hashlib.blake2b(np.ascontiguousarray(self.places).data, digest_size=16)
+        return stamp_of(self.fingerprint + digest.hexdigest(), self.archives.every())
 
     def index(self) -> Index:
         known = ("shards", self.name, len(self), self.fingerprint)
@@ -156,7 +161,7 @@ def _look(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> 
     if not tested:
         return Listing(part, None, tuple(notes))
     if numbers is not None:
-        numbers, _ = numbered(tested, held[0], classes)
+        numbers, classes = numbered(tested, held[0], classes)
     return Listing(part, _part(held, tested, name, numbers, classes), tuple(notes))
 
 

@@ -135,7 +135,9 @@ def _existing(text: str) -> Path:
         place.stat()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"there are no images at {show(place)} ({why}): check data.path") from error
+        raise UserError(
+            f"there are no images at {show(place)} ({why}): {places.remedy(text)}"
+        ) from error
     return place
 
 

@@ -115,7 +115,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint at {path}") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # What torch says after its first sentence is advice to load it all the same.
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read as tensors ({reason}); a file that needs full unpickling could "
             "run any code, so it is refused"

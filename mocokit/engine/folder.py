@@ -38,6 +38,13 @@ class RunFolder:
         except OSError as error:
             raise self.unwritable(error) from None
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run was killed here before it wrote its settings: nothing else is in it."""
+        own = {".lock", self.checkpoints.name, self.config.with_suffix(".partial").name}
+        found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        return ".lock" in found and found <= own and not any(self.checkpoints.glob("*"))
+
     def settings(self) -> Settings:
         return settings_.load(self.config)
 

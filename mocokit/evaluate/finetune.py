@@ -18,7 +18,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.engine.health import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
-from mocokit.errors import NonFiniteLoss
+from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.features import evaluating, evaluation_batches, probe_spec
 from mocokit.evaluate.linear_paper import TellEpoch, training_views
 from mocokit.evaluate.subject import Subject
@@ -44,10 +44,21 @@ class Plan:
         steps = max(1, -(-images // self.batch_size))
         return max(self.epochs, -(-LEAST_STEPS // steps))
 
+    def ahead(self, images: int) -> str:
+        """What training on so many images will be, in words."""
+        epochs = self.epochs_for(images)
+        steps = epochs * -(-images // self.batch_size)
+        least = f" (more than the {self.epochs} asked, for at least {LEAST_STEPS} steps)"
+        return (
+            f"{images:,} labelled images, {epochs} epoch{'s' * (epochs != 1)} of them, "
+            f"{steps:,} steps{least * (epochs > self.epochs)}"
+        )
+
     def describe(self, subject: Subject, images: int) -> str:
         layers = "" if self.layer_decay == 1 else f" ({self.layer_decay:g} of it a layer down)"
+        lasting = f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
         return (
-            f"fine-tuning of all layers, {self.epochs} epochs and at least {LEAST_STEPS} "
+            f"fine-tuning of all layers, {lasting} and at least {LEAST_STEPS} "
             f"steps, SGD lr {self.lr:g}{layers} with Nesterov momentum {self.momentum:g}, cosine "
             f"per step, weight decay {self.weight_decay:g}, batch {min(self.batch_size, images)}; "
             "trained on random crops of area .08 to 1 and flips, tested on: "
@@ -172,5 +183,5 @@ def _predict(
             predicted.append(model(views).argmax(1).cpu())
             known.append(torch.from_numpy(labels[batch.index]))
     if not predicted:
-        return torch.empty(0, dtype=torch.long), labels[:0]
+        raise UserError(f"none of the test images of {task.test.name} can be read")
     return torch.cat(predicted), torch.cat(known).numpy()

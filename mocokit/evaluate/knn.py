@@ -136,6 +136,34 @@ def knn_grid(
             yield k, temperature, torch.cat(predicted)
 
 
+def knn_grid_of(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    classes: int,
+    own: Tensor | None = None,
+    device: torch.device | None = None,
+) -> list[tuple[int, float, Tensor]]:
+    """`nearest` and `knn_grid` for some queries after others, so that a large k fits into memory.
+
+    Each pass goes over the whole bank, so there are as few as CHUNK neighbours allow.
+    """
+    rows = max(1, CHUNK // max(ks))
+    found: list[list[tuple[int, float, Tensor]]] = []
+    for first in range(0, max(len(queries), 1), rows):
+        here = slice(first, first + rows)
+        mine = None if own is None else own[here]
+        close = nearest(bank, queries[here], max(ks), mine, device)
+        found.append(list(knn_grid(close, labels, ks, temperatures, classes)))
+    return [
+        (k, temperature, torch.cat([predicted for _, _, predicted in column]))
+        for column in zip(*found, strict=True)
+        for k, temperature, _ in column[:1]
+    ]
+
+
 def knn_accuracy(
     bank: Tensor,
     labels: Tensor,

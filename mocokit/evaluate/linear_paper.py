@@ -56,9 +56,9 @@ def protocol(subject: Subject, epochs: int, lr: float) -> str:
     """What `fit_paper` does, in words."""
     drops = " and ".join(f"{share * epochs:.0f}" for share in DROPS)
     own = "" if (epochs, lr) == (EPOCHS, LR) else " (the paper's are 100 and 30)"
-    size = subject.spec.size
+    size, lasting = subject.spec.size, f"{epochs} epoch{'s' * (epochs != 1)}"
     return (
-        f"the linear protocol of MoCo v2: frozen {subject.layer} in eval mode, {epochs} epochs, "
+        f"the linear protocol of MoCo v2: frozen {subject.layer} in eval mode, {lasting}, "
         f"SGD lr {lr:g}{own}, momentum {MOMENTUM}, no weight decay, a tenth after epochs {drops}, "
         f"batch {BATCH}; trained on random crops of area .08 to 1 at {size} px and flips, tested "
         f"on: {CENTRE.describe(subject.spec)}; last epoch"

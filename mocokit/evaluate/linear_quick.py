@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocokit.chance import Slot
-from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.errors import NonFiniteLoss
 from mocokit.evaluate.linear_paper import Fitted
 from mocokit.evaluate.split import hold_out, stratified
 from mocokit.evaluate.subject import Subject
@@ -87,12 +87,11 @@ def fit_quick(
     """
     if device.type == "mps":
         device = torch.device("cpu")  # for want of doubles
+    task.check_classes()
     penalties = penalties or PENALTIES
     good = np.isin(task.train_numbers, table.good)
     numbers, labels = task.train_numbers[good], task.train_labels[good]
     classes = len(task.classes)
-    if len(np.unique(labels)) < 2:
-        raise UserError("a linear probe needs images of at least two classes to learn from")
     everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
     known = moments(everything)
     chosen, shares = _choose(everything, known, penalties, seed)

@@ -34,9 +34,14 @@ def calibrated(
     device: torch.device,
     numbers: NDArray[np.int64] | None = None,
 ) -> nn.Module:
-    """The same network, its batch-norm statistics set to these images' (None: the first ones)."""
-    if numbers is None:
-        numbers = np.arange(min(len(source), CALIBRATION * BATCH))
+    """The same network, its batch-norm statistics set to these images' (None: all).
+
+    Of many, some at equal distances, since the first ones of a folder are of one class.
+    """
+    numbers = np.arange(len(source)) if numbers is None else numbers
+    many = CALIBRATION * BATCH
+    if len(numbers) > many:
+        numbers = numbers[np.arange(many) * len(numbers) // many]
     calibrate(network, (views for _, views in evaluation_batches(source, numbers, spec, device)))
     return network
 
@@ -108,8 +113,7 @@ class KnnMonitor:
         """Accuracy of an untrained encoder's backbone whose batch norm fits the data."""
         network = copy.deepcopy(encoder.backbone)
         with torch.no_grad():
-            numbers = self.bank_numbers[: CALIBRATION * BATCH]
-            calibrated(network, self.train, self.spec, self.device, numbers)
+            calibrated(network, self.train, self.spec, self.device, self.bank_numbers)
             network.eval()
             scores = dict(self._scores(lambda views: (network(views),), ("random",)))
         return scores.get("random")

@@ -45,11 +45,14 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which knows no NaN."""
-        shares = [None if np.isnan(share) else round(float(share), 6) for share in self.per_class]
         return {
-            "accuracy": round(self.accuracy, 6),
-            "balanced_accuracy": round(self.balanced, 6),
+            "accuracy": _rounded(self.accuracy),
+            "balanced_accuracy": _rounded(self.balanced),
             "images": self.count,
-            "per_class": shares,
+            "per_class": [_rounded(float(share)) for share in self.per_class],
             "confusion": self.confusion.tolist(),
         }
+
+
+def _rounded(share: float) -> float | None:
+    return None if np.isnan(share) else round(share, 6)

@@ -24,7 +24,7 @@ from mocokit.evaluate.features import BATCH, CROP_AREA, evaluating, evaluation_b
 from mocokit.evaluate.subject import Subject
 from mocokit.views.params import ViewSpec
 
-FORMAT = 1
+FORMAT = 2
 LIMIT_GIB = 20.0  # of finished tables; past it the longest unused go
 Tell = Callable[[int, int], None]  # images done, images in all
 
@@ -67,7 +67,7 @@ def key_of(subject: Subject, source: Source, transform: Transform = CENTRE) -> s
     spec = subject.spec
     parts = (
         *(FORMAT, subject.weights, subject.architecture, subject.layer, subject.width),
-        *(subject.precision, subject.device.type, source.fingerprint, len(source)),
+        *(subject.precision, subject.device.type, source.stamp(), len(source)),
         *(transform.describe(spec), transform.crops),
         *(f"{number:.9g}" for number in (*spec.mean, *spec.std)),
     )

@@ -33,6 +33,11 @@ class Task:
     def test_labels(self) -> NDArray[np.int64]:
         return _labels(self.test)[self.test_numbers]
 
+    def check_classes(self) -> None:
+        """Raises UserError where there is nothing to learn: fewer than two classes."""
+        if len(np.unique(self.train_labels)) < 2:
+            raise UserError("a classifier needs training images of at least two classes")
+
     def with_share(self, share: float, seed: int) -> "Task":
         """The same test with a stratified share of the training images."""
         if share >= 1:

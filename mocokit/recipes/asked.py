@@ -62,8 +62,8 @@ def asked(
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
         if data is None and places.exist(recipe):
             recipe, data = "mocov2", recipe
-        elif data is None and ("/" in recipe or "." in recipe):
-            raise UserError(f"there is no file or folder {recipe}; give an existing path of images")
+        elif data is None and any(mark in recipe for mark in "/.:{*"):
+            raise UserError(places.lacking(recipe))
     stated = set(changes)
     if recipe is not None and recipe.endswith((".yaml", ".yml")):
         base = load(Path(recipe))
@@ -85,11 +85,11 @@ def asked(
         )
     if path is None and needs_data and settings.recipe != "demo":
         raise UserError(
-            f"{settings.recipe} needs images: mocokit pretrain {settings.recipe} FOLDER; "
-            "`mocokit pretrain` alone is the demo"
+            f"{settings.recipe} needs images: name a folder of them after it; only the recipe demo "
+            "has images of its own"
         )
     if path is not None and not places.exist(path):
-        raise UserError(f"there is no file or folder {path}; give an existing path of images")
+        raise UserError(places.lacking(path))
     if path is not None:  # a run must find them again from anywhere
         settings = replace(settings, {"data.path": places.absolute(path)})
     return settings, frozenset(stated)
