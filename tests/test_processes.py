@@ -22,6 +22,10 @@ COUNTS = [3, 2]
 ORDERS = [[4, 0, 3, 1, 2], [0, 1, 2, 3, 4], [3, 4, 2, 1, 0], [2, 1, 0, 4, 3]]
 
 
+def image_of(number):
+    return torch.arange(12).reshape(3, 2, 2) + 100 * number
+
+
 def projections():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, sum(COUNTS), 4, generator=generator, dtype=torch.float64)
@@ -69,6 +73,8 @@ def test_invariant_11_a_differentiable_gather_gives_the_gradient_of_one_process(
     for number, order in enumerate(ORDERS):
         rows = [row for one in found for row in one["exchanged"][number]]
         assert rows == [[float(i), -float(i)] for i in order]
+    images = [image for one in found for image in one["images"]]
+    assert images == [image_of(i).tolist() for i in ORDERS[0]]
 
 
 def test_alone_a_sum_is_itself():
@@ -108,6 +114,8 @@ if __name__ == "__main__":
     first = sum(COUNTS[:rank])
     numbers = torch.arange(first, first + COUNTS[rank]).float()
     rows = torch.stack([numbers, -numbers], 1)
+    images = torch.stack([image_of(int(number)) for number in numbers])
+    images = images.to(memory_format=torch.channels_last)
     layer = torch.nn.Linear(4, 3)
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -120,6 +128,7 @@ if __name__ == "__main__":
         differ = str(error)
     answer = {
         "differ": differ,
+        "images": exchange(images, np.array(ORDERS[0]), COUNTS).tolist(),
         "exchanged": [exchange(rows, np.array(order), COUNTS).tolist() for order in ORDERS],
         "gradient": share_of_nt_xent(rank).tolist(),
         "sum": float(sum_over_processes(torch.tensor(1.0 + rank))),

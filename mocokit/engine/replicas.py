@@ -24,7 +24,10 @@ def fingerprint(tensor: Tensor) -> Tensor:
     for start in range(0, len(words), CHUNK):
         part = words[start : start + CHUNK].long()
         places = torch.arange(start, start + len(part), device=tensor.device)
-        total += (part * (places * 0x9E3779B97F4A7C1 + 1)).sum()
+        for factor in (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9):  # an odd weight that tells nothing
+            places = (places + 1) * factor
+            places = places ^ (places >> 29)
+        total += (part * (2 * places + 1)).sum()
     return total
 
 

@@ -52,7 +52,8 @@ def exchange(rows: Tensor, order: NDArray[np.int64], counts: Sequence[int]) -> T
     wanted = [slice(bounds[r], bounds[r + 1]) for r in range(len(counts))]
     mine = holder[wanted[rank]]
     leaving = [order[want][holder[want] == rank] - bounds[rank] for want in wanted]
-    sent = rows[to_device(np.concatenate(leaving), rows.device)]
+    # What is sent is memory, so it must lie as what is received does: images may be channels-last.
+    sent = rows[to_device(np.concatenate(leaving), rows.device)].contiguous()
     received = rows.new_empty((counts[rank], *rows.shape[1:]))
     arriving = np.bincount(mine, minlength=len(counts)).tolist()
     dist.all_to_all_single(received, sent, arriving, [len(part) for part in leaving])
