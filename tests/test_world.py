@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -150,6 +151,25 @@ def test_invariants_10_and_15_processes_equal_one_process(
         for name in ("one", "many")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # six digits are written
+
+
+def test_failures_on_any_process_are_those_of_one_process(photos, tmp_path, monkeypatch):
+    """Each of two processes meets images that cannot be read, and tells the other of them."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    for path in sorted(folder.rglob("*.jpg"))[::13]:  # 7 of 80
+        path.write_bytes(path.read_bytes()[:40])
+    sizes = {"train.batch_size": 16, "train.epochs": 3, "method.queue_size": 8}
+    settings = SETTINGS | sizes | {"data.workers": 1}
+    pretrain_in_double(folder, tmp_path / "one", settings, monkeypatch.setattr)
+    run_world(2, folder, tmp_path / "many", settings)
+    alone, together = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "many"))
+    assert len(alone["bad_images"]) == 7
+    assert torch.equal(alone["bad_images"], together["bad_images"])
+    named = [(tmp_path / name / "bad_images.txt").read_text() for name in ("one", "many")]
+    assert sorted(named[0].splitlines()) == sorted(named[1].splitlines())
+    for name, tensor in alone["method"].items():
+        torch.testing.assert_close(together["method"][name], tensor, atol=1e-9, rtol=1e-9)
 
 
 if __name__ == "__main__":
