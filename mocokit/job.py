@@ -24,6 +24,7 @@ from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
 from mocokit.engine.resident import Resident
 from mocokit.engine.runtime import choose_device, on_first, prepare
+from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
@@ -45,6 +46,7 @@ class Job:
     parts: Parts
     speaker: Speaker
     bad: BadImages
+    upload: Upload
     resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
@@ -54,7 +56,7 @@ class Job:
         """A batch's pixels on the device: sent there, or there already."""
         if self.resident is not None:
             return self.resident.gather(batch.index)
-        return batch.pixels.to(self.device, non_blocking=True)
+        return self.upload(batch.pixels)
 
     def unread(self) -> Source:
         """The images to load: of those on the device already, the numbers alone."""
@@ -176,7 +178,19 @@ def open_job(
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
     resident = build.build_resident(splits.train, device)
-    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, resident)
+    return Job(
+        settings,
+        effect,
+        world,
+        device,
+        splits,
+        folder,
+        parts,
+        speaker,
+        bad,
+        Upload(device),
+        resident,
+    )
 
 
 @contextlib.contextmanager
