@@ -152,9 +152,9 @@ def build_resident(source: Source, device: torch.device) -> Resident | None:
     return None
 
 
-def share_of_process(settings: Settings, world: World) -> float:
-    """This process's part of a full batch, by batch-norm groups or, without them, by images."""
-    shares = count_shares(settings, settings.train.batch_size)
+def share_of_process(settings: Settings, world: World, images: int) -> float:
+    """This process's part of a batch: by batch-norm groups, or without them by images."""
+    shares = count_shares(settings, images)
     return len(range(shares)[share_of_groups(shares, world.rank, world.size)]) / shares
 
 

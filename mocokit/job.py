@@ -5,7 +5,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,11 @@ from mocokit.build import Parts
 from mocokit.config import Settings
 from mocokit.data.arrays import ArraySource, Unread
 from mocokit.data.batch import Batch, look
-from mocokit.data.source import Index, Source, Splits, load_index, renumbered, save_index
+from mocokit.data.source import Source, Splits, renumbered, save_index
+from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, held
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
 from mocokit.engine.resident import Resident
@@ -50,6 +51,7 @@ class Job:
     resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
+    _images: int | None = None  # in the batches since the statistics were averaged
     health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
     def pixels(self, batch: Batch) -> Tensor:
@@ -130,24 +132,22 @@ class Job:
         piece = max(held // 2, smallest)
         return f"{what}; try --set train.micro_batch={piece}, which gives the same result in pieces"
 
+    def about_to_step(self, images: int) -> None:
+        """Before a batch of this many images: an epoch's last may be shared out otherwise."""
+        if images != self._images:
+            self.average_statistics()
+            self._images = images
+
     def average_statistics(self) -> None:
         """Make running statistics the mean over all groups of the world, before they are read."""
         if self.world.size == 1:
             return
-        share = build.share_of_process(self.settings, self.world)
+        images = self._images or self.settings.train.batch_size
+        share = build.share_of_process(self.settings, self.world, images)
         for name, tensor in self.parts.method.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 tensor.mul_(share)
                 dist.all_reduce(tensor)
-
-
-class Decision(NamedTuple):
-    """What the first process decides for all: where, how, on which images, and what to tell."""
-
-    folder: RunFolder
-    settings: Settings
-    images: Index
-    notices: list[str]
 
 
 def open_job(
@@ -163,7 +163,7 @@ def open_job(
     device = choose_device(asked.engine.device, world)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     asking = Asking(asked, stated, splits, device, restarted)
-    folder, settings, images, notices = on_first(world, lambda: _decide(asking, out, resume))
+    folder, settings, images, notices = on_first(world, lambda: decide(asking, out, resume))
     found = renumbered(splits.train, images)
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
@@ -204,85 +204,13 @@ def begun(job: Job) -> Iterator[None]:
         if state is not None:
             job.load(state)
             if (before := state["processes"]) != job.world.size:
+                now = "is 1" if job.world.size == 1 else f"are {job.world.size}"
                 note(
-                    f"the checkpoint was written by {before} process(es), now there are "
-                    f"{job.world.size}: the same computation, up to the order of sums"
+                    f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
+                    f"there {now}: the same computation, up to the order of sums"
                 )
             del state  # or it would live as long as the run
         yield
-
-
-class Asking(NamedTuple):
-    """A command's settings, those its user stated, its images, and the device to run on."""
-
-    settings: Settings
-    stated: Collection[str]
-    splits: Splits
-    device: torch.device
-    restarted: bool  # by torchrun, after processes had failed
-
-    def anew(self, folder: RunFolder) -> Decision:
-        """A new run in this folder."""
-        self.splits.check_classes()
-        settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
-        settings = build.settle(settings, self.device, None)
-        notices = [*self.splits.train.notes, *notices]
-        return Decision(folder, settings, self.splits.train.index(), notices)
-
-    def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
-        """The run that this folder holds, on the images it began with; what speaks against it."""
-        stored = folder.settings()
-        # Killed before its first step, it has no index, and nothing to contradict.
-        index = load_index(folder.index) if folder.index.is_file() else self.splits.train.index()
-        found = renumbered(self.splits.train, index)
-        settings, notices = sizes.fit(self.settings, index.length, self.stated)
-        settings = build.settle(settings, self.device, stored)
-        conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
-        changed = [f"since the run began, {found[1]}"] if found and found[1] else []
-        notices = [*self.splits.train.notes, *changed, *notices]
-        return Decision(folder, settings, index, notices), conflicts
-
-
-def _decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
-    recipe, name = asking.settings.recipe, asking.splits.train.name
-    if out is not None:
-        folder = _named_folder(out, resume)
-        if not folder.is_run:
-            return asking.anew(folder)
-        decision, conflicts = asking.going_on(folder)
-        if conflicts:
-            raise UserError(
-                f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
-                "name another --out, or state the same settings"
-            )
-        return decision
-    if not (resume or asking.restarted):
-        return asking.anew(next_folder(recipe, name))
-    for folder in unfinished(recipe, name):
-        try:
-            decision, conflicts = asking.going_on(folder)
-        except UserError:
-            continue  # another run's broken config.yaml
-        if not conflicts:
-            return decision
-    if not resume:  # it ended before it had a folder
-        return asking.anew(next_folder(recipe, name))
-    raise UserError(
-        f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
-        "settings; leave --resume out to start one"
-    )
-
-
-def _named_folder(out: str | Path, resume: bool) -> RunFolder:
-    folder = RunFolder(Path(out))
-    if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    empty = folder.is_begun or not (folder.path.is_dir() and any(folder.path.iterdir()))
-    if not folder.is_run and not empty:
-        raise UserError(f"--out {out} holds other files and no run; name a new folder")
-    if resume and not folder.is_run:
-        raise UserError(f"--resume: there is no run in {out}; leave it out to start one")
-    return folder
 
 
 def _write_start(job: Job) -> None:

@@ -105,7 +105,8 @@ def ended(reports: Sequence[Mapping[str, Any]], codes: Mapping[int, int]) -> Moc
             return UserError(text)
         return Interrupted(text, code) if code != MocokitError.exit_code else MocokitError(text)
     going_on = "go on from the last checkpoint with the same command and --out RUN_FOLDER"
-    killed = {rank: -code for rank, code in codes.items() if code < 0}
+    # Those that were told to end for another's failure are no cause.
+    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
     for rank, number in killed.items():
         name = signal.Signals(number).name
         memory = " (out of memory, or somebody's kill)" if number == signal.SIGKILL else ""

@@ -116,6 +116,7 @@ def train(job: Job, stop: StopSignals) -> None:
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
             images = job.images_of(step)
+            job.about_to_step(images)
             views = make_batch_views(job, step, batch)
             index = to_device(batch.index, device)
             method.loss_scale = scaler.get_scale()

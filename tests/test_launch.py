@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mocokit
 from mocokit import launch
 from mocokit.engine import checkpoint
 from mocokit.engine.runtime import default_threads
@@ -181,6 +182,29 @@ def test_started_killed_stopped_and_gone_on_with_equals_straight(toy_npz, tmp_pa
     same_run(tmp_path / "straight", out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 21)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+def test_restarted_by_itself_and_gone_on_with_by_fewer(toy_npz, tmp_path, monkeypatch, capsys):
+    """Without --out: the second start must find the folder that the first had chosen."""
+    monkeypatch.chdir(tmp_path)
+    process = start(toy_npz, "--restarts", "1")
+    out = tmp_path / "runs" / f"demo-{toy_npz.stem}-001"
+    wait_for_step(out, 3, process)
+    killed = process_of_rank(process, 1)
+    os.kill(killed, signal.SIGKILL)
+    wait_for_step(out, checkpoint.steps(out / "checkpoints")[-1] + 3, process)
+    assert process_of_rank(process, 1) != killed
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=200)
+    assert process.returncode == 75, text
+    assert "resumed after step" in text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [out.name]
+    settings = {"engine.threads": 1, "method.group_size": 8, "log.every_steps": 1}
+    mocokit.pretrain("demo", toy_npz, epochs=4, batch_size=32, resume=True, settings=settings)
+    said = capsys.readouterr().err
+    assert "written by 2 processes, now there is 1" in said
+    assert checkpoint.load(out / "last.pt")["step"] == 20
 
 
 def test_a_mistake_is_told_once_with_its_code(toy_npz):

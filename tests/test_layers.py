@@ -25,6 +25,7 @@ LAYERS = [
     {"report"},
     {"evaluations"},
     {"job", "export"},
+    {"deciding"},
     {"build"},
     {"build_method"},
     {"evaluate"},

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
 from mocokit.engine.world import World, announced
@@ -40,7 +41,13 @@ def joined_world(device: str) -> Iterator[World]:
     importlib.import_module("torch.distributed.nn.functional")
 
     # The first process scores and saves while the others wait.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    patience = timedelta(hours=1)
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = PrefixStore(f"mocokit/{attempt}", store)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
     try:
         yield world
     except Interrupted as error:
