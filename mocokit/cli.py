@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mocokit import cli_evaluate, launch, recipes, settings as settings_, slurm
+from mocokit import cli_evaluate, launch, recipes, settings as settings_, sizes, slurm
 from mocokit.config import Settings
 from mocokit.errors import MocokitError, UserError
 
@@ -83,6 +83,14 @@ def pretrain(
         return
     from mocokit.engine.world import announced
 
+    launch.end_again()
+    if launch.REPORTS not in os.environ and announced(os.environ) is not None:
+        stated = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
+        if words := [name for name, value in stated.items() if value is not None]:
+            raise UserError(
+                f"{', '.join(words)}: this is a process of several already, started by somebody "
+                "else, who decides on their number; leave it out"
+            )
     if announced(os.environ) is None:
         number = launch.count_processes(asked.engine.device, processes, nodes)
         if number is not None:
@@ -166,6 +174,13 @@ def write_slurm(
     asked, _ = recipes.asked(recipe, data, recipes.merge(flags, changes))
     if out is None:
         raise UserError("name the run folder with --out: a job that goes on must find it again")
+    shares = sizes.count_shares(asked, asked.train.batch_size)
+    if nodes * gpus > shares:
+        raise UserError(
+            f"{nodes * gpus} GPUs for the {shares} batch-norm groups of a batch of "
+            f"{asked.train.batch_size}: each holds whole groups, so ask for fewer, or raise "
+            "--batch-size"
+        )
     options = {"--epochs": epochs, "--batch-size": batch_size, "--seed": seed}
     words = [sys.executable, "-m", "mocokit", "pretrain", *filter(None, (recipe, data))]
     words += ["--out", os.path.abspath(out)]
@@ -197,7 +212,7 @@ def list_recipes() -> None:
 
 def _show(asked: Settings, stated: frozenset[str]) -> None:
     """Every setting as it would run here, with its meaning; what differs; the augmentation."""
-    from mocokit import build, sizes
+    from mocokit import build
     from mocokit.data.source import open_data
     from mocokit.engine.runtime import choose_device
     from mocokit.views.params import describe

@@ -8,18 +8,33 @@ import torch
 
 from mocokit import build, sizes
 from mocokit.config import Settings
-from mocokit.data.source import Index, Splits, load_index, renumbered
+from mocokit.data.source import Index, Source, Splits, load_index, renumbered
 from mocokit.engine.folder import RunFolder, next_folder, unfinished
 from mocokit.errors import UserError
 
 
 class Decision(NamedTuple):
-    """What the first process decides for all: where, how, on which images, and what to tell."""
+    """What the first process decides for all: where, how, on which images, and what to tell.
+
+    It is sent to the others, so it names the images only: a large index is for each to read.
+    """
 
     folder: RunFolder
     settings: Settings
-    images: Index
+    fingerprint: str  # of the images' index: the folder's if there is one, else the data's own
     notices: list[str]
+
+    def images(self, train: Source) -> Index:
+        """The index on this process. Raises UserError where it is another."""
+        index = kept_index(self.folder, train)
+        if index.fingerprint != self.fingerprint:
+            raise UserError("a process sees other images than the first: give all of them the same")
+        return index
+
+
+def kept_index(folder: RunFolder, train: Source) -> Index:
+    """The index that a run began with; the data's own if it was killed before it had one."""
+    return load_index(folder.index) if folder.index.is_file() else train.index()
 
 
 class Asking(NamedTuple):
@@ -37,20 +52,19 @@ class Asking(NamedTuple):
         settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
         settings = build.settle(settings, self.device, None)
         notices = [*self.splits.train.notes, *notices]
-        return Decision(folder, settings, self.splits.train.index(), notices)
+        return Decision(folder, settings, self.splits.train.fingerprint, notices)
 
     def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
-        # Killed before its first step, it has no index, and nothing to contradict.
-        index = load_index(folder.index) if folder.index.is_file() else self.splits.train.index()
+        index = kept_index(folder, self.splits.train)
         found = renumbered(self.splits.train, index)
         settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, stored)
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
         notices = [*self.splits.train.notes, *changed, *notices]
-        return Decision(folder, settings, index, notices), conflicts
+        return Decision(folder, settings, index.fingerprint, notices), conflicts
 
 
 def decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mocokit import build, settings as settings_, sizes
@@ -19,6 +18,7 @@ from mocokit.data.batch import Batch, look
 from mocokit.data.source import Source, Splits, renumbered, save_index
 from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
+from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held
 from mocokit.engine.health import check_weights
@@ -51,7 +51,6 @@ class Job:
     resident: Resident | None = None
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
-    _images: int | None = None  # in the batches since the statistics were averaged
     health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
     def pixels(self, batch: Batch) -> Tensor:
@@ -96,7 +95,6 @@ class Job:
 
         Raises NonFiniteLoss rather than keep weights that are not finite.
         """
-        self.average_statistics()
         self.bad.share()
         check_weights(self.parts.method, self.step)
         if not self.world.writes or self.saved == self.step:
@@ -132,22 +130,11 @@ class Job:
         piece = max(held // 2, smallest)
         return f"{what}; try --set train.micro_batch={piece}, which gives the same result in pieces"
 
-    def about_to_step(self, images: int) -> None:
-        """Before a batch of this many images: an epoch's last may be shared out otherwise."""
-        if images != self._images:
-            self.average_statistics()
-            self._images = images
-
-    def average_statistics(self) -> None:
-        """Make running statistics the mean over all groups of the world, before they are read."""
-        if self.world.size == 1:
-            return
-        images = self._images or self.settings.train.batch_size
-        share = build.share_of_process(self.settings, self.world, images)
-        for name, tensor in self.parts.method.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                tensor.mul_(share)
-                dist.all_reduce(tensor)
+    def average_statistics(self, images: int) -> None:
+        """After a step on a batch of this many images: running statistics are the world's."""
+        if self.world.size > 1:
+            share = build.share_of_process(self.settings, self.world, images)
+            average_statistics(self.parts.method, share)
 
 
 def open_job(
@@ -163,8 +150,9 @@ def open_job(
     device = choose_device(asked.engine.device, world)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     asking = Asking(asked, stated, splits, device, restarted)
-    folder, settings, images, notices = on_first(world, lambda: decide(asking, out, resume))
-    found = renumbered(splits.train, images)
+    decision = on_first(world, lambda: decide(asking, out, resume))
+    folder, settings, _, notices = decision
+    found = renumbered(splits.train, decision.images(splits.train))
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
     splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
@@ -200,7 +188,7 @@ def begun(job: Job) -> Iterator[None]:
         if job.world.writes:
             _write_start(job)
         note = job.speaker.note
-        state = checkpoint.load_newest(job.folder.checkpoints, tell=note)
+        state = _newest(job)
         if state is not None:
             job.load(state)
             if (before := state["processes"]) != job.world.size:
@@ -211,6 +199,21 @@ def begun(job: Job) -> Iterator[None]:
                 )
             del state  # or it would live as long as the run
         yield
+
+
+def _newest(job: Job) -> dict[str, Any] | None:
+    """The newest good checkpoint, which the first process chooses: a disk may show others less."""
+    state: dict[str, Any] | None = None
+
+    def choose() -> int | None:
+        nonlocal state
+        state = checkpoint.load_newest(job.folder.checkpoints, tell=job.speaker.note)
+        return None if state is None else int(state["step"])
+
+    step = on_first(job.world, choose)
+    if step is not None and state is None:
+        return checkpoint.load(job.folder.checkpoints / checkpoint.name_of(step))
+    return state
 
 
 def _write_start(job: Job) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 from mocokit.errors import Interrupted, MocokitError, UserError
 
 REPORTS = "MOCOKIT_REPORTS"  # the environment's name for the folder of reports
+STOPS = (75, 130)
+PATIENCE = 50  # seconds for processes that are told to end; then they are killed
 
 
 def count_processes(device: str, processes: int | None, nodes: int) -> int | None:
@@ -59,6 +61,7 @@ def launch(
     from mocokit.engine.runtime import default_threads
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     # What SIGUSR1 asks of a run, SIGTERM asks too; the starter knows the latter.
     signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="mocokit-") as folder:
@@ -76,41 +79,71 @@ def launch(
 
 
 def report(error: MocokitError) -> bool:
-    """Leave a report of this process's error, if one is wanted."""
+    """Leave a report of this process's error, if one is wanted and can be written."""
     folder = os.environ.get(REPORTS)
-    if folder is None or not os.path.isdir(folder):
+    if folder is None:
         return False
-    rank = int(os.environ.get("RANK", "0"))
-    told = {"rank": rank, "time": time.time(), "code": error.exit_code, "text": str(error)}
-    path = Path(folder) / f"{rank}.json"
-    path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
-    path.with_suffix(".partial").replace(path)
+    rank, attempt = (int(os.environ.get(n, "0")) for n in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    told = {"rank": rank, "attempt": attempt, "time": time.time()}
+    told |= {"code": error.exit_code, "text": str(error)}
+    path = Path(folder) / f"{attempt}-{rank}.json"
+    try:
+        path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
+        path.with_suffix(".partial").replace(path)
+    except OSError:
+        return False
     return True
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
-    """The reports left behind, by time."""
+    """The reports of the latest attempt that left any, by time."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    latest = max((told["attempt"] for told in found), default=0)
+    found = [told for told in found if told["attempt"] == latest]
     return sorted(found, key=lambda told: told["time"])
 
 
+def end_again() -> None:
+    """In a restarted process: raise what a new start cannot help, a mistake or a stop."""
+    if REPORTS in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        for told in read_reports(Path(os.environ[REPORTS])):
+            if told["code"] != MocokitError.exit_code:
+                raise _error(told["code"], told["text"])
+
+
 def ended(reports: Sequence[Mapping[str, Any]], codes: Mapping[int, int]) -> MocokitError:
-    """What to say of processes that did not all finish: their reports, and exit codes by rank."""
-    if reports:
-        first = reports[0]
-        code, text = first["code"], first["text"]
-        if any(told["text"] != text for told in reports) or len(codes) > len(reports):
-            text = f"process {first['rank']}: {text}"
-        if code == UserError.exit_code:
-            return UserError(text)
-        return Interrupted(text, code) if code != MocokitError.exit_code else MocokitError(text)
+    """What to say of processes that did not all finish.
+
+    By their reports, and the exit codes of those that failed, by rank: none if it was the starter
+    that was signalled. Processes that were told to end for another's failure may say that they
+    stopped: that counts only where all who failed say so.
+    """
+    stops = [told for told in reports if told["code"] in STOPS]
+    mistakes = [told for told in reports if told["code"] not in STOPS]
+    if stops and not mistakes and all(code in STOPS for code in codes.values()):
+        return _error(stops[0]["code"], stops[0]["text"])
+    if mistakes:
+        first = mistakes[0]
+        alone = len(codes) > 1 and any(told["text"] != first["text"] for told in reports)
+        alone = alone or len(codes) > len(reports)
+        who = f"process {first['rank']}: " if alone else ""
+        return _error(first["code"], f"{who}{first['text']}")
     going_on = "go on from the last checkpoint with the same command and --out RUN_FOLDER"
-    # Those that were told to end for another's failure are no cause.
-    killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-    for rank, number in killed.items():
-        name = signal.Signals(number).name
-        memory = " (out of memory, or somebody's kill)" if number == signal.SIGKILL else ""
-        return MocokitError(f"process {rank} was ended by {name}{memory}; {going_on}")
-    if codes:
-        return MocokitError(f"process {min(codes)} failed, as told above; {going_on}")
+    ends = [_end(rank, code) for rank, code in sorted(codes.items()) if code not in STOPS]
+    killed = [end for end in ends if "was ended by" in end]
+    if ends:
+        return MocokitError(f"{'; '.join(killed or ends)}; {going_on}")
     return MocokitError(f"stopped before the processes had saved; {going_on}")
+
+
+def _end(rank: int, code: int) -> str:
+    if code >= 0 or -code == signal.SIGTERM:  # told to end for another's failure
+        return f"process {rank} failed, as told above"
+    why = " (out of memory, or somebody's kill)" if -code == signal.SIGKILL else ""
+    return f"process {rank} was ended by {signal.Signals(-code).name}{why}"
+
+
+def _error(code: int, text: str) -> MocokitError:
+    if code in STOPS:
+        return Interrupted(text, code)
+    return UserError(text) if code == UserError.exit_code else MocokitError(text)

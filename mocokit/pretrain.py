@@ -16,6 +16,7 @@ from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
 from mocokit.data.source import open_data
 from mocokit.diagnosis import diagnose
+from mocokit.engine.average import GradientAverage
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.record import Speaker
@@ -26,7 +27,7 @@ from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output, Views
 from mocokit.methods.processes import to_device
-from mocokit.start import calibrate_on_first_group, replicated
+from mocokit.start import calibrate_on_first_group
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 
@@ -101,11 +102,10 @@ def train(job: Job, stop: StopSignals) -> None:
     loader = build.build_loader(settings, job.unread(), job.world, device, job.step, job.bad.known)
     if job.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(job, make_batch_views)
-    model = replicated(method, job)
+    average = GradientAverage(method.trained())
     watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
 
     def score() -> None:
-        job.average_statistics()
         scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
         record.scores(diagnose(job, loader, make_batch_views, scored, stop))
 
@@ -116,19 +116,20 @@ def train(job: Job, stop: StopSignals) -> None:
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
             images = job.images_of(step)
-            job.about_to_step(images)
             views = make_batch_views(job, step, batch)
             index = to_device(batch.index, device)
             method.loss_scale = scaler.get_scale()
             with autocast(device, settings.engine.precision):
-                output: Output = model(views, index, Draw(settings.seed, step, images))
+                output: Output = method(views, index, Draw(settings.seed, step, images))
             watch.note(step + 1, output.loss)
             torch.autograd.backward(scaler.scale(output.loss))
+            average.finish()
             scaler.unscale_(optimizer)
             logged = due.log(step + 1)
             norm = gradient_norm(method.trained()) if logged else None
             if stepped(scaler, optimizer):
                 method.update(output.keep, step, (step + 1) / job.effect.total_steps)
+            job.average_statistics(images)
             optimizer.zero_grad(set_to_none=True)
             job.step = step + 1
             if logged or device.type == "cpu":

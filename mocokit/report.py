@@ -98,7 +98,7 @@ class Recording:
             self.job.bad.share()
         if norm is None:
             return
-        line = self._line(output, norm)
+        line = self._line(output, images, norm)
         if self.metrics:
             self.metrics.write(line)
         self.progress.show(self.job.step, line)
@@ -155,9 +155,11 @@ class Recording:
             self.metrics.close()
         self.progress.close()
 
-    def _line(self, output: Output, norm: Tensor) -> dict[str, Any]:
+    def _line(self, output: Output, images: int, norm: Tensor) -> dict[str, Any]:
         job, method = self.job, self.job.parts.method
-        values = {"loss": output.loss.detach(), **output.metrics, "grad_norm": norm}
+        share = build.share_of_process(job.settings, job.world, images) * job.world.size
+        metrics = {name: value * share for name, value in output.metrics.items()}
+        values = {"loss": output.loss.detach(), **metrics, "grad_norm": norm}
         stacked = torch.stack([value.float() for value in values.values()])
         if job.world.size > 1:
             dist.all_reduce(stacked)
@@ -187,7 +189,6 @@ def recording(job: Job) -> Iterator[Recording]:
 
 def finish(job: Job) -> dict[str, Any]:
     """Score the final weights beside what they must beat; write the backbone and the README."""
-    job.average_statistics()
     result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
     if not job.world.writes:
         return result

@@ -24,15 +24,15 @@ SCRIPT = """\
 # After a failed node or a preemption SLURM starts the job again by itself.
 #SBATCH --requeue
 {extra}
-# This shell outlives a TERM of its own, to see how the run ended.
-trap : TERM
+# The signal above reaches the run alone; one that comes here too is scancel's or a preemption's.
+trap 'cancelled=yes' TERM
 
-# One process for each GPU; if one fails, the others are ended.
-srun --kill-on-bad-exit=1 {command}
+# One process for each GPU; a minute after the first has ended, the others are ended too.
+srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait=60 {command}
 code=$?
 
 # A time limit is no reason for --requeue, so the job asks for it.
-if [ "$code" -eq 75 ]; then
+if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
@@ -55,7 +55,7 @@ def script(
     `options` are further ones of sbatch, such as partition=gpu. Raises UserError for what would
     break the file's lines.
     """
-    if not re.fullmatch(r"(\d+-)?\d{1,3}(:\d{2}){0,2}", time):
+    if not re.fullmatch(r"(\d+-)?\d{1,4}(:\d{2}){0,2}", time):
         raise UserError(f"--time {time}: write 24:00:00, or 2-12:00:00 for two and a half days")
     for option in options:
         if not re.fullmatch(r"[a-z][a-z-]*(=[^\s#]+)?", option):

@@ -1,9 +1,6 @@
 """What is done with a method once, before the first step of a process."""
 
-import warnings
-
 import torch.distributed as dist
-from torch import nn
 
 from mocokit import build
 from mocokit.diagnosis import MakeViews
@@ -11,21 +8,6 @@ from mocokit.engine.world import World
 from mocokit.job import Job
 from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
 from mocokit.nets.heads import calibrate_head
-
-
-def replicated(method: nn.Module, job: Job) -> nn.Module:
-    """The method, with gradients averaged over the processes where there are several.
-
-    Buffers are never broadcast: queues are equal by construction, running statistics are averaged
-    where they are read.
-    """
-    if job.world.size == 1:
-        return method
-    devices = [job.device] if job.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        # torch 2.15 deprecates `broadcast_buffers`, and keeps it for who wants no broadcast at all.
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(method, devices, broadcast_buffers=False)
 
 
 def calibrate_on_first_group(job: Job, make_views: MakeViews) -> None:

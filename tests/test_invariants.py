@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mocokit import recipes
 from mocokit.build_method import build_method
+from mocokit.engine.average import GradientAverage, average_statistics
 from mocokit.engine.optim import build_optimizer
 from mocokit.methods.losses import LOSSES, InfoNCE
 from mocokit.methods.method import Draw
@@ -111,20 +112,27 @@ def test_invariant_03_key_statistics_are_its_own_and_never_averaged():
 
 
 def test_invariant_04_buffers_are_not_broadcast(monkeypatch):
-    """Equality of queues on all processes: test_world.py."""
-    import sys
+    """Of a method, processes exchange gradients and running statistics, and no queue.
 
-    import mocokit
+    Equality of queues on all processes: test_world.py.
+    """
+    method, sent = moco(), []
 
-    assert mocokit.pretrain  # the function; importing it brings the module of that name
-    loop = sys.modules["mocokit.pretrain"]
-    seen = {}
-    monkeypatch.setattr(
-        loop.nn.parallel, "DistributedDataParallel", lambda m, d, **options: seen.update(options)
-    )
-    job = type("Job", (), {"world": type("World", (), {"size": 2}), "device": torch.device("cpu")})
-    loop.replicated(nn.Identity(), job)
-    assert seen == {"broadcast_buffers": False}
+    def all_reduce(tensor, async_op=False):
+        sent.append(tensor.numel())
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    average = GradientAverage(method.trained())
+    sum(parameter.sum() for parameter in method.trained()).backward()
+    average.finish()
+    assert sum(sent) == sum(parameter.numel() for parameter in method.trained())
+    sent.clear()
+    average_statistics(method, 0.5)
+    buffers = dict(method.named_buffers())
+    running = [name for name in buffers if name.endswith(("running_mean", "running_var"))]
+    assert running and sum(sent) == sum(buffers[name].numel() for name in running)
 
 
 @pytest.mark.parametrize(("size", "count"), [(30, 12), (7, 12), (16, 16), (5, 1), (12, 5)])

@@ -37,17 +37,17 @@ class TestAnnounced:
     def test_torchrun(self):
         place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
         found = announced(place | {"MASTER_ADDR": "a", "MASTER_PORT": "7"})
-        assert found == (World(3, 4, 1), 2, "a", 7)
+        assert found == (World(3, 4, 1), 2, False, "a", 7)
         with pytest.raises(UserError, match="MASTER_ADDR"):
             announced(place)
 
     def test_a_step_of_slurm(self):
-        world, local_size, address, port = announced(SLURM_STEP)
-        assert (world, local_size, address) == (World(5, 8, 1), 4, "gpu03")
+        world, local_size, bound, address, port = announced(SLURM_STEP)
+        assert (world, local_size, bound, address) == (World(5, 8, 1), 4, True, "gpu03")
         assert 20000 <= port < 30000
         assert announced(SLURM_STEP | {"SLURM_STEP_ID": "3"}).port != port
         set_by_hand = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}
-        assert announced(SLURM_STEP | set_by_hand)[2:] == ("10.0.0.1", 99)
+        assert announced(SLURM_STEP | set_by_hand)[3:] == ("10.0.0.1", 99)
 
     def test_a_script_of_slurm_is_no_step(self):
         """There, a job's variables are set, though only one process runs."""
@@ -56,7 +56,7 @@ class TestAnnounced:
         assert announced(job | {"SLURM_STEP_NUM_TASKS": "1"}) is None  # srun --pty bash
 
     def test_open_mpi(self):
-        assert announced(mpi(1, 2, 1, 2)) == (World(1, 2, 1), 2, "127.0.0.1", 29500)
+        assert announced(mpi(1, 2, 1, 2)) == (World(1, 2, 1), 2, True, "127.0.0.1", 29500)
         with pytest.raises(UserError, match="MASTER_ADDR, the machine of the first"):
             announced(mpi(5, 8, 1, 4))
         assert announced(mpi(5, 8, 1, 4) | {"MASTER_ADDR": "b"}).address == "b"
@@ -72,11 +72,27 @@ class TestAnnounced:
         assert first_host(hosts) == first
 
 
-def test_processes_of_a_machine_share_its_processors(monkeypatch):
-    alone = default_threads()
-    for name, value in mpi(0, 2, 0, 2).items():
+@pytest.mark.parametrize(
+    ("environment", "there", "mine", "expected"),
+    [
+        ({}, 64, 16, 16),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 64, 64, 8),
+        ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 64, 4, 1),
+        (SLURM_STEP, 64, 6, 6),  # bound to its own already
+        (SLURM_STEP, 64, 64, 16),
+        (mpi(0, 2, 0, 2), 64, 1, 1),
+    ],
+)
+def test_processes_of_a_machine_share_its_processors(
+    environment, there, mine, expected, monkeypatch
+):
+    if environment.get("RANK"):
+        environment = environment | {"MASTER_ADDR": "a"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert default_threads() == max(1, alone // 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: there)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(mine)))
+    assert default_threads() == expected
 
 
 class TestEnded:
@@ -100,6 +116,31 @@ class TestEnded:
         error = launch.ended([], {2: 1})
         assert "process 2 failed" in str(error) and error.exit_code == MocokitError.exit_code
         assert "before the processes had saved" in str(launch.ended([], {}))
+
+    def test_who_ends_for_anothers_failure_has_not_stopped_the_run(self):
+        error = launch.ended([self.told(0, 75, "stopped before the first step")], {0: 75, 1: -9})
+        assert error.exit_code == 1 and "process 1 was ended by SIGKILL" in str(error)
+
+    def test_the_latest_attempt_counts(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(launch.REPORTS, str(tmp_path))
+        for attempt, text in (("0", "old"), ("1", "new")):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+            assert launch.report(MocokitError(text))
+        assert [told["text"] for told in launch.read_reports(tmp_path)] == ["new"]
+
+    def test_a_mistake_or_a_stop_is_not_tried_again(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(launch.REPORTS, str(tmp_path))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        launch.end_again()
+        launch.report(MocokitError("lost a process"))
+        launch.end_again()
+        launch.report(Interrupted("saved", 75))
+        with pytest.raises(Interrupted, match="saved"):
+            launch.end_again()
+
+    def test_a_report_that_cannot_be_written_is_said_instead(self, tmp_path, monkeypatch):
+        monkeypatch.setenv(launch.REPORTS, str(tmp_path / "gone"))
+        assert not launch.report(MocokitError("x"))
 
 
 def test_mistakes_before_the_start():

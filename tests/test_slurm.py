@@ -31,7 +31,9 @@ def test_a_saved_run_is_queued_again_and_no_other(tmp_path, code, asked):
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1234"}
     done = subprocess.run(["bash", file], env=environment, cwd=tmp_path, check=False)
     assert done.returncode == code
-    assert (tmp_path / "srun").read_text().splitlines() == ["--kill-on-bad-exit=1", *words]
+    assert (tmp_path / "srun").read_text().splitlines() == [
+        "--cpus-per-task=8", "--kill-on-bad-exit=0", "--wait=60", *words
+    ]  # fmt: skip
     found = tmp_path / "scontrol"
     assert ([" ".join(found.read_text().split())] if found.exists() else []) == asked
     assert not (tmp_path / "x").exists()
@@ -45,7 +47,7 @@ def test_what_sbatch_reads():
         "#SBATCH --open-mode=append", "#SBATCH --partition=gpu",
     } < set(lines)  # fmt: skip
     first = next(line for line in write().splitlines() if line and not line.startswith("#"))
-    assert first == "trap : TERM"  # sbatch reads no option after the first command
+    assert first == "trap 'cancelled=yes' TERM"  # sbatch reads no option after the first command
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_the_verb(tmp_path, toy_npz):
     subprocess.run([*command, *options, "--out", out], check=True, capture_output=True)
     line = next(line for line in file.read_text().splitlines() if line.startswith("srun"))
     words = shlex.split(line)
-    assert words[2:] == [
+    assert words[4:] == [
         sys.executable, "-m", "mocokit", "pretrain", "mocov2_cifar10", str(toy_npz), "--out",
         str(out), "--epochs", "3", "--set", "optim.lr=0.1",
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Processes compare what each holds a copy of: weights, key encoder, queue or bank, to the bit.
 
-Nothing brings copies together again once they differ: DDP shares gradients, not weights.
+Nothing brings copies together again once they differ: gradients are shared, weights are not.
 """
 
 import torch

@@ -36,8 +36,8 @@ def joined_world(device: str) -> Iterator[World]:
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
-    # Before there is a group: loaded later, as DDP does, it keeps the group alive in the defaults
-    # of its functions, and `_leave` could not end it.
+    # Before there is a group: loaded later, as parts of torch do, it keeps the group alive in the
+    # defaults of its functions, and `_leave` could not end it.
     importlib.import_module("torch.distributed.nn.functional")
 
     # The first process scores and saves while the others wait.
@@ -60,7 +60,7 @@ def joined_world(device: str) -> Iterator[World]:
 def _leave() -> None:
     """End the group and its threads, once every process has done its work.
 
-    A group that outlives this, as a parallel model's cycle would make it, has threads: one that
+    A group that outlives this, as a cycle that holds it would make it, has threads: one that
     frees a tensor while the interpreter ends aborts the process.
     """
     dist.barrier()
@@ -127,11 +127,14 @@ def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "f
 
 def default_threads() -> int:
     """The processors this process may use: its part, where several run on this machine."""
-    count = os.cpu_count() or 1
+    there = count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     found = announced(os.environ)
-    return max(1, count // (found.local_size if found else 1))
+    if found is None:
+        return count
+    part = (there if found.bound else count) // found.local_size
+    return max(1, min(count, part))
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -26,6 +26,7 @@ class Announced(NamedTuple):
 
     world: World
     local_size: int  # processes on this machine
+    bound: bool  # each to processors of its own
     address: str
     port: int
 
@@ -42,16 +43,16 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
         place = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         address, port = get("MASTER_ADDR"), 29500
+    elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # before SLURM, which may have started it
+        place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+        one_machine = get(place[1]) == get(place[3])
+        address, port = ("127.0.0.1" if one_machine else None), 29500
     elif int(get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # not a job's: its script has no step
         place = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
         address = first_host(get("SLURM_STEP_NODELIST", ""))
         # Two steps on one machine need two ports.
         job, step = (int(get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
         port = 20000 + (job * 16 + step) % 10000
-    elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-        one_machine = get(place[1]) == get(place[3])
-        address, port = ("127.0.0.1" if one_machine else None), 29500
     else:
         return None
     address = get("MASTER_ADDR", address)
@@ -65,6 +66,7 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     return Announced(
         World(rank, size, local_rank),
         int(local[0]) if local else 1,
+        place[0] != "RANK",
         address,
         int(get("MASTER_PORT", str(port))),
     )

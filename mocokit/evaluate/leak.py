@@ -45,15 +45,17 @@ def contrast_by_grouping(
     for views, index, draw in steps:
         with moving_once(method, 0), precision():
             images += draw.images
-            trained.append(method(views, index, draw).metrics["contrast_top1"].float())
+            here = len(index)
+            top1 = method(views, index, draw).metrics["contrast_top1"].float()
+            trained.append(top1 * here)
             with _other_groups(method):
                 other = Draw(draw.seed, draw.step + 2**40, draw.images)  # a step no run reaches
-                regrouped.append(method(views, index, other).metrics["contrast_top1"].float())
-    values = torch.stack([torch.stack(trained).mean(), torch.stack(regrouped).mean()])
+                top1 = method(views, index, other).metrics["contrast_top1"].float()
+                regrouped.append(top1 * here)
+    values = torch.stack([torch.stack(trained).sum(), torch.stack(regrouped).sum()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
-        values /= dist.get_world_size()
-    as_trained, otherwise = values.tolist()
+    as_trained, otherwise = (values / images).tolist()
     return {
         "contrast_trained": as_trained,
         "contrast_regrouped": otherwise,

@@ -14,8 +14,8 @@ from mocokit.methods.similarity import Negatives
 class Contrast:
     """Compares the queries of a step, all at once or piece by piece; `queries` of each image.
 
-    A loss is this process's share: its mean over the processes, which DDP takes however uneven
-    their shares are, is the mean over all queries of the global batch.
+    A loss is this process's share: its mean over the processes, however uneven their shares are,
+    is the mean over all queries of the global batch.
     """
 
     def __init__(self, loss: Loss, plan: GroupPlan, queries: int = 1) -> None:

@@ -5,7 +5,7 @@ vectors of the batch with each other is differentiated by GradCache (arXiv 2101.
 everything without gradient, differentiate the loss by the vectors, then encode each piece again and
 hand it its part of that gradient. Memory then grows with the piece and not with the batch, for one
 more forward. Either way the result is a loss like any other, whose backward only delivers what was
-computed here: neither the loop nor DDP knows.
+computed here: the loop does not know.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,16 +26,17 @@ def loss_in_pieces(
     loss_of: LossOf,
     parameters: Iterable[nn.Parameter],
     *,
+    undivided: bool,
     together: bool,
     scale: float = 1.0,
 ) -> Tensor:
     """The sum of the pieces' losses; or, `together`, the loss of all their vectors at once.
 
-    Without gradients being recorded, or for a single piece, nothing is differentiated here. `scale`
-    is the caller's loss scaling: it must be on the loss while gradients are float16, and is taken
-    off again here.
+    Without gradients being recorded, or `undivided`, nothing is differentiated here; all processes
+    must agree on that, since a loss may ask others for their vectors. `scale` is the caller's loss
+    scaling: it must be on the loss while gradients are float16, and is taken off again here.
     """
-    if len(pieces) == 1 or not torch.is_grad_enabled():
+    if undivided or not torch.is_grad_enabled():
         vectors = encoding.all(pieces)
         return loss_of(vectors, slice(0, len(vectors)))
     gradients = _Gradients(parameters, scale)

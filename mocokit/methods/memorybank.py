@@ -87,6 +87,7 @@ class MemoryBank(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
+            undivided=plan.undivided(),
             # NCE's constant is estimated from all scores of the first batch.
             together=self.loss.coupled or self.noise,
             scale=self.loss_scale,

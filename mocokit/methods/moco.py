@@ -103,6 +103,7 @@ class MoCo(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
+            undivided=plan.undivided(),
             together=self.loss.coupled,
             scale=self.loss_scale,
         )

@@ -42,13 +42,21 @@ class GroupPlan:
         self.counts = [sum(sizes[share]) for share in shares]  # images of each process
         start = sum(self.counts[:rank])
         self.own = slice(start, start + self.counts[rank])
-        self._sizes = [self.counts[rank]] if whole else sizes[shares[rank]]
-        self._micro_batch = micro_batch
+        self._sizes = [[sum(sizes[share])] if whole else sizes[share] for share in shares]
+        self._rank, self._micro_batch = rank, micro_batch
 
     def pieces(self, views: int = 1) -> list[Piece]:
         """Pieces of this process's images, or of several views of them one after another."""
+        return self._pieces(self._rank, views)
+
+    def undivided(self, views: int = 1) -> bool:
+        """Whether every process does its images in one piece: they must go the same way."""
+        return all(len(self._pieces(rank, views)) == 1 for rank in range(self.world))
+
+    def _pieces(self, rank: int, views: int) -> list[Piece]:
         # With `whole` statistics, of all views together.
-        sizes = [sum(self._sizes) * views] if self.whole else self._sizes * views
+        own = self._sizes[rank]
+        sizes = [sum(own) * views] if self.whole else own * views
         return _cut(sizes, self._micro_batch or sum(sizes))
 
     def key_order(self, draw: Draw, shuffle: bool) -> NDArray[np.int64]:

@@ -62,6 +62,7 @@ class SimCLR(Method):
             plan.pieces(views=2),
             lambda vectors, _: self.contrast(vectors, index, np.argsort(order), contrast),
             self.trained(),
+            undivided=plan.undivided(views=2),
             together=True,
             scale=self.loss_scale,
         )

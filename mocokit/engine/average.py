@@ -1,0 +1,94 @@
+"""Gradients, averaged over processes while backward goes on.
+
+Not by DDP: it lays its buckets out anew after a process's first step, and where a number lies in a
+bucket decides in which order a ring of three or more adds it up. A resumed run would not be the
+straight one bit for bit. Here the layout follows from the parameters alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET = 25 * 2**20  # bytes sent at a time
+
+
+class GradientAverage:
+    """Replaces the gradients of parameters by their mean over all processes; call `finish` for it.
+
+    Buckets of gradients are sent in a fixed order, each once it and those before are complete: the
+    last parameters first, whose gradients come first.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._buckets: list[list[nn.Parameter]] = []
+        if not (dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        size = BUCKET
+        for parameter in reversed([*parameters]):
+            if size + parameter.nbytes > BUCKET:
+                self._buckets.append([])
+                size = 0
+            self._buckets[-1].append(parameter)
+            size += parameter.nbytes
+        for number, bucket in enumerate(self._buckets):
+            for parameter in bucket:
+                hook = partial(self._came, number)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._sent: list[tuple[Tensor, dist.Work | None]] = []
+
+    def _came(self, number: int, parameter: Tensor) -> None:
+        self._missing[number] -= 1
+        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        gradients = _gradients(self._buckets[len(self._sent)])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]) / dist.get_world_size()
+        self._sent.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def finish(self) -> None:
+        """After backward, on all processes."""
+        while len(self._sent) < len(self._buckets):  # a parameter had no gradient here
+            self._send()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            if work is not None:
+                work.wait()
+            gradients = _gradients(bucket)
+            _unpack(flat, gradients)
+        self._begin()
+
+
+def _gradients(bucket: Sequence[nn.Parameter]) -> list[Tensor]:
+    for parameter in bucket:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in bucket if parameter.grad is not None]
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module, share: float) -> None:
+    """Make running batch-norm statistics the mean over all groups of the world.
+
+    `share` is this process's part of the batch. After every step: were it done when weights are
+    saved, the clock that decides on a save would change the numbers.
+    """
+    names = ("running_mean", "running_var")
+    tensors = [t for name, t in module.named_buffers() if name.endswith(names)]
+    if not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) * share
+    dist.all_reduce(flat)
+    _unpack(flat, tensors)
+
+
+def _unpack(flat: Tensor, tensors: list[Tensor]) -> None:
+    """Copy what lies one after another into tensors."""
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [p.view(t.shape) for p, t in zip(parts, tensors, strict=True)])
