@@ -96,7 +96,9 @@ class DetectionTrial:
         if step % LOG_STEPS == 0 or losses["loss"].device.type == "cpu":
             text = " · ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
             name = self.folder.path.name
-            self._status.show(f"{name} · step {step}/{total} · {text} · {self._left}", step == total)
+            self._status.show(
+                f"{name} · step {step}/{total} · {text} · {self._left}", step == total
+            )
 
     def _save(self, trainer: Trainer) -> None:
         checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state())

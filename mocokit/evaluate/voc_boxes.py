@@ -17,7 +17,9 @@ Size = tuple[int, int]  # height, width
 
 def anchor_cells(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """(sizes x ratios, 4): boxes around 0 of area size^2 and height / width = ratio, unrounded."""
-    sides = torch.tensor([[size / ratio**0.5, size * ratio**0.5] for size in sizes for ratio in ratios])
+    sides = torch.tensor(
+        [[size / ratio**0.5, size * ratio**0.5] for size in sizes for ratio in ratios]
+    )
     return torch.cat([-sides / 2, sides / 2], 1)
 
 

@@ -78,7 +78,9 @@ class Problems:
 Advance = Callable[[int], None]
 
 
-def read_voc(folders: Sequence[tuple[Path, str]], problems: Problems, advance: Advance) -> list[Raw]:
+def read_voc(
+    folders: Sequence[tuple[Path, str]], problems: Problems, advance: Advance
+) -> list[Raw]:
     """The images of the lists named, (a folder like VOC2007, a list of its ImageSets/Main)."""
     found = []
     for folder, name in folders:

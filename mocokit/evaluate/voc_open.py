@@ -38,9 +38,7 @@ class Data(NamedTuple):
     devkit: bool  # VOC 2007 and 2012 themselves, or folders named like them
 
 
-def open_boxes(
-    data: str | Path, split: str, classes: tuple[str, ...], counting: Counting
-) -> Data:
+def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting: Counting) -> Data:
     """Read a data set; `classes` empty means all that the training images show.
 
     Raises UserError where it has no such layout.

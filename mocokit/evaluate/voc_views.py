@@ -118,10 +118,14 @@ def pairs(
             levels = _to(torch.from_numpy(one.pixels), device).permute(2, 0, 1)
             place[:, :height, :width] = (levels / 255 - shift) / scale
         groups.append(Images(pixels.contiguous(memory_format=torch.channels_last), sizes))
-        targets.append([
-            Target(_to(torch.from_numpy(v.boxes), device), _to(torch.from_numpy(v.labels), device))
-            for v in some
-        ])
+        targets.append(
+            [
+                Target(
+                    _to(torch.from_numpy(v.boxes), device), _to(torch.from_numpy(v.labels), device)
+                )
+                for v in some
+            ]
+        )
     return groups, targets
 
 
