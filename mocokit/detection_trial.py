@@ -36,7 +36,6 @@ class DetectionTrial:
     """What a trial works with. `every` steps it is tested on the way; 0: at the end alone."""
 
     folder: RunFolder
-    make: Callable[[], Trainer]
     test_data: Boxes
     every: int
     pictures: int
@@ -48,13 +47,16 @@ class DetectionTrial:
         self._status, self._left = StatusLine(self.speaker.console), ""
         self._saved_at = time.monotonic()
 
-    def run(self) -> dict[str, Any]:
-        """The trial's result, found now or earlier. Raises Interrupted once saved."""
+    def run(self, make: Callable[[], Trainer]) -> dict[str, Any]:
+        """The trial's result, found now or earlier. Raises Interrupted once saved.
+
+        `make` gives the trainer as it is before the first step.
+        """
         if self.result_path.is_file():
             found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
             return found
         with held(self.folder):
-            trainer = self.make()
+            trainer = make()
             state = checkpoint.load_newest(self.folder.checkpoints)
             if state is not None:
                 trainer.load(state)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mocokit import build, export, recipes
+from mocokit import build, export, foreign, recipes
 from mocokit.build_method import build_encoder
 from mocokit.chance import Slot
 from mocokit.config import Settings
@@ -90,6 +90,8 @@ def _subject(
 
 
 def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+    if path.suffix in foreign.SUFFIXES and path.is_file():
+        return _open_foreign(path, place, layer, seed)
     folder = folder_of(path)
     if path.is_dir() and folder is None:
         raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
@@ -140,6 +142,25 @@ def folder_of(path: Path) -> RunFolder | None:
 def _random_backbone(model: str, seed: int) -> nn.Module:
     seed_libraries(seed, 0, Slot.INITIALISE)
     return build_backbone(model)
+
+
+def _open_foreign(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+    """A ResNet of the authors' or of torchvision, with the views of ImageNet."""
+    if layer == "head":
+        raise UserError(f"{path} is judged by its backbone; only our own runs have a head")
+    model, state = foreign.read_resnet(path)
+    spec = build.view_spec(recipes.mocov2())
+    network = build_backbone(model)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit {model} ({reason})") from None
+
+    def untrained() -> Subject:
+        return place("random weights", _random_backbone(model, seed), spec, model)
+
+    return Opened(place(path.name, network, spec, model), untrained, None, None)
 
 
 def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:

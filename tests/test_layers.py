@@ -14,15 +14,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"cli_evaluate"},
-    {"evaluating"},
-    {"trial"},
+    {"evaluating", "detecting"},
+    {"trial", "detection_report"},
     {"subjects"},
     {"check", "pack"},
     {"pretrain"},
     {"diagnosis"},
     {"report"},
-    {"evaluations"},
-    {"job", "export"},
+    {"evaluations", "detection_trial"},
+    {"job", "export", "foreign"},
     {"build"},
     {"build_method"},
     {"evaluate"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"settings"},
     {"config"},
     {"places"},
-    {"errors", "chance"},
+    {"errors", "chance", "paper"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 

@@ -1,4 +1,4 @@
-"""Average precision against a slow transcription of the devkit's rule, by hand, and against COCO."""
+"""Average precision against a slow transcription of the devkit, by hand, and against COCO."""
 
 import contextlib
 import io

@@ -43,9 +43,9 @@ def average_precision(
     """The average precision in [0, 1] of one class at one overlap.
 
     Detections are (image, score, box), ground truths (image, box) or (image, box, difficult), boxes
-    (left, top, right, bottom). `voc07` is the mean of precision at 11 recalls (VOC 2007), `area` the
-    area under the curve (VOC 2010 on): a detection is right if its overlap with the box that it
-    overlaps most is more than `iou` and no better one took that box; areas count the last pixel.
+    (left, top, right, bottom). `voc07` is the mean of precision at 11 recalls (VOC 2007), `area`
+    the area under the curve (VOC 2010 on): a detection is right if its overlap with the box that it
+    overlaps most is more than `iou` and no surer one took that box; areas count the last pixel.
     `coco` is COCO's mean over 101 recalls: overlaps of at least `iou`, plain areas. Equal scores
     keep the order in which they are given. 0 where there is nothing to find.
     """
@@ -140,7 +140,10 @@ def overlaps(
     union = area + other - shared
     if crowd is not None:
         union = np.where(crowd[None], area, union)
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    shares: NDArray[np.float64] = np.divide(
+        shared, union, out=np.zeros_like(shared), where=union > 0
+    )
+    return shares
 
 
 def _eleven_points(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
@@ -204,9 +207,8 @@ def precisions(
 
 def as_written(detection: Detection) -> Detection:
     """A detection in coordinates from 0, as detectron2 writes it for VOC: from 1, and rounded."""
-    left, top, right, bottom = (
-        float(f"{value:.1f}")
-        for value in np.float32(detection.box) + np.float32([1, 1, 0, 0])  # its boxes are float32
-    )
+    # float32, as its boxes are.
+    corners = np.array(detection.box, np.float32) + np.array([1, 1, 0, 0], np.float32)
+    left, top, right, bottom = (float(f"{value:.1f}") for value in corners)
     score = float(f"{detection.score:.3f}")
     return Detection(detection.image, score, (left, top, right, bottom))

@@ -5,6 +5,7 @@ norm: MoCo v1, arXiv 1911.05722, appendix.
 """
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,8 @@ class Detector(nn.Module):
         self.score, self.change = nn.Linear(width, classes + 1), nn.Linear(width, 4 * classes)
         for layer in (self.rpn_conv, self.rpn_object, self.rpn_change, self.score, self.change):
             nn.init.normal_(layer.weight, std=0.001 if layer is self.change else 0.01)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         self.rpn_coder, self.head_coder = coder((1, 1, 1, 1)), coder((10, 10, 5, 5))
         self.rpn_matcher = Matcher(plan.rpn_high, plan.rpn_low, allow_low_quality_matches=True)
         self.head_matcher = Matcher(plan.roi_overlap, plan.roi_overlap)
@@ -116,9 +118,9 @@ class Detector(nn.Module):
             start += len(boxes)
             moved = self.head_coder.decode_single(changes[part], boxes).view(len(boxes), -1, 4)
             sure = scores[part].softmax(1)[:, :-1]
-            plan = self.plan
-            limits = {"score": plan.score, "overlap": plan.nms, "most": plan.detections}
-            found.append(Found(*select(moved, sure, size, **limits)))
+            score, overlap, most = self.plan.score, self.plan.nms, self.plan.detections
+            kept = select(moved, sure, size, score=score, overlap=overlap, most=most)
+            found.append(Found(*kept))
         return found
 
     def _rpn(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +128,7 @@ class Detector(nn.Module):
         hidden = F.relu(self.rpn_conv(maps))
         logits = self.rpn_object(hidden).permute(0, 2, 3, 1).flatten(1)
         changes = self.rpn_change(hidden).permute(0, 2, 3, 1).reshape(*logits.shape, 4)
-        anchors = anchors_of(self.cells, *maps.shape[2:], self.stride)
+        anchors = anchors_of(self.cells, maps.shape[2], maps.shape[3], self.stride)
         return logits.float(), changes.float(), anchors
 
     def _rpn_losses(
@@ -148,9 +150,9 @@ class Detector(nn.Module):
         plan, training = self.plan, self.training
         before = plan.pre_nms_train if training else plan.pre_nms_test
         after = plan.post_nms_train if training else plan.post_nms_test
-        limits = {"before": before, "after": after, "overlap": plan.rpn_nms}
+        limit = partial(propose, before=before, after=after, overlap=plan.rpn_nms)
         return [
-            propose(self.rpn_coder.decode_single(change, anchors), logit, size, **limits)
+            limit(self.rpn_coder.decode_single(change, anchors), logit, size)
             for logit, change, size in zip(logits, changes, sizes, strict=True)
         ]
 

@@ -19,7 +19,7 @@ from mocokit.evaluate.voc_xml import Annotated, BadAnnotation, read_xml
 
 Style = Literal["voc", "coco"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-_LISTS = {"train": ("trainval", "train"), "test": ("test", "val")}
+LISTS = {"train": ("trainval", "train"), "test": ("test", "val")}
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mocokit.data.decode import BadImage, read_file
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_data import (
-    _LISTS,
+    LISTS,
     Advance,
     Boxes,
     Problems,
@@ -100,12 +100,12 @@ def _voc(train: list[tuple[Path, str]], test: list[tuple[Path, str]]) -> tuple[S
 
 
 def _list(root: Path, side: str) -> str:
-    for name in _LISTS[side]:
+    for name in LISTS[side]:
         if (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
             return name
     raise UserError(
         f"{root}/ImageSets/Main lists no {side} images: it has neither "
-        f"{' nor '.join(f'{name}.txt' for name in _LISTS[side])}"
+        f"{' nor '.join(f'{name}.txt' for name in LISTS[side])}"
     )
 
 

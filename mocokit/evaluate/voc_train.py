@@ -24,7 +24,7 @@ from mocokit.evaluate.voc_c4 import Detector
 from mocokit.evaluate.voc_data import Boxes
 from mocokit.evaluate.voc_plan import Plan
 from mocokit.evaluate.voc_views import Training, View, ahead, pairs, view
-from mocokit.nets.batchnorm import GroupedBatchNorm2d, _layers
+from mocokit.nets.batchnorm import GroupedBatchNorm2d
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Trainer:
         As fvcore's update_bn_stats, through the whole detector in training mode. Afterwards
         everything is as it was: a test changes nothing of training.
         """
-        layers = list(_layers(self.detector))
+        layers = [m for m in self.detector.modules() if isinstance(m, GroupedBatchNorm2d)]
         before = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
         momenta = [layer.momentum for layer in layers]
         if self.plan.precise_bn:
@@ -120,7 +120,7 @@ class Trainer:
                     layer.get_buffer(name).copy_(value)
 
     @torch.no_grad()
-    def _average(self, layers: list[Any], tell: Callable[[int, int], None]) -> None:
+    def _average(self, layers: list[GroupedBatchNorm2d], tell: Callable[[int, int], None]) -> None:
         for layer in layers:
             layer.momentum = None  # a plain average over batches
             layer.num_batches_tracked.zero_()
