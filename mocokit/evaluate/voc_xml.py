@@ -76,7 +76,7 @@ def read_xml(path: Path) -> tuple[list[Annotated], list[str]]:
         parser.Parse(read_file(path), True)
     except FileNotFoundError:
         raise BadAnnotation("there is no such annotation") from None
-    except (OSError, BadImage, ValueError, expat.ExpatError) as error:
+    except (OSError, BadImage, ValueError, LookupError, expat.ExpatError) as error:
         raise BadAnnotation(" ".join(str(error).split())[:120]) from None
     objects, reasons = [], []
     for number, fields in enumerate(reader.objects, start=1):
@@ -95,4 +95,6 @@ def _object(fields: dict[tuple[str, ...], str]) -> Annotated:
         left, top, right, bottom = (float(fields[("bndbox", corner)]) for corner in _CORNERS)
     except (KeyError, ValueError):
         raise BadAnnotation(f"{name} has no box of four numbers") from None
+    if not (right > left and bottom > top):
+        raise BadAnnotation(f"{name} has a box without area")
     return Annotated(name, (left, top, right, bottom), fields.get(("difficult",), "0") == "1")
