@@ -58,3 +58,35 @@ def shapes(draw):
             pen.rectangle(corners, fill=(60, 60, 230))
         objects.append((name, (left + 1, top + 1, left + across, top + down)))
     return picture, xml(objects)
+
+
+SMALL = {
+    "sides": (72, 84),
+    "test_side": 72,
+    "anchor_sizes": (16.0, 32.0, 48.0),
+    "rpn_batch": 32,
+    "roi_batch": 16,
+    "roi_positive": 0.5,
+    "pre_nms_train": 200,
+    "post_nms_train": 50,
+    "pre_nms_test": 200,
+    "post_nms_test": 30,
+    "pooled": 6,
+    "precise_bn": 6,
+    "lr": 0.05,
+}
+
+
+def tiny_network(name="resnet_of_tests"):
+    """Register a ResNet of four one-block stages with timm, under the name returned."""
+    import timm
+    from timm.models.resnet import BasicBlock, ResNet
+
+    def entry(pretrained=False, num_classes=0, **others):
+        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, channels=(16, 32, 64, 64))
+
+    entry.__name__ = name
+    entry.__module__ = __name__
+    if not timm.is_model(name):
+        timm.models.register_model(entry)
+    return name

@@ -74,7 +74,8 @@ def plan_for(
     last, and change nothing else. Raises UserError.
     """
     stated = dict(settings or {})
-    images = stated.get("ims_per_step", ims_per_step) or IMAGES
+    images = stated.get("ims_per_step", ims_per_step)
+    images = IMAGES if images is None else images
     if not isinstance(images, int) or images < 1:
         raise UserError(f"ims_per_step {images!r} must be a number of images, at least 1")
     steps = stated.get("iterations", iterations)

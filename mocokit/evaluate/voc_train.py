@@ -19,8 +19,16 @@ from mocokit.data.decode import BadImage
 from mocokit.engine.health import FiniteWatch, check_weights
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import NonFiniteLoss
-from mocokit.evaluate.voc_ap import Detection, Metric, Precisions, Truth, as_written, precisions
-from mocokit.evaluate.voc_c4 import Detector
+from mocokit.evaluate.voc_ap import (
+    Box,
+    Detection,
+    Metric,
+    Precisions,
+    Truth,
+    as_written,
+    precisions,
+)
+from mocokit.evaluate.voc_c4 import Detector, Found
 from mocokit.evaluate.voc_data import Boxes
 from mocokit.evaluate.voc_plan import Plan
 from mocokit.evaluate.voc_views import Training, View, ahead, pairs, view
@@ -196,18 +204,22 @@ def test(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Tes
         groups, _ = pairs([seen], trainer.mean, trainer.std, trainer.device)
         with torch.no_grad(), autocast(trainer.device, trainer.precision):
             result = detector.detect(groups[0])[0]
-        right, down = seen.scale
-        height, width = seen.size
-        boxes = result.boxes.cpu().double() / torch.tensor([right, down, right, down]).double()
-        limits = torch.tensor([width, height, width, height]).double()
-        boxes = torch.minimum(boxes.clamp(min=0), limits)
-        for box, score, label in zip(
-            boxes.tolist(), result.scores.tolist(), result.classes.tolist(), strict=True
-        ):
-            left, top, right_, bottom = box
-            if right_ > left and bottom > top:
-                found[label].append(Detection(number, score, (left, top, right_, bottom)))
+        for box, score, label in _in_the_file(result, seen):
+            found[label].append(Detection(number, score, box))
     return Tested(found, bad)
+
+
+def _in_the_file(found: Found, seen: View) -> Iterator[tuple[Box, float, int]]:
+    """What was found in the pixels of the file's picture; boxes that vanish there are left out."""
+    (right, down), (height, width) = seen.scale, seen.size
+    scale = torch.tensor([right, down, right, down], dtype=torch.float64)
+    limits = torch.tensor([width, height, width, height], dtype=torch.float64)
+    boxes = torch.minimum((found.boxes.cpu() / scale).clamp(min=0), limits)
+    for (left, top, end, bottom), score, label in zip(
+        boxes.tolist(), found.scores.tolist(), found.classes.tolist(), strict=True
+    ):
+        if end > left and bottom > top:
+            yield (left, top, end, bottom), score, label
 
 
 def _look(data: Boxes, plan: Plan, number: int) -> View | str:
