@@ -66,14 +66,14 @@ def evaluate_voc(
     place = choose_device(device)
     precision = _precision(precision, place)
     opened = open_subject(run, place, seed=seed)
-    prepare(place, torch.get_num_threads(), deterministic=False)
     boxes = open_boxes(data, split, tuple(classes), speaker.counting)
     names = boxes.train.classes
     Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
     random = opened.untrained is None  # then each trial draws its own weights
     identity = _identity(opened, boxes, plan, precision)
     home = opened.folder.path if opened.folder else ROOT
-    folder = _claim(Path(out).expanduser() if out is not None else home / _name(identity), identity)
+    folder = Path(out).expanduser() if out is not None else home / _name(identity)
+    prepare(place, _claim(folder, identity), deterministic=False)
 
     def trainer(own: int) -> Trainer:
         again = random and own != seed
@@ -132,21 +132,24 @@ def _name(identity: Mapping[str, Any]) -> str:
     return f"voc-{hashlib.blake2b(text, digest_size=4).hexdigest()}"
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> Path:
-    """The folder, begun or gone on with. Raises UserError where another evaluation lies there."""
-    path = folder / "identity.json"
+def _claim(folder: Path, identity: Mapping[str, Any]) -> int:
+    """Begin the folder, or go on with it; the number of threads, which sums on a CPU depend on.
+
+    Raises UserError where another evaluation lies there.
+    """
+    path, threads = folder / "identity.json", torch.get_num_threads()
     try:
-        if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
-            differing = [k for k in identity if there.get(k) != identity[k]]
-            if differing:
-                shown = ", ".join(f"{k} ({there.get(k)} there)" for k in differing)
-                raise UserError(f"{folder} holds another evaluation: {shown}; give another --out")
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**identity, "threads": threads}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+            return threads
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in identity if there[name] != identity[name]]
+        threads = int(there["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot use {folder} ({error}); choose another --out") from None
-    return folder
+    if differing:
+        shown = ", ".join(f"{name} ({there[name]} there)" for name in differing)
+        raise UserError(f"{folder} holds another evaluation: {shown}; give another --out")
+    return threads

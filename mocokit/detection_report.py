@@ -61,6 +61,8 @@ class DetectionReport:
             f"{data.split}; {plan.iterations:,} steps of {plan.ims_per_step} images, lr "
             f"{plan.lr:g}; {self.precision} on {self.device}"
         )
+        if self._network.startswith("resnet50"):
+            say(f"about {memory_gib(plan, self.precision):.0f} GiB for what a step keeps")
         for note in self._of_data(MAX_NAMED):
             say(f"note: {note}", "yellow")
         if found := self.differences():
@@ -185,6 +187,17 @@ class DetectionReport:
         inside = home is not None and folder.is_relative_to(home)
         paths = [path for path in there if path.is_file()]
         return [str(path.relative_to(home) if inside and home else path) for path in paths]
+
+
+def memory_gib(plan: Plan, precision: str) -> float:
+    """What autograd keeps in a step of R50-C4, from counts on a CPU (docs/log.md, 2026-11-24).
+
+    For images of 4 to 3 at the largest side; buffers of kernels come on top.
+    """
+    pixels = max(plan.sides) ** 2 * 4 / 3 / 1e6
+    regions = plan.roi_batch * (plan.pooled / 14) ** 2
+    kept = plan.ims_per_step * (0.777 * pixels + 0.00253 * regions)
+    return kept * (2 if precision == "float32" else 1)
 
 
 def _cells(scores: Mapping[str, float]) -> list[str]:

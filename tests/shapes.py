@@ -64,7 +64,7 @@ SMALL = {
     "sides": (72, 84),
     "test_side": 72,
     "anchor_sizes": (16.0, 32.0, 48.0),
-    "rpn_batch": 32,
+    "rpn_batch": 16,
     "roi_batch": 16,
     "roi_positive": 0.5,
     "pre_nms_train": 200,
@@ -73,7 +73,7 @@ SMALL = {
     "post_nms_test": 30,
     "pooled": 6,
     "precise_bn": 6,
-    "lr": 0.05,
+    "lr": 0.1,
 }
 
 
