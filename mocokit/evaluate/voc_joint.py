@@ -1,8 +1,8 @@
 """A ResNet run on several batches of images at once, with one set of batch statistics.
 
-Images of a step differ in size. Padding all of them to the largest would fill a third of the maps
-with nothing, which batch norm would count. So they go in pairs of like shape, as on the authors' 8
-GPUs, layer by layer, and each batch norm sees the pixels of all pairs as one batch.
+Images of a step differ in size. Padding all of them to the largest would fill half of the maps with
+nothing, which batch norm would count. So they go in pairs of like shape, as on the authors' 8 GPUs,
+layer by layer, and each batch norm sees the pixels of all pairs as one batch.
 """
 
 from collections.abc import Sequence
