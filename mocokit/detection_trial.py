@@ -18,7 +18,7 @@ from mocokit.engine.stop import StopSignals
 from mocokit.evaluate import voc_pictures
 from mocokit.evaluate.voc_ap import Precisions
 from mocokit.evaluate.voc_data import Boxes
-from mocokit.evaluate.voc_train import Trainer, test
+from mocokit.evaluate.voc_train import Trainer, detect_in
 
 SAVE_SECONDS = 600.0  # between checkpoints; when one is written changes no number
 LOG_STEPS = 20
@@ -44,7 +44,8 @@ class DetectionTrial:
 
     def __post_init__(self) -> None:
         self.result_path = self.folder.path / "result.json"
-        self._status, self._left = StatusLine(self.speaker.console), ""
+        self._status: StatusLine | None = None  # there can be one on a terminal
+        self._left = ""
         self._saved_at = time.monotonic()
 
     def run(self, make: Callable[[], Trainer]) -> dict[str, Any]:
@@ -68,6 +69,7 @@ class DetectionTrial:
                 result = self._result(trainer, started=time.perf_counter())
             finally:
                 self._status.close()
+                self._status = None
                 metrics.close()
             _write(self.result_path, json.dumps(result, indent=1) + "\n")
         return result
@@ -97,10 +99,11 @@ class DetectionTrial:
     def _show(self, losses: dict[str, Tensor], step: int, total: int) -> None:
         if step % LOG_STEPS == 0 or losses["loss"].device.type == "cpu":
             text = " · ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-            name = self.folder.path.name
-            self._status.show(
-                f"{name} · step {step}/{total} · {text} · {self._left}", step == total
-            )
+            self._tell(f"step {step}/{total} · {text} · {self._left}", step == total)
+
+    def _tell(self, text: str, last: bool = False) -> None:
+        assert self._status is not None
+        self._status.show(f"{self.folder.path.name} · {text}", last)
 
     def _save(self, trainer: Trainer) -> None:
         checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state())
@@ -129,13 +132,13 @@ class DetectionTrial:
     def _test(self, trainer: Trainer) -> tuple[Any, dict[str, float], dict[str, Precisions]]:
         def tell(what: str) -> Callable[[int, int], None]:
             def line(done: int, total: int) -> None:
-                self._status.show(f"{self.folder.path.name} · {what} {done:,} of {total:,}")
+                self._tell(f"{what} {done:,} of {total:,}")
                 self._stop_if_asked(trainer)
 
             return line
 
         with trainer.precise(tell("precise batch norm: batch")):
-            tested = test(trainer, self.test_data, tell("test: image"))
+            tested = detect_in(trainer, self.test_data, tell("test: image"))
         scores = tested.scores(self.test_data)
         main = next(iter(scores.values()))
         return tested, scored(main), {str(name): one for name, one in scores.items()}

@@ -113,7 +113,7 @@ def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatc
 
 
 def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", detection_trial.test
+    out, real = tmp_path / "out", detection_trial.detect_in
 
     def interrupted(trainer, data, tell):
         if trainer.step == 4 and not (out / "seen").exists():
@@ -121,7 +121,7 @@ def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         return real(trainer, data, tell)
 
-    monkeypatch.setattr(detection_trial, "test", interrupted)
+    monkeypatch.setattr(detection_trial, "detect_in", interrupted)
     with pytest.raises(Interrupted):
         evaluate(root, out)
     found = evaluate(root, out)

@@ -19,7 +19,7 @@ from mocokit.evaluate.voc_c4 import Detector, Images, Target
 from mocokit.evaluate.voc_data import Sample
 from mocokit.evaluate.voc_joint import cut_resnet, joint, whole_norm
 from mocokit.evaluate.voc_plan import Plan, plan_for
-from mocokit.evaluate.voc_train import Trainer, parameter_groups, test as find
+from mocokit.evaluate.voc_train import Trainer, detect_in, parameter_groups
 from mocokit.evaluate.voc_views import Training, pairs, resized, view
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
@@ -299,6 +299,14 @@ def test_losses():
         assert float(ours[name].detach()) == pytest.approx(value, rel=1e-4), name
 
 
+def test_nothing_proposed_is_nothing_found():
+    network = detector().eval()
+    with torch.no_grad():
+        network.rpn_change.bias.fill_(math.nan)
+    found = network.detect(Images(torch.randn(1, 3, 64, 96), [(64, 96)]))[0]
+    assert [len(part) for part in found] == [0, 0, 0] and found.boxes.shape == (0, 4)
+
+
 def test_only_norms_are_free_of_weight_decay():
     network = detector()
     decayed, free = parameter_groups(network, 1e-4)
@@ -449,7 +457,11 @@ def test_it_learns_to_find_shapes(data, tmp_path):
 
     def ap50():
         with ours.precise(lambda done, total: None):
-            return find(ours, test_side, lambda done, total: None).scores(test_side)["voc07"].at(50)
+            return (
+                detect_in(ours, test_side, lambda done, total: None)
+                .scores(test_side)["voc07"]
+                .at(50)
+            )
 
     chance = ap50()
     losses = [float(one["loss"]) for one in ours.steps()]

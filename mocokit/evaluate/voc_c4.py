@@ -98,7 +98,7 @@ class Detector(nn.Module):
         scores, predicted = self._judge(torch.cat(pooled))
         label, change = torch.cat(labels), torch.cat(changes)
         objects = (label < self.classes).nonzero()[:, 0]
-        own = predicted.view(len(label), -1, 4)[objects, label[objects]]
+        own = predicted.view(len(label), self.classes, 4)[objects, label[objects]]
         return {
             "rpn_object": sums["rpn_object"] / counted,
             "rpn_box": sums["rpn_box"] / counted,
@@ -116,7 +116,8 @@ class Detector(nn.Module):
         for boxes, size in zip(proposals, images.sizes, strict=True):
             part = slice(start, start + len(boxes))
             start += len(boxes)
-            moved = self.head_coder.decode_single(changes[part], boxes).view(len(boxes), -1, 4)
+            moved = self.head_coder.decode_single(changes[part], boxes)
+            moved = moved.view(len(boxes), self.classes, 4)
             sure = scores[part].softmax(1)[:, :-1]
             score, overlap, most = self.plan.score, self.plan.nms, self.plan.detections
             kept = select(moved, sure, size, score=score, overlap=overlap, most=most)
@@ -185,5 +186,6 @@ def _shape(body: nn.Module, last: nn.Module) -> tuple[int, int, int]:
     training = body.training
     maps = body.eval()(parameter.new_zeros(1, 3, 64, 64))
     width = last.eval()(maps).shape[1]
-    body.train(training), last.train(training)
+    body.train(training)
+    last.train(training)
     return 64 // maps.shape[2], maps.shape[1], width

@@ -84,7 +84,7 @@ def read_voc(
     """The images of the lists named, (a folder like VOC2007, a list of its ImageSets/Main)."""
     found = []
     for folder, name in folders:
-        for identity in _identities(folder, name):
+        for identity in identities(folder, name):
             advance(1)
             label = f"{folder.name}/{identity}"
             try:
@@ -103,7 +103,8 @@ def read_voc(
     return found
 
 
-def _identities(folder: Path, name: str) -> list[str]:
+def identities(folder: Path, name: str) -> list[str]:
+    """The images of a list, each once. Raises UserError."""
     path = folder / "ImageSets" / "Main" / f"{name}.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

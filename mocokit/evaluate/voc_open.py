@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mocokit.evaluate.voc_data import (
     Raw,
     build,
     class_names,
+    identities,
     inside,
     read_voc,
 )
@@ -48,9 +49,9 @@ def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting:
         raise UserError(f"split {split!r} is not one; take {' or '.join(SPLITS)}")
     if not root.is_dir():
         raise UserError(f"{root} is no folder; give VOCdevkit/, a folder of its kind, or COCO's")
-    sides, words, devkit = _sides(root, split)
+    sides, words, devkit, total = _sides(root, split)
     train_problems, test_problems = Problems(), Problems()
-    with counting("annotations read:", 0) as advance:
+    with counting("annotations read:", total) if total else nullcontext(_silent) as advance:
         train = sides[0](train_problems, advance)
         test = sides[1](test_problems, advance)
     names = classes or class_names(train)
@@ -65,6 +66,9 @@ def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting:
     )
 
 
+def _silent(count: int) -> None: ...
+
+
 def _first(problems: Problems) -> str:
     return f"; the first problem: {problems.found[0]}" if problems.found else ""
 
@@ -72,16 +76,17 @@ def _first(problems: Problems) -> str:
 Side = Callable[[Problems, Advance], list[Raw]]
 
 
-def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool]:
+def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool, int]:
+    """How to read both, the split in words, whether it is VOCdevkit, and how many images."""
     if not (root / "VOC2007").is_dir() and (root / "VOCdevkit").is_dir():
         root = root / "VOCdevkit"
     if (root / "VOC2007").is_dir():
         lists = [[(root / folder, name) for folder, name in side] for side in SPLITS[split]]
-        return _voc(*lists), f"trainval{split} -> test2007", True
+        return _voc(*lists), f"trainval{split} -> test2007", True, _count(lists)
     if (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
         names = [_list(root, side) for side in ("train", "test")]
         lists = [[(root, name)] for name in names]
-        return _voc(*lists), f"{names[0]} -> {names[1]}", False
+        return _voc(*lists), f"{names[0]} -> {names[1]}", False, _count(lists)
     files = [_json(root, words) for words in (("train",), ("val", "test"))]
     if files[0] is None or files[1] is None:
         raise UserError(
@@ -89,7 +94,11 @@ def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool]:
             "annotations/*train*.json and *val*.json"
         )
     sides = tuple(_coco(root, path) for path in files if path is not None)
-    return (sides[0], sides[1]), f"{files[0].name} -> {files[1].name}", False
+    return (sides[0], sides[1]), f"{files[0].name} -> {files[1].name}", False, 0
+
+
+def _count(lists: list[list[tuple[Path, str]]]) -> int:
+    return sum(len(identities(*one)) for side in lists for one in side)
 
 
 def _voc(train: list[tuple[Path, str]], test: list[tuple[Path, str]]) -> tuple[Side, Side]:
@@ -123,10 +132,10 @@ def _json(root: Path, words: tuple[str, ...]) -> Path | None:
 
 
 def _coco(root: Path, path: Path) -> Side:
-    return lambda problems, advance: read_coco(root, path, problems, advance)
+    return lambda problems, advance: read_coco(root, path, problems)
 
 
-def read_coco(root: Path, path: Path, problems: Problems, advance: Advance) -> list[Raw]:
+def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
     """The images of a COCO json: images, annotations (bbox: left, top, width, height), categories.
 
     Images lie in a folder named like the file (train2017), in images/, beside the json, or in root.
@@ -143,7 +152,6 @@ def read_coco(root: Path, path: Path, problems: Problems, advance: Advance) -> l
     places = [root / stem, root / "images" / stem, root / "images", path.parent, root]
     found: dict[Any, Raw] = {}
     for identity, name in images.items():
-        advance(1)
         try:
             tries = [inside(place, name) for place in places]
             there = next((one for one in tries if one.is_file()), None)

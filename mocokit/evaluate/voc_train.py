@@ -117,9 +117,9 @@ class Trainer:
         layers = [m for m in self.detector.modules() if isinstance(m, GroupedBatchNorm2d)]
         before = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
         momenta = [layer.momentum for layer in layers]
-        if self.plan.precise_bn:
-            self._average(layers, tell)
         try:
+            if self.plan.precise_bn:
+                self._average(layers, tell)
             yield
         finally:
             for layer, buffers, momentum in zip(layers, before, momenta, strict=True):
@@ -190,7 +190,7 @@ class Tested:
         }
 
 
-def test(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Tested:
+def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Tested:
     """Detect in every test image, one at a time, at the test's size."""
     plan, detector = trainer.plan, trainer.detector.eval()
     found: list[list[Detection]] = [[] for _ in data.classes]
