@@ -468,3 +468,32 @@ def test_it_learns_to_find_shapes(data, tmp_path):
     ours.check()
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
     assert chance < 0.05 and ap50() > 0.25
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_the_losses_of_the_cpu(data):
+    """In float32, with every anchor and proposal drawn: the two draw differently."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    every = {"rpn_batch": 4000, "rpn_positive": 1, "roi_batch": 400, "roi_positive": 1}
+    plan = plan_for("07", 1, 4, SMALL | every)
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        ours = Trainer(detector(plan), plan, data, 0, device, MEAN, STD)
+        found.append({name: float(value) for name, value in next(ours.steps()).items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_sixteen_images_of_the_paper_fit_into_80_gb(shared_data):
+    """A step of the whole protocol in bfloat16; prints what it took."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    train, plan = opened(shared_data / "voc_sample").train, Plan(sides=(800,))
+    network = Detector(build_backbone("resnet50"), 20, plan)
+    ours = Trainer(network, plan, train, 0, torch.device("cuda"), MEAN, STD, "bfloat16", 8)
+    next(ours.steps())
+    ours.check()
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    print(f"{peak:.1f} GiB")
+    assert peak < 75

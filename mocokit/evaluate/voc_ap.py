@@ -51,75 +51,104 @@ def average_precision(
     """
     if metric not in ("voc07", "area", "coco"):
         raise ValueError(f"metric {metric!r} is not one; take voc07, area or coco")
+    found = [Detection(*one) for one in detections]
+    return _averages(found, [Truth(*one) for one in ground_truth], (iou,), metric)[0]
+
+
+def _averages(
+    detections: Sequence[Detection],
+    ground_truth: Sequence[Truth],
+    levels: Sequence[float],
+    metric: Metric,
+) -> list[float]:
+    """One class's average precision at each of these overlaps."""
     truths: dict[Hashable, list[Truth]] = defaultdict(list)
     for truth in ground_truth:
-        truths[truth[0]].append(Truth(*truth))
-    wanted = sum(not truth.difficult for some in truths.values() for truth in some)
+        truths[truth.image].append(truth)
+    wanted = sum(not truth.difficult for truth in ground_truth)
     if not wanted:
-        return 0.0
-    judge = _judge_coco if metric == "coco" else _judge_voc
-    right, wrong = judge([Detection(*one) for one in detections], truths, iou)
-    hits, misses = np.cumsum(right), np.cumsum(wrong)
-    recall = hits / wanted
-    precision = hits / np.maximum(hits + misses, np.finfo(np.float64).eps)
-    return float(_CURVES[metric](recall, precision))
+        return [0.0] * len(levels)
+    matches = (_CocoMatches if metric == "coco" else _VocMatches)(detections, truths)
+    values = []
+    for iou in levels:
+        right, wrong = matches.judge(iou)
+        hits, misses = np.cumsum(right), np.cumsum(wrong)
+        precision = hits / np.maximum(hits + misses, np.finfo(np.float64).eps)
+        values.append(float(_CURVES[metric](hits / wanted, precision)))
+    return values
 
 
-def _judge_voc(
-    detections: list[Detection], truths: Mapping[Hashable, list[Truth]], iou: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which detections, the surest first, are right, and which are wrong; the rest do not count."""
-    order = np.argsort([-one.score for one in detections], kind="stable")
-    right, wrong = np.zeros(len(order), bool), np.zeros(len(order), bool)
-    known = {
-        image: (np.array([one.box for one in some], np.float64), [False] * len(some))
-        for image, some in truths.items()
-    }
-    for rank, at in enumerate(order.tolist()):
-        found = detections[at]
-        if found.image not in known:
-            wrong[rank] = True
-            continue
-        boxes, taken = known[found.image]
-        overlap = overlaps(np.array([found.box], np.float64), boxes, 1.0)[0]
-        best = int(overlap.argmax())
-        if not overlap[best] > iou:
-            wrong[rank] = True
-        elif not truths[found.image][best].difficult:
-            (wrong if taken[best] else right)[rank] = True
-            taken[best] = True
-    return right, wrong
+class _VocMatches:
+    """Which true box each detection, the surest first, overlaps most, and how much."""
+
+    def __init__(
+        self, detections: Sequence[Detection], truths: Mapping[Hashable, list[Truth]]
+    ) -> None:
+        order = np.argsort([-one.score for one in detections], kind="stable")
+        ranks: dict[Hashable, list[int]] = defaultdict(list)
+        for rank, at in enumerate(order.tolist()):
+            ranks[detections[at].image].append(rank)
+        self.overlap = np.full(len(order), -1.0)
+        self.box = np.zeros(len(order), np.int64)  # its number among the boxes of all images
+        self.difficult = np.zeros(len(order), bool)
+        first = 0
+        for image, there in truths.items():
+            rows = np.array(ranks.get(image, []), np.int64)
+            if len(rows):
+                found = np.array([detections[order[rank]].box for rank in rows], np.float64)
+                shares = overlaps(found, np.array([one.box for one in there], np.float64), 1.0)
+                best = shares.argmax(1)
+                self.overlap[rows] = shares.max(1)
+                self.box[rows] = first + best
+                self.difficult[rows] = np.array([one.difficult for one in there])[best]
+            first += len(there)
+
+    def judge(self, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which detections are right, and which are wrong; on a difficult box they are neither."""
+        hit = self.overlap > iou
+        counted = np.flatnonzero(hit & ~self.difficult)
+        surest = np.unique(self.box[counted], return_index=True)[1]
+        right = np.zeros(len(hit), bool)
+        right[counted[surest]] = True
+        return right, ~hit | (~self.difficult & ~right)
 
 
-def _judge_coco(
-    detections: list[Detection], truths: Mapping[Hashable, list[Truth]], iou: float
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The same by COCO's rule: a detection takes the best box that is still free."""
-    of_image: dict[Hashable, list[int]] = defaultdict(list)
-    for at in np.argsort([-one.score for one in detections], kind="stable").tolist():
-        of_image[detections[at].image].append(at)
-    kept: list[int] = []
-    right, wrong = np.zeros(len(detections), bool), np.zeros(len(detections), bool)
-    for image, found in of_image.items():
-        found = found[:COCO_MOST]
-        kept += found
-        known = truths.get(image, [])
-        crowd = np.array([one.difficult for one in known], bool)
-        boxes = np.array([one.box for one in known], np.float64).reshape(-1, 4)
-        own = np.array([detections[at].box for at in found], np.float64)
-        overlap, free = overlaps(own, boxes, 0.0, crowd), np.ones(len(known), bool)
-        for at, row in zip(found, overlap, strict=True):
-            real = np.where(free & ~crowd & (row >= iou), row, -1.0)
-            if real.size and real.max() >= 0:
-                # Of equally good boxes the last, as COCO's own code takes.
-                best = len(real) - 1 - int(real[::-1].argmax())
-                free[best], right[at] = False, True
-            else:
-                wrong[at] = not bool((crowd & (row >= iou)).any())
-    kept.sort()  # of equal scores the first given counts first
-    scores = np.array([detections[at].score for at in kept])
-    order = np.array(kept, np.int64)[np.argsort(-scores, kind="stable")]
-    return right[order], wrong[order]
+class _CocoMatches:
+    """The overlaps of each image's surest detections with its true boxes."""
+
+    def __init__(
+        self, detections: Sequence[Detection], truths: Mapping[Hashable, list[Truth]]
+    ) -> None:
+        of_image: dict[Hashable, list[int]] = defaultdict(list)
+        for at in np.argsort([-one.score for one in detections], kind="stable").tolist():
+            of_image[detections[at].image].append(at)
+        kept = sorted(at for found in of_image.values() for at in found[:COCO_MOST])
+        scores = np.array([detections[at].score for at in kept])
+        # Of equal scores the first given counts first.
+        self.order = np.array(kept, np.int64)[np.argsort(-scores, kind="stable")]
+        self.count = len(detections)
+        self.images = []
+        for image in of_image.keys() & truths.keys():
+            found = of_image[image][:COCO_MOST]
+            crowd = np.array([one.difficult for one in truths[image]], bool)
+            boxes = np.array([one.box for one in truths[image]], np.float64)
+            own = np.array([detections[at].box for at in found], np.float64)
+            self.images.append((found, crowd, overlaps(own, boxes, 0.0, crowd)))
+
+    def judge(self, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Right and wrong by COCO's rule: a detection takes the best box that is still free."""
+        right, wrong = np.zeros(self.count, bool), np.ones(self.count, bool)
+        for found, crowd, shares in self.images:
+            free = ~crowd
+            for at, row in zip(found, shares, strict=True):
+                fit = free & (row >= iou)
+                if fit.any():
+                    # Of equally good boxes the last, as COCO's own code takes.
+                    best = len(row) - 1 - int(np.where(fit, row, -1.0)[::-1].argmax())
+                    free[best], right[at], wrong[at] = False, True, False
+                elif (crowd & (row >= iou)).any():
+                    wrong[at] = False
+        return right[self.order], wrong[self.order]
 
 
 def overlaps(
@@ -198,7 +227,7 @@ def precisions(
 ) -> Precisions:
     """Of every class, at IoU .50:.05:.95; detections and truths are lists by class."""
     values = [
-        [average_precision(found, there, iou, metric) for iou in THRESHOLDS]
+        _averages(found, there, THRESHOLDS, metric)
         for found, there in zip(detections, truths, strict=True)
     ]
     wanted = tuple(sum(not one.difficult for one in there) for there in truths)
