@@ -175,7 +175,8 @@ def box(image, category, values, crowd=0):
 
 def test_coco_json(tmp_path):
     good = [box(1, 7, [5, 6, 10, 12]), box(1, 9, [0, 0, 60, 40], 1), box(2, 9, [1, 2, 3, 4])]
-    coco(tmp_path, "train2017", [*good, box(2, 8, [1, 2, 3, 4]), box(2, 7, [1, 2, 0, 4]), {"x": 1}])
+    broken = [*good, box(2, 8, [1, 2, 3, 4]), box(2, 7, [1, 2, 0, 4])]
+    coco(tmp_path, "train2017", [*broken, {"x": "\x1b[31m"}, box([1], 7, [1, 2, 3, 4])])
     coco(tmp_path, "val2017", good)
     data = opened(tmp_path)
     assert data.train.style == "coco" and data.split.endswith("val2017.json")
@@ -183,7 +184,8 @@ def test_coco_json(tmp_path):
     # No pixel is shifted, and a crowd is tested but not trained on.
     assert first.boxes.tolist() == [[5, 6, 15, 18]] and second.boxes.tolist() == [[1, 2, 4, 6]]
     assert data.test.samples[0].difficult.tolist() == [False, True]
-    assert data.train.classes == ("cat", "dog") and len(data.train.problems) == 3
+    assert data.train.classes == ("cat", "dog") and len(data.train.problems) == 4
+    assert all(one.isprintable() for one in data.train.problems)
     (tmp_path / "annotations/instances_val2017.json").write_text("[1]")
     with pytest.raises(UserError, match="is not COCO's json"):
         opened(tmp_path)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mocokit.data.names import printable
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_xml import Annotated, BadAnnotation, read_xml
 
@@ -72,7 +73,7 @@ class Problems:
     renamed: int = 0
 
     def add(self, name: str, reason: str) -> None:
-        self.found.append(f"{name}: {reason}")
+        self.found.append(f"{printable(name)}: {printable(reason)}")
 
 
 Advance = Callable[[int], None]
@@ -86,7 +87,7 @@ def read_voc(
     for folder, name in folders:
         for identity in identities(folder, name):
             advance(1)
-            label = f"{folder.name}/{identity}"
+            label = printable(f"{folder.name}/{identity}")
             try:
                 path = _image(folder / "JPEGImages", identity, problems)
                 objects, reasons = read_xml(folder / "Annotations" / f"{identity}.xml")

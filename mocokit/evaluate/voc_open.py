@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mocokit.data.decode import BadImage, read_file
+from mocokit.data.names import printable
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_data import (
     LISTS,
@@ -143,9 +144,9 @@ def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
     """
     try:
         content: dict[str, Any] = json.loads(read_file(path))
-        names = {one["id"]: str(one["name"]) for one in content["categories"]}
+        names = {one["id"]: printable(str(one["name"])) for one in content["categories"]}
         images = {one["id"]: str(one["file_name"]) for one in content["images"]}
-        boxes = content["annotations"]
+        boxes = list(content["annotations"])
     except (BadImage, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not COCO's json of images and boxes ({error})") from None
     stem = path.stem.removeprefix("instances_")
@@ -157,18 +158,16 @@ def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
             there = next((one for one in tries if one.is_file()), None)
             if there is None:
                 raise BadAnnotation("there is no image of that name")
-            found[identity] = Raw(name, there, [])
+            found[identity] = Raw(printable(name), there, [])
         except BadAnnotation as error:
             problems.add(name, str(error))
     for one in boxes:
         try:
             left, top, width, height = (float(value) for value in one["bbox"])
             name, image = names[one["category_id"]], one["image_id"]
-            crowd = bool(one.get("iscrowd", 0))
+            one = Annotated(name, (left, top, left + width, top + height), one.get("iscrowd") == 1)
+            if image in found:
+                found[image].objects.append(one)
         except (KeyError, TypeError, ValueError, AttributeError):
             problems.add(str(one)[:60], "an annotation without image, class or box")
-            continue
-        if image in found:
-            box = (left, top, left + width, top + height)
-            found[image].objects.append(Annotated(name, box, crowd))
     return list(found.values())

@@ -50,7 +50,7 @@ def view(sample: Sample, side: int, cap: int, flip: bool) -> View:
     pixels = decode(sample.path, None)
     height, width = pixels.shape[:2]
     tall, wide = resized(height, width, side, cap)
-    # Not by torchvision: its resize of tensors is another, to which weights would be tuned.
+    # As detectron2: Pillow averages over what a pixel covers, torchvision's detectors do not.
     small = Image.fromarray(pixels).resize((wide, tall), Image.Resampling.BILINEAR)
     if flip:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -97,10 +97,8 @@ class Training:
             solid = (seen.boxes[:, 2:] - seen.boxes[:, :2] > 1e-5).all(1)
             if solid.any():
                 return seen._replace(boxes=seen.boxes[solid], labels=seen.labels[solid])
-        raise UserError(f"{_TRIES} images in a row cannot be read; the first: {self.first_bad()}")
-
-    def first_bad(self) -> str:
-        return next((f"{name} ({reason})" for name, reason in self.bad.items()), "none")
+        first = next((f"{name} ({reason})" for name, reason in self.bad.items()), "none")
+        raise UserError(f"{_TRIES} images in a row cannot be used; the first unreadable: {first}")
 
 
 def pairs(
@@ -118,14 +116,8 @@ def pairs(
             levels = _to(torch.from_numpy(one.pixels), device).permute(2, 0, 1)
             place[:, :height, :width] = (levels / 255 - shift) / scale
         groups.append(Images(pixels.contiguous(memory_format=torch.channels_last), sizes))
-        targets.append(
-            [
-                Target(
-                    _to(torch.from_numpy(v.boxes), device), _to(torch.from_numpy(v.labels), device)
-                )
-                for v in some
-            ]
-        )
+        arrays = [[torch.from_numpy(array) for array in (one.boxes, one.labels)] for one in some]
+        targets.append([Target(_to(box, device), _to(label, device)) for box, label in arrays])
     return groups, targets
 
 
