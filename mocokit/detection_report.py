@@ -12,7 +12,7 @@ from mocokit import evaluations, paper
 from mocokit.detection_trial import COLUMNS
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import peak_memory
-from mocokit.evaluate.voc_open import PAPER_IMAGES, Data
+from mocokit.evaluate.voc_open import Data
 from mocokit.evaluate.voc_plan import Plan, plan_for
 from mocokit.subjects import Opened
 
@@ -76,7 +76,7 @@ class DetectionReport:
         if name != "resnet50":
             found.append(f"{name}, not resnet50")
         sizes = len(self.data.train.samples), len(self.data.test.samples)
-        if not self.data.devkit or sizes != PAPER_IMAGES[self.split]:
+        if not self.data.devkit or sizes != paper.VOC_IMAGES[self.split]:
             found.append(f"{sizes[0]:,} -> {sizes[1]:,} images, not VOC's own")
         theirs, ours = plan_for(self.split).model_dump(), self.plan.model_dump()
         changed = [name for name in ours if ours[name] != theirs[name]]
@@ -99,6 +99,10 @@ class DetectionReport:
             rows.append((f"mean of {len(results)} ± std", *shown))
         rows += self._published()
         protocol, notes = self._protocol(results), self._notes(results)
+        if self.data.devkit:
+            spread = " / ".join(map(str, paper.VOC_DEVIATIONS))
+            source = paper.VOC_SOURCE[self.split]
+            notes.append(f"published: {source}; its authors expect deviations of {spread}")
         title = f"{self.run}: detection, {results[0]['metric']}"
         speaker.table(title, ["trial", *COLUMNS], rows)
         speaker.say(protocol)

@@ -30,4 +30,6 @@ VOC = {
         VocRow("MoCo v1, 200 epochs", 74.9, 46.6, 50.1),
     ),
 }
-VOC_DEVIATIONS = (0.2, 0.2, 0.4)  # of AP50, AP, AP75 between trials; the authors' detection/README
+VOC_IMAGES = {"07+12": (16_551, 4_952), "07": (5_011, 4_952)}  # training, test: VOC's own lists
+# Standard deviations of AP50, AP, AP75 between trials: detection/README of facebookresearch/moco.
+VOC_DEVIATIONS = (0.2, 0.2, 0.4)

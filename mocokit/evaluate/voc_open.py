@@ -28,7 +28,6 @@ SPLITS = {
     "07+12": ((("VOC2007", "trainval"), ("VOC2012", "trainval")), (("VOC2007", "test"),)),
     "07": ((("VOC2007", "trainval"),), (("VOC2007", "test"),)),
 }
-PAPER_IMAGES = {"07+12": (16_551, 4_952), "07": (5_011, 4_952)}
 
 
 class Data(NamedTuple):
