@@ -14,12 +14,13 @@ from test_voc_data import opened
 
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
+from mocokit.evaluate.voc_ap import Detection
 from mocokit.evaluate.voc_boxes import anchor_cells, anchors_of, draw, propose, select
 from mocokit.evaluate.voc_c4 import Detector, Images, Target
 from mocokit.evaluate.voc_data import Sample
 from mocokit.evaluate.voc_joint import cut_resnet, joint, whole_norm
 from mocokit.evaluate.voc_plan import Plan, plan_for
-from mocokit.evaluate.voc_train import Trainer, detect_in, parameter_groups
+from mocokit.evaluate.voc_train import Tested, Trainer, detect_in, parameter_groups
 from mocokit.evaluate.voc_views import Training, pairs, resized, view
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
@@ -418,6 +419,18 @@ def test_pairs_are_normalised_and_padded_with_zeros(data):
             expected = (one.pixels / 255 - np.array(MEAN)) / np.array(STD)
             assert np.allclose(place[:, :tall, :wide].permute(1, 2, 0).numpy(), expected, atol=1e-5)
             assert not place[:, tall:].any() and not place[:, :, wide:].any()
+
+
+def test_the_true_boxes_are_a_perfect_result(data):
+    """At an overlap of .95 too: pixels are counted from 0 inside, from 1 on both sides of the AP."""
+    found = [[], []]
+    for number, sample in enumerate(data.samples):
+        for box, label in zip(sample.boxes.tolist(), sample.labels, strict=True):
+            found[label].append(Detection(number, 0.9, tuple(box)))
+    scores = Tested(found, {}).scores(data)
+    assert scores["voc07"].at(95) == scores["area"].at(95) == pytest.approx(1)
+    unread = Tested(found, {0: "cannot be read"}).truths(data)
+    assert sum(map(len, unread)) == sum(map(len, found)) - len(data.samples[0].labels)
 
 
 # Training.
