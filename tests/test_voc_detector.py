@@ -20,7 +20,7 @@ from mocokit.evaluate.voc_c4 import Detector, Images, Target
 from mocokit.evaluate.voc_data import Sample
 from mocokit.evaluate.voc_joint import cut_resnet, joint, whole_norm
 from mocokit.evaluate.voc_plan import Plan, plan_for
-from mocokit.evaluate.voc_train import Tested, Trainer, detect_in, parameter_groups
+from mocokit.evaluate.voc_train import Outcome, Trainer, detect_in, parameter_groups
 from mocokit.evaluate.voc_views import Training, pairs, resized, view
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
@@ -422,14 +422,14 @@ def test_pairs_are_normalised_and_padded_with_zeros(data):
 
 
 def test_the_true_boxes_are_a_perfect_result(data):
-    """At an overlap of .95 too: pixels are counted from 0 inside, from 1 on both sides of the AP."""
+    """At an overlap of .95 too: pixels count from 0 inside, from 1 on both sides of the AP."""
     found = [[], []]
     for number, sample in enumerate(data.samples):
         for box, label in zip(sample.boxes.tolist(), sample.labels, strict=True):
             found[label].append(Detection(number, 0.9, tuple(box)))
-    scores = Tested(found, {}).scores(data)
+    scores = Outcome(found, {}).scores(data)
     assert scores["voc07"].at(95) == scores["area"].at(95) == pytest.approx(1)
-    unread = Tested(found, {0: "cannot be read"}).truths(data)
+    unread = Outcome(found, {0: "cannot be read"}).truths(data)
     assert sum(map(len, unread)) == sum(map(len, found)) - len(data.samples[0].labels)
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from mocokit.data.decode import decode
 from mocokit.evaluate.voc_ap import Precisions
 from mocokit.evaluate.voc_data import Boxes
-from mocokit.evaluate.voc_train import Tested
+from mocokit.evaluate.voc_train import Outcome
 
 SHOWN_SCORE = 0.5
 _CELL, _GAP, _LINE, _FONT = 360, 8, 18, 12
@@ -17,14 +17,14 @@ _PAPER, _INK, _GRID = (255, 255, 255), (30, 30, 30), (225, 225, 225)
 Marks = list[tuple[Sequence[float], int, str]]  # box, class, what to write over it
 
 
-def chosen(data: Boxes, tested: Tested, count: int) -> list[int]:
+def chosen(data: Boxes, tested: Outcome, count: int) -> list[int]:
     """Numbers of so many readable test images, evenly spread."""
     good = [number for number in range(len(data.samples)) if number not in tested.bad]
     places = np.linspace(0, len(good) - 1, min(count, len(good))).round().astype(int)
     return [good[place] for place in dict.fromkeys(places.tolist())]
 
 
-def sheet(data: Boxes, tested: Tested, count: int) -> Image.Image:
+def sheet(data: Boxes, tested: Outcome, count: int) -> Image.Image:
     """A row for each image: the true boxes on the left, those found on the right."""
     rows = []
     for number in chosen(data, tested, count):

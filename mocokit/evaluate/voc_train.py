@@ -157,7 +157,7 @@ def parameter_groups(detector: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Outcome:
     """What was found in the test images, in pixels of the files from 0, and the images unread."""
 
     detections: list[list[Detection]]  # by class; `image` is the sample's number
@@ -190,7 +190,7 @@ class Tested:
         }
 
 
-def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Tested:
+def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Outcome:
     """Detect in every test image, one at a time, at the test's size."""
     plan, detector = trainer.plan, trainer.detector.eval()
     found: list[list[Detection]] = [[] for _ in data.classes]
@@ -206,7 +206,7 @@ def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -
             result = detector.detect(groups[0])[0]
         for box, score, label in _in_the_file(result, seen):
             found[label].append(Detection(number, score, box))
-    return Tested(found, bad)
+    return Outcome(found, bad)
 
 
 def _in_the_file(found: Found, seen: View) -> Iterator[tuple[Box, float, int]]:
