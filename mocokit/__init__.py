@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mocokit.detecting import evaluate_voc
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
     from mocokit.evaluating import evaluate_finetune, evaluate_knn, evaluate_linear
     from mocokit.export import load
@@ -23,6 +24,7 @@ _HOMES = {
     "evaluate_knn": "mocokit.evaluating",
     "evaluate_linear": "mocokit.evaluating",
     "evaluate_finetune": "mocokit.evaluating",
+    "evaluate_voc": "mocokit.detecting",
     "MocokitError": "mocokit.errors",
     "UserError": "mocokit.errors",
     "NonFiniteLoss": "mocokit.errors",
@@ -39,6 +41,7 @@ __all__ = [
     "evaluate_finetune",
     "evaluate_knn",
     "evaluate_linear",
+    "evaluate_voc",
     "load",
     "pretrain",
 ]

@@ -85,8 +85,8 @@ def pretrain(
 
     launch.end_again()
     if launch.REPORTS not in os.environ and announced(os.environ) is not None:
-        stated = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
-        if words := [name for name, value in stated.items() if value is not None]:
+        given = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
+        if words := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"{', '.join(words)}: this is a process of several already, started by somebody "
                 "else, who decides on their number; leave it out"

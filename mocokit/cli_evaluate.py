@@ -137,6 +137,53 @@ def finetune(
     )  # fmt: skip
 
 
+@app.command()
+def voc(
+    run: Run,
+    data: Annotated[
+        str, typer.Argument(help="VOCdevkit/, a folder of VOC's layout, or one of COCO's")
+    ],
+    split: Annotated[Literal["07+12", "07"], typer.Option(help="of VOCdevkit")] = "07+12",
+    trials: Annotated[int, typer.Option(help="how many, with seeds one after another")] = 5,
+    seed: Annotated[int, typer.Option(help="of the first trial")] = 0,
+    iterations: Annotated[
+        int | None, typer.Option(help="steps; nothing: 24,000, or 9,000 for 07")
+    ] = None,
+    ims_per_step: Annotated[
+        int | None, typer.Option(help="images a step (16); fewer take a lower lr and more steps")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=VALUE", help="any value; repeatable")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="A,B,C; nothing: all that are found")] = None,
+    every: Annotated[int, typer.Option(help="test every so many steps too")] = 0,
+    out: Annotated[
+        str | None, typer.Option(help="folder; nothing: one in RUN, or in runs/")
+    ] = None,
+    device: Device = "auto",
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="of the network")
+    ] = "auto",
+    pictures: Annotated[int, typer.Option(help="test images to draw with what was found")] = 6,
+    json: Json = None,
+) -> None:
+    """Fine-tune a Faster R-CNN C4 as the MoCo papers do, and measure AP. Takes a GPU.
+
+    The same command goes on with what was stopped.
+    """
+    from mocokit.settings import parse_assignments
+
+    settings = parse_assignments(assignments or [])
+    from mocokit.detecting import evaluate_voc
+
+    evaluate_voc(
+        run, data, split=split, trials=trials, seed=seed, iterations=iterations,
+        ims_per_step=ims_per_step, settings=settings, every=every, out=out, device=device,
+        classes=[name.strip() for name in classes.split(",")] if classes else (),
+        precision=precision, pictures=pictures, json=json,
+    )  # fmt: skip
+
+
 def _shared(
     size: int | None,
     device: str,

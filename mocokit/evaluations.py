@@ -78,10 +78,17 @@ class Evaluation:
             "data_fingerprint": self.fingerprint,
             "seconds": round(self.seconds, 1),
             "peak_memory_gib": round(self.peak_memory_gib, 2),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "hardware": _hardware(),
-            "versions": {"mocokit": version("mocokit"), "torch": torch.__version__},
+            **circumstances(),
         }
+
+
+def circumstances() -> dict[str, Any]:
+    """When, on what and with which versions a number came about."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": _hardware(),
+        "versions": {"mocokit": version("mocokit"), "torch": torch.__version__},
+    }
 
 
 def publish(
@@ -103,7 +110,13 @@ def publish(
         _show_classes(evaluation, speaker)
     if confusion:
         _show_confusion(evaluation, speaker)
-    record = evaluation.as_dict(confusion)
+    keep(evaluation.as_dict(confusion), speaker, folder, path)
+
+
+def keep(
+    record: Mapping[str, Any], speaker: Speaker, folder: RunFolder | None, path: str | Path | None
+) -> None:
+    """Write a result to `path` if there is one, and append it to the run's report."""
     if path is not None:
         try:
             _write(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
@@ -121,7 +134,7 @@ def publish(
         except OSError as error:  # another's run, say: the result stands all the same
             reason = f"cannot add this to {folder.path} ({error.strerror})"
             speaker.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
-    took, memory = clock(evaluation.seconds), evaluation.peak_memory_gib
+    took, memory = clock(record["seconds"]), record["peak_memory_gib"]
     speaker.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
 
 
@@ -152,20 +165,30 @@ def section(folder: RunFolder) -> str:
     """What the run's README says of its evaluations; nothing where there were none."""
     lines = []
     for record in read_metrics(folder.evaluations):
-        rows = [
-            f"| {_label_of(result)} | {result['accuracy']:.1%} |"
-            for result in record["results"]
-            if result["accuracy"] is not None
-        ]
+        columns, rows = _table(record)
         lines += [
             f"### {record['kind']} on {record['data']}, {record['date'][:10]}",
             "",
-            *("| features | accuracy |", "| --- | --- |", *rows, ""),
+            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+            "",
             f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
             *(f"Note: {note}." for note in record["notes"]),
+            *(f"\n![{Path(path).stem}]({path})" for path in record.get("pictures", ())),
             "",
         ]
     return "\n".join(["", HEADING, "", *lines]) if lines else ""
+
+
+def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows; a record with other scores than accuracies has its own."""
+    if "table" in record:
+        columns, *rows = record["table"]
+        return columns, rows
+    return ["features", "accuracy"], [
+        [_label_of(result), f"{result['accuracy']:.1%}"]
+        for result in record["results"]
+        if result["accuracy"] is not None
+    ]
 
 
 def _label(result: Result) -> str:

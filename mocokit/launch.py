@@ -84,7 +84,7 @@ def report(error: MocokitError) -> bool:
     if folder is None:
         return False
     rank, attempt = (int(os.environ.get(n, "0")) for n in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
-    told = {"rank": rank, "attempt": attempt, "time": time.time()}
+    told: dict[str, Any] = {"rank": rank, "attempt": attempt, "time": time.time()}
     told |= {"code": error.exit_code, "text": str(error)}
     path = Path(folder) / f"{attempt}-{rank}.json"
     try:

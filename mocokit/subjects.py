@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mocokit import build, export, recipes
+from mocokit import build, export, foreign, recipes
 from mocokit.build_method import build_encoder
 from mocokit.chance import Slot
 from mocokit.config import Settings
@@ -118,6 +118,8 @@ def _subject(
 
 
 def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+    if path.suffix in foreign.SUFFIXES and path.is_file():
+        return _open_foreign(path, place, layer, seed)
     folder = folder_of(path)
     if RunFolder(path).is_begun:
         raise UserError(f"the run in {path} was killed before it began; start it again with --out")
@@ -184,6 +186,25 @@ def _check_random(model: str) -> None:
 def _random_backbone(model: str, seed: int) -> nn.Module:
     seed_libraries(seed, 0, Slot.INITIALISE)
     return build_backbone(model)
+
+
+def _open_foreign(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+    """A ResNet of the authors' or of torchvision, with the views of ImageNet."""
+    if layer == "head":
+        raise UserError(f"{path} is judged by its backbone; only our own runs have a head")
+    model, state = foreign.read_resnet(path)
+    spec = build.view_spec(recipes.mocov2())
+    network = build_backbone(model)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit {model} ({reason})") from None
+
+    def untrained() -> Subject:
+        return place("random weights", _random_backbone(model, seed), spec, model)
+
+    return Opened(place(path.name, network, spec, model), untrained, None, None)
 
 
 def _timm_name(name: str) -> str:

@@ -14,8 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"cli"},
     {"cli_evaluate"},
-    {"evaluating"},
-    {"trial"},
+    {"evaluating", "detecting"},
+    {"trial", "detection_report"},
     {"subjects"},
     {"check", "pack"},
     {"pretrain"},
@@ -23,8 +23,8 @@ LAYERS = [
     {"start"},
     {"diagnosis"},
     {"report"},
-    {"evaluations"},
-    {"job", "export"},
+    {"evaluations", "detection_trial"},
+    {"job", "export", "foreign"},
     {"deciding"},
     {"build"},
     {"build_method"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"config"},
     {"places"},
     {"slurm"},
-    {"errors", "chance"},
+    {"errors", "chance", "paper"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 

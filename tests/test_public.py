@@ -19,6 +19,7 @@ NAMES = {
     "mocokit.methods.losses.nt_xent": "a b temperature",
     "mocokit.methods.parts.follow": "key_module module momentum",
     "mocokit.evaluate.knn.knn_scores": "bank labels queries k temperature classes",
+    "mocokit.evaluate.voc_ap.average_precision": "detections ground_truth iou metric",
     "mocokit.methods.parts.Queue": "size dim",
     "mocokit.recipes.mocov1": "",
     "mocokit.recipes.mocov2": "",

@@ -81,32 +81,46 @@ class Meter:
         return rates
 
 
-class Progress:
+class StatusLine:
     """One line that redraws itself on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(
-        self, console: Console, total_steps: int, first_step: int, steps_per_epoch: int
-    ) -> None:
-        self._total, self._first, self._per_epoch = total_steps, first_step, steps_per_epoch
-        self._start = self._last = time.monotonic()
+    def __init__(self, console: Console) -> None:
+        self._last = time.monotonic()
         self._console = console
         self._live: Live | None = None
         if self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
 
-    def show(self, step: int, values: Mapping[str, Any]) -> None:
-        """Redraw after `step` steps."""
-        line = self._line(step, values)
+    def show(self, line: str, last: bool = False) -> None:
+        """Redraw it; the last one is shown in any case."""
         if self._live:
             self._live.update(Text(line))
-        elif step >= self._total or time.monotonic() - self._last >= PLAIN_SECONDS:
+        elif last or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            self._console.print(line)
+            self._console.print(Text(line))
 
     def close(self) -> None:
         if self._live:
             self._live.stop()
+
+
+class Progress:
+    """The status line of pre-training."""
+
+    def __init__(
+        self, console: Console, total_steps: int, first_step: int, steps_per_epoch: int
+    ) -> None:
+        self._total, self._first, self._per_epoch = total_steps, first_step, steps_per_epoch
+        self._start = time.monotonic()
+        self._status = StatusLine(console)
+
+    def show(self, step: int, values: Mapping[str, Any]) -> None:
+        """Redraw after `step` steps."""
+        self._status.show(self._line(step, values), last=step >= self._total)
+
+    def close(self) -> None:
+        self._status.close()
 
     def _line(self, step: int, values: Mapping[str, Any]) -> str:
         done = step - self._first
