@@ -104,13 +104,14 @@ def run_world(world, data, out, settings):
     ("world", "changes"),
     [
         (2, {"method.symmetric": True}),
-        (3, {"train.micro_batch": 8, "method.loss": "dclw"}),
+        (3, {"train.micro_batch": 8, "method.loss": "dclw", "method.symmetric": True}),
         (3, ENDTOEND),
         (2, ENDTOEND | {"train.micro_batch": 8, "method.loss": "align_uniform"}),
         (3, ENDTOEND | WHOLE),
         (2, PLUS),
         (3, V1 | EIGHT_GROUPS),
         (2, PARTIAL),
+        (3, BANK | {"train.micro_batch": 8, "method.loss": "dclw"}),
         (2, BANK | {"method.loss": "nce", "method.bank_negatives": 16}),
     ],
     ids=[
@@ -122,6 +123,7 @@ def run_world(world, data, out, settings):
         "2-mocov2plus",
         "3-mocov1-eight-groups",
         "2-last-partial",
+        "3-memorybank-unequal-micro-coupled",
         "2-memorybank-nce",
     ],
 )

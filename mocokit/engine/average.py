@@ -24,6 +24,7 @@ class GradientAverage:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._buckets: list[list[nn.Parameter]] = []
+        self._begin()
         if not (dist.is_initialized() and dist.get_world_size() > 1):
             return
         size = BUCKET
