@@ -193,7 +193,7 @@ def same_run(a, b):
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 def test_started_killed_stopped_and_gone_on_with_equals_straight(toy_npz, tmp_path):
-    """kill -9 of one process of three; then SIGTERM to the starter; then the rest.
+    """kill -9 of one process of three; SIGTERM to the starter; kill -9 of all; then the rest.
 
     Three, because a sum of two does not depend on its order.
     """
@@ -219,9 +219,17 @@ def test_started_killed_stopped_and_gone_on_with_equals_straight(toy_npz, tmp_pa
     assert second.returncode == 75, text
     assert text.count("and saved; go on with the same command") == 1, text
 
+    reached = checkpoint.steps(out / "checkpoints")[-1]
     third = start(toy_npz, "--out", out)
+    wait_for_step(out, min(reached + 1, 18), third)
+    for process in [process_of_rank(third, rank) for rank in range(3)]:
+        os.kill(process, signal.SIGKILL)
     _, text = third.communicate(timeout=200)
-    assert third.returncode == 0, text
+    assert third.returncode == 1, text
+
+    fourth = start(toy_npz, "--out", out)
+    _, text = fourth.communicate(timeout=200)
+    assert fourth.returncode == 0, text
     assert text.count("finished: ") == 1
     same_run(tmp_path / "straight", out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
