@@ -23,6 +23,7 @@ class Decision(NamedTuple):
     settings: Settings
     fingerprint: str  # of the images' index: the folder's if there is one, else the data's own
     notices: list[str]
+    new: bool
 
     def images(self, train: Source) -> Index:
         """The index on this process. Raises UserError where it is another."""
@@ -52,7 +53,7 @@ class Asking(NamedTuple):
         settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
         settings = build.settle(settings, self.device, None)
         notices = [*self.splits.train.notes, *notices]
-        return Decision(folder, settings, self.splits.train.fingerprint, notices)
+        return Decision(folder, settings, self.splits.train.fingerprint, notices, True)
 
     def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
@@ -64,7 +65,7 @@ class Asking(NamedTuple):
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
         notices = [*self.splits.train.notes, *changed, *notices]
-        return Decision(folder, settings, index.fingerprint, notices), conflicts
+        return Decision(folder, settings, index.fingerprint, notices, False), conflicts
 
 
 def decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:

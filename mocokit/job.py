@@ -151,7 +151,7 @@ def open_job(
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     asking = Asking(asked, stated, splits, device, restarted)
     decision = on_first(world, lambda: decide(asking, out, resume))
-    folder, settings, _, notices = decision
+    folder, settings, notices = decision.folder, decision.settings, decision.notices
     found = renumbered(splits.train, decision.images(splits.train))
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
@@ -161,7 +161,7 @@ def open_job(
     for notice in notices:
         speaker.note(notice)
     parts = build.build_parts(settings, effect, device)
-    if out is None and not folder.is_run:  # chosen some seconds ago: perhaps taken since
+    if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
