@@ -49,7 +49,7 @@ def diagnose(
         return {}
     health: HealthMonitor = build.build_health(settings, job.splits, job.device)
     try:
-        with stop.at_once():
+        with stop.giving_way():
             views, _, _ = next(upcoming(job, loader, make_views, 1))
             found |= health.run(method.encoder, views)
             if monitor is not None:

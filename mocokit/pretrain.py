@@ -79,7 +79,7 @@ def pretrain(
                 report.start(job)
                 try:
                     train(job, stop)
-                    with stop.at_once():
+                    with stop.giving_way():
                         result = report.finish(job)
                 except NonFiniteLoss as error:
                     raise NonFiniteLoss(f"{error}; {job.last_good()}") from None

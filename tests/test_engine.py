@@ -15,8 +15,8 @@ from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.record import Metrics, Progress, Speaker, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
-from mocokit.engine.stop import StopSignals
-from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.engine.stop import Stopped, StopSignals, break_off_point
+from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.settings import replace
 
 
@@ -193,6 +193,26 @@ class TestStop:
             os.kill(os.getpid(), number)
             assert stop.asked and stop.error(5, "runs/x").exit_code == code
         assert signal.getsignal(number) == before
+
+    def test_only_work_that_gives_way_is_broken_off(self):
+        with StopSignals() as stop:
+            with stop.giving_way():
+                break_off_point()
+            os.kill(os.getpid(), signal.SIGTERM)
+            break_off_point()  # not here
+            with pytest.raises(Stopped), stop.giving_way():
+                raise AssertionError("it was asked before")
+            break_off_point()
+
+    def test_before_the_first_step_there_is_nothing_to_save(self):
+        with (
+            StopSignals() as stop,
+            pytest.raises(Interrupted, match="before the first step") as caught,
+            stop.before_the_first_step(),
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("goes on")
+        assert caught.value.exit_code == 75 and not caught.value.agreed
 
     def test_a_second_ctrl_c_is_obeyed(self):
         with StopSignals():

@@ -11,6 +11,8 @@ import torch
 
 import mocokit
 from mocokit.engine import checkpoint
+from mocokit.errors import Interrupted
+from mocokit.evaluate.monitor import KnnMonitor
 
 SETTINGS = {
     "engine.threads": 1,
@@ -97,3 +99,32 @@ def test_a_signal_saves_and_says_how_to_go_on(photos, tmp_path, number, code):
     assert "Traceback" not in text
     step = int(checkpoint.load(out / "last.pt")["step"])
     assert f"stopped after step {step}" in text
+
+
+@pytest.mark.parametrize("end", [False, True], ids=["after-an-epoch", "after-the-last"])
+def test_scoring_gives_way_to_a_signal_and_is_done_on_resume(toy_npz, tmp_path, monkeypatch, end):
+    settings = SETTINGS | {"monitor.every_epochs": 2}
+    run(toy_npz, tmp_path / "straight", settings)
+    measure, asked = KnnMonitor.run, []
+
+    def run_and_stop(self, encoder):
+        asked.append(True)
+        if len(asked) == (2 if end else 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from measure(self, encoder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KnnMonitor, "run", run_and_stop)
+        with pytest.raises(Interrupted) as caught:
+            run(toy_npz, tmp_path / "stopped", settings)
+    assert caught.value.exit_code == 75
+    step = checkpoint.load(tmp_path / "stopped" / "last.pt")["step"]
+    assert step == (20 if end else 10)
+    assert not any("knn_head" in line for line in read(tmp_path / "stopped")[step:])
+    run(toy_npz, tmp_path / "stopped", settings)
+    clocks = {"images_per_s", "data_wait", "peak_memory_gib"}
+    straight, stopped = (
+        [{k: v for k, v in line.items() if k not in clocks} for line in read(tmp_path / name)]
+        for name in ("straight", "stopped")
+    )
+    assert straight == stopped

@@ -1,6 +1,6 @@
 """Asked to stop: signals set a flag that the loop reads between steps, so that it can save.
 
-Work that leaves nothing to save, such as scoring, is broken off at once.
+Work that leaves nothing to save, such as scoring, is broken off where it says that it can be.
 """
 
 import signal
@@ -16,6 +16,19 @@ PREEMPTED, BY_HAND = 75, 130
 
 class Stopped(BaseException):
     """Raised out of work that a signal breaks off; whoever allowed it, catches it."""
+
+
+_giving_way: "StopSignals | None" = None
+
+
+def break_off_point() -> None:
+    """Here work may be broken off: raises Stopped if that is allowed, and a signal has come.
+
+    Not from the signal's handler, anywhere: a loader of images broken off while it starts its
+    processes leaves one behind, whose end would later be taken for a failure of training's.
+    """
+    if _giving_way is not None and _giving_way.asked:
+        raise Stopped
 
 
 class StopSignals:
@@ -58,22 +71,27 @@ class StopSignals:
             raise Stopped
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Work that a signal, taken before or during it, ends by raising Stopped."""
-        if self.asked:
-            raise Stopped
-        self._breaks = True
+    def giving_way(self) -> Iterator[None]:
+        """Work that a signal, taken before or during it, ends at the next `break_off_point`."""
+        global _giving_way
+        before, _giving_way = _giving_way, self
         try:
+            break_off_point()
             yield
         finally:
-            self._breaks = False
+            _giving_way = before
 
     @contextmanager
     def before_the_first_step(self) -> Iterator[None]:
-        """Work after which there is nothing to save yet; raises Interrupted."""
+        """Work that a signal ends at once, as there is nothing to save yet; raises Interrupted."""
         try:
-            with self.at_once():
+            if self.asked:
+                raise Stopped
+            self._breaks = True
+            try:
                 yield
+            finally:
+                self._breaks = False
         except Stopped:
             raise Interrupted(
                 "stopped before the first step: there was nothing to save",

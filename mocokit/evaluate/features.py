@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mocokit.data.batch import Batch
 from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
+from mocokit.engine.stop import break_off_point
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import evaluation_views, make_views
 
@@ -48,6 +49,7 @@ def evaluation_batches(
     random = probe_spec(spec)
     bound = canvas_bound(spec if crops is None else random)
     for batch in read_batches(source, indices, BATCH, bound, workers):
+        break_off_point()
         if len(batch.index):
             sizes = batch.heights, batch.widths
             if crops is None:
