@@ -5,9 +5,13 @@ the training process. Each measurement is a process of its own that is held to i
 starts when the first batch has arrived. Rounds are interleaved; ratios are taken within a round.
 On one core one loading process serves, on two cores two; the training process does nothing else.
 
-    python benchmarks/data.py FOLDER [--rounds 5] [--on 1 2] [--large]
+    python benchmarks/data.py FOLDER [--rounds 5] [--on 1 2] [--large] [--beside]
 
 FOLDER has train/<class>/<image>. `--large` first enlarges its images to three times their sides.
+`--beside` compares loading processes with loading threads while the training process is as busy as
+one that trains on a GPU: after each batch it goes forward and back through a ResNet-50 of one image
+of 32 pixels, whose time is that of Python and of launching operations. On two cores one loader
+serves, and one core is the training process's.
 """
 
 import argparse
@@ -19,7 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,6 +109,8 @@ PIPELINES = {  # name: (function, what it reads)
     "mocokit, pack of bare pixels": (ours, "raw.pack"),
 }
 
+BESIDE = ("mocokit, folder", "mocokit, folder, threads")
+
 
 def busy(pid: int) -> float:
     """Seconds of processor time of a process and of all that it started and that still run."""
@@ -115,25 +121,44 @@ def busy(pid: int) -> float:
     return own
 
 
-def measure(name: str, place: Path, cores: int) -> tuple[float, float]:
+def launching() -> Callable[[], None]:
+    """What the training process does at a step, where a GPU does the computing."""
+    import torch
+    from torchvision.models import resnet50
+
+    torch.set_num_threads(1)
+    network, image = resnet50(weights=None).eval(), torch.zeros(1, 3, 32, 32)
+
+    def step() -> None:
+        network(image).sum().backward()
+
+    step()
+    return step
+
+
+def measure(name: str, place: Path, cores: int, beside: bool) -> tuple[float, float]:
     """Images per second after the first batch, and per second of processor time of all processes.
 
     Processor time is read while the processes still run, at every eighth batch.
     """
     function, what = PIPELINES[name]
-    arriving = function(place if what == "folder" else place.parent / what, cores)
+    step = launching() if beside else lambda: None
+    where = place if what == "folder" else place.parent / what
+    arriving = function(where, 1 if beside else cores)
     next(arriving)
     started, worked = time.perf_counter(), busy(os.getpid())
     images, seen, used = 0, 0, 1e-9
     for number, count in enumerate(arriving):
         images += count
+        step()
         if number % 8 == 7:
             seen, used = images, busy(os.getpid()) - worked
     return images / (time.perf_counter() - started), seen / used
 
 
-def measured(name: str, place: Path, cores: int) -> tuple[float, float]:
+def measured(name: str, place: Path, cores: int, beside: bool) -> tuple[float, float]:
     command = [sys.executable, __file__, str(place), "--one", name, "--cores", str(cores)]
+    command += ["--beside"] * beside
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rate, per_work = json.loads(done.stdout.splitlines()[-1])
     return rate, per_work
@@ -169,26 +194,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--on", type=int, nargs="+", default=[1, 2], help="numbers of cores")
+    parser.add_argument("--beside", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, default=1, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-asked.cores :])
-        print(json.dumps(measure(asked.one, asked.folder, asked.cores)))
+        print(json.dumps(measure(asked.one, asked.folder, asked.cores, asked.beside)))
         return
     with tempfile.TemporaryDirectory() as folder:
         place = prepare(asked.folder, Path(folder), asked.large)
         rates: dict[tuple[int, str], list[tuple[float, float]]] = {}
         for _ in range(asked.rounds):
             for cores in asked.on:
-                for name in PIPELINES:
-                    rates.setdefault((cores, name), []).append(measured(name, place, cores))
-    print("| cores | pipeline | images/s, median | min-max | x ImageFolder | x by CPU time |")
+                for name in BESIDE if asked.beside else PIPELINES:
+                    rate = measured(name, place, cores, asked.beside)
+                    rates.setdefault((cores, name), []).append(rate)
+    base = BESIDE[0] if asked.beside else BASE
+    print(f"| cores | pipeline | images/s, median | min-max | x {base} | x by CPU time |")
     print("|---|---|---|---|---|---|")
     for (cores, name), found in rates.items():
-        pairs = list(zip(found, rates[cores, BASE], strict=True))
-        ratios = [statistics.median(one[n] / base[n] for one, base in pairs) for n in (0, 1)]
+        pairs = list(zip(found, rates[cores, base], strict=True))
+        ratios = [statistics.median(one[n] / other[n] for one, other in pairs) for n in (0, 1)]
         each = [rate for rate, _ in found]
         shown = f"{statistics.median(each):.0f} | {min(each):.0f}-{max(each):.0f}"
         print(f"| {cores} | {name} | {shown} | {ratios[0]:.2f} | {ratios[1]:.2f} |")

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from mocokit.build_method import build_method
 from mocokit.config import Settings
-from mocokit.data.arrays import ArraySource
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
 from mocokit.engine.due import Due
 from mocokit.engine.optim import Schedule, build_optimizer
-from mocokit.engine.resident import Resident, fits
 from mocokit.engine.runtime import (
     autocast,
     default_precision,
@@ -143,13 +141,6 @@ def build_loader(
         known_bad=known_bad,
         pin=device.type == "cuda",
     )
-
-
-def build_resident(source: Source, device: torch.device) -> Resident | None:
-    """The images on the device, if they are an array that is small beside its free memory."""
-    if isinstance(source, ArraySource) and fits(source.images, device):
-        return Resident(source.images, device)
-    return None
 
 
 def share_of_process(settings: Settings, world: World, images: int) -> float:

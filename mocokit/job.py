@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
-from mocokit.data.arrays import ArraySource, Unread
 from mocokit.data.batch import Batch, look
+from mocokit.data.resident import Resident, hold
 from mocokit.data.source import Source, Splits, renumbered, save_index
 from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
@@ -23,7 +25,6 @@ from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
-from mocokit.engine.resident import Resident
 from mocokit.engine.runtime import choose_device, on_first, prepare
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
@@ -53,18 +54,15 @@ class Job:
     saved: int = -1  # the step of the checkpoint that was last read or written
     health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
-    def pixels(self, batch: Batch) -> Tensor:
-        """A batch's pixels on the device: sent there, or there already."""
+    def canvases(self, batch: Batch) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """Pixels on the device, and where a batch's images begin; None: one after another."""
         if self.resident is not None:
-            return self.resident.gather(batch.index)
-        return self.upload(batch.pixels)
+            return self.resident.canvases(batch.index)
+        return self.upload(batch.pixels), None
 
     def unread(self) -> Source:
         """The images to load: of those on the device already, the numbers alone."""
-        train = self.splits.train
-        if self.resident is not None and isinstance(train, ArraySource):
-            return Unread(train)
-        return train
+        return self.splits.train if self.resident is None else self.resident.unread
 
     def images_of(self, step: int) -> int:
         """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
@@ -165,7 +163,7 @@ def open_job(
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
-    resident = build.build_resident(splits.train, device)
+    resident = hold(splits.train, canvas_bound(parts.spec), device)
     return Job(
         settings,
         effect,

@@ -5,12 +5,13 @@ and the number of workers change nothing. Methods plug into the loop through two
 and update (methods/method.py); they never fork it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
@@ -154,14 +155,15 @@ def make_batch_views(job: Job, step: int, batch: Batch) -> tuple[Views, ...]:
     """
     epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
     sizes = batch.heights, batch.widths
-    pixels = job.pixels(batch)
+    pixels, starts = job.canvases(batch)
     tables = [
         draw_table(spec, seed, epoch, batch.index, view, *sizes)
         for view in range(job.parts.method.views)
     ]
+    make: Callable[..., Tensor | ViewsOnDemand] = make_views
     if job.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
-        return tuple(ViewsOnDemand(spec, table, pixels, *sizes, job.device) for table in tables)
-    return tuple(make_views(spec, table, pixels, *sizes, job.device) for table in tables)
+        make = ViewsOnDemand
+    return tuple(make(spec, table, pixels, *sizes, job.device, starts) for table in tables)
 
 
 def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

@@ -8,9 +8,8 @@ import torch
 import torchvision.transforms.functional as TF
 from reference_views import jitter as reference
 
-from mocokit.views import colour, separable
-from mocokit.views.colour import affine_steps, grayscale, jitter, map_colours, solarize_rows
-from mocokit.views.params import Table
+from mocokit.views import separable
+from mocokit.views.colour import grayscale, jitter, solarize_rows
 
 ORDERS = np.array(list(itertools.permutations(range(4))))
 
@@ -116,60 +115,6 @@ def test_order_matters():
     columns = [column[[0, 0]] for column in columns]
     ours = jitter(pixels[[0, 0]], *columns, ORDERS[[0, -1]])
     assert (ours[0] - ours[1]).abs().max() > 0.01
-
-
-def tables(count, hue=0.5, seed=0):
-    """Of `count` images, all orders, some of them not changed, some made gray."""
-    draw = np.random.default_rng(seed)
-    none = np.zeros(count)
-    columns = factors(count, 0, 2, hue, seed)
-    jittered, gray = draw.random((2, count)) < 0.7
-    return Table(
-        np.zeros((count, 4), np.int64), none > 0, jittered, *columns,
-        ORDERS[np.arange(count) % 24], gray, none, none, none > 0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "operations", [["jitter"], ["jitter", "grayscale"], ["grayscale", "jitter"]]
-)
-def test_the_fused_function_is_torchvisions(operations):
-    table, pixels = tables(48), images(48)
-    expected = pixels.clone()
-    columns = np.stack([table.brightness, table.contrast, table.saturation, table.hue]).T
-    for row in range(48):
-        for operation in operations:
-            if operation == "jitter" and table.jitter[row]:
-                expected[row] = reference(expected[row], columns[row], table.order[row])
-            elif operation == "grayscale" and table.grayscale[row]:
-                expected[row] = TF.rgb_to_grayscale(expected[row], 3)
-    before = pixels.clone()
-    ours = map_colours(pixels, operations, table)
-    assert (ours - expected).abs().max() < 1e-5 and torch.equal(pixels, before)
-    still = ~(table.jitter | (table.grayscale if "grayscale" in operations else False))
-    assert still.any() and torch.equal(ours[still], pixels[still])
-    # Half of the bits: a quarter of a level a step, stretched by contrast.
-    half = map_colours(pixels.half(), operations, tables(48, hue=0.1)).float()
-    single = map_colours(pixels, operations, tables(48, hue=0.1))
-    assert (half - single).abs().max() < 0.02 and (half - single).abs().mean() < 5e-4
-
-
-@pytest.mark.parametrize("_how", ["sorted"], indirect=True)
-def test_the_fused_function_is_one_graph():
-    """Traced whole, for any number of images at once, with the same bits."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(affine_steps, fullgraph=True, dynamic=True, backend=backend)
-    for count in (5, 24, 48):
-        weights, hue = (torch.from_numpy(part) for part in colour._jitter_map(tables(count)))
-        arguments = images(count), weights.float(), hue
-        assert torch.equal(compiled(*arguments), affine_steps(*arguments))
-    assert len(graphs) == 1
 
 
 def test_no_images():

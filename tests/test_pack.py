@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,22 @@ def test_what_was_damaged_or_of_other_data_is_not_gone_on_with(
         packed(folder, tmp_path / f"{bound}.pack", bound=bound)
         assert records(tmp_path / "x.pack") == records(tmp_path / f"{bound}.pack")
         assert isinstance(found, PackedSource) and found.bound == bound
+
+
+def test_files_that_changed_since_are_packed_anew(folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(folder, tmp_path / "in"))
+    packed(folder, tmp_path / "old.pack")
+    content = (tmp_path / "old.pack").read_bytes()
+    (tmp_path / "x.pack.part").write_bytes(content[: len(content) // 2])
+    first = open_data(folder).train
+    changed = next(n for n in range(len(first)) if "bad" not in first.describe(n))
+    path = folder / "train" / first.describe(changed)
+    Image.new("RGB", (40, 40), "red").save(path)
+    counts: list[int] = []
+    write_pack(open_data(folder), tmp_path / "x.pack", BOUND, False, 1, counts.append)
+    assert counts[0] == 0
+    found = open_data(tmp_path / "x.pack").train
+    np.testing.assert_array_equal(found.read(changed), open_data(folder).train.read(changed))
 
 
 def test_damage_is_a_bad_image_or_a_sentence(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from reference_views import (
     v3,
 )
 
-from mocokit.views import separable, views
+from mocokit.views import canvases as room, separable, views
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, evaluation_views, make_views
 
@@ -55,7 +55,7 @@ def made(spec, canvases, table=None):
 
 
 def force(monkeypatch, way):
-    monkeypatch.setattr(views, "_way", lambda *_: way)
+    monkeypatch.setattr(room, "_way", lambda *_: way)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -144,7 +144,7 @@ def test_the_three_ways_agree_to_a_level(kind, most, monkeypatch):
 def test_the_way_follows_from_device_and_size():
     def way(device, *sizes):
         heights, widths = np.array(sizes).T
-        return views._way(torch.device(device), heights, widths)
+        return room._way(torch.device(device), heights, widths)
 
     assert way("cpu", (32, 32), (32, 32)) == way("cuda", (64, 48)) == "grid"
     assert way("cpu", (32, 32), (33, 32)) == way("cpu", (65, 65), (65, 65)) == "each"
@@ -169,17 +169,17 @@ def test_a_batch_in_small_chunks_is_the_same(way, monkeypatch):
     canvases = photos([(32, 32)] * 20) if way == "grid" else photos()
     spec = v2(32)
     whole = made(spec, canvases)
-    monkeypatch.setattr(views, "_CACHED_FLOATS", 3 * 3 * 32 * 32)
-    monkeypatch.setattr(views, "_GATHERED_PIXELS", 40_000)
+    monkeypatch.setattr(room, "_CACHED_FLOATS", 3 * 3 * 32 * 32)
+    monkeypatch.setattr(room, "_GATHERED_PIXELS", 40_000)
     assert (made(spec, canvases) - whole).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("pixels", [10_000, 200_000, 1])
 def test_gathered_chunks_keep_to_their_memory_and_to_the_order(pixels, monkeypatch):
     force(monkeypatch, "gathered")
-    monkeypatch.setattr(views, "_GATHERED_PIXELS", pixels)
+    monkeypatch.setattr(room, "_GATHERED_PIXELS", pixels)
     data, heights, widths = flat(photos())
-    canvases = views._Canvases.lay_out(data, heights, widths, torch.device("cpu"))
+    canvases = room.Canvases.lay_out(data, heights, widths, torch.device("cpu"))
     parts = list(canvases.parts(heights, widths, 32))
     assert np.concatenate([np.arange(len(heights))[part] for part in parts]).tolist() == list(
         range(len(heights))

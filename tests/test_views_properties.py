@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from reference_views import flat, replay, spec_of
 
-from mocokit.views import views
+from mocokit.views import canvases as room
 from mocokit.views.params import RANDOM_OPERATION, Table, draw_table
 from mocokit.views.views import evaluation_views, make_views
 
@@ -22,7 +22,7 @@ both_ways = pytest.mark.parametrize("way", ["gathered", "each"])
 
 def forced(way, run, *parts):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(views, "_way", lambda *_: way)
+        patch.setattr(room, "_way", lambda *_: way)
         return run(*parts)
 
 

@@ -76,17 +76,6 @@ class ArraySource:
         return digest.hexdigest()
 
 
-class Unread(ArraySource):
-    """Images by their numbers and sizes alone: whoever asks has the pixels already."""
-
-    def __init__(self, source: ArraySource) -> None:
-        known = source.labels, source.name, source.classes, source.fingerprint
-        super().__init__(source.images, *known)
-
-    def gather(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return np.empty((len(indices), *self.images.shape[1:3], 0), np.uint8)
-
-
 def numbered(*labels: NDArray[np.int64] | None) -> tuple[str, ...]:
     """Names for classes that have only numbers."""
     return tuple(

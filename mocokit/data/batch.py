@@ -92,7 +92,7 @@ def _join(
     index = np.array([number for number, _ in read], np.int64)
     heights = np.array([canvas.shape[0] for _, canvas in read], np.int64)
     widths = np.array([canvas.shape[1] for _, canvas in read], np.int64)
-    pixels = torch.empty(int((heights * widths).sum()) * 3, dtype=torch.uint8)
+    pixels = torch.empty(sum(canvas.size for _, canvas in read), dtype=torch.uint8)
     flat, first = pixels.numpy(), 0
     for _, canvas in read:
         flat[first : first + canvas.size] = canvas.reshape(-1)

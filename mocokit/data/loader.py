@@ -10,6 +10,7 @@ from mocokit import chance
 from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.protocol import Source
+from mocokit.data.unread import Unread
 from mocokit.data.workers import prepare_workers, read_in_workers
 from mocokit.errors import UserError
 
@@ -78,7 +79,7 @@ class Loader:
             raise UserError(f"{counts} of {source.name}: lower it, or set data.last=keep")
         self.total_steps = self.steps_per_epoch * epochs
         # One gather is faster than sending pixels from process to process.
-        self.workers = 0 if isinstance(source, ArraySource) else workers
+        self.workers = 0 if isinstance(source, ArraySource | Unread) else workers
         self.start_step, self.pin, self._known_bad = start_step, pin, known_bad
         self._reader = Reader(source, seed, bound)
         self._batch_size, self._size, self._share = batch_size, size, share

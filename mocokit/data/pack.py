@@ -83,7 +83,8 @@ def write_pack(
     header = {
         "bound": bound,
         "raw": raw,
-        "images": [source.fingerprint for source in sources],
+        # Not the fingerprint, which may be of names alone: an attempt at other pixels is dropped.
+        "images": [source.stamp() for source in sources],
         "lengths": [len(source) for source in sources],
     }
     part = target.with_name(target.name + ".part")

@@ -28,7 +28,7 @@ class PackedSource:
     def __init__(
         self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int | None, raw: bool
     ) -> None:
-        self.path, self.offsets, self.bound = path, offsets, bound
+        self.path, self.offsets, self.bound, self.raw = path, offsets, bound, raw
         self.name, self.labels, self.classes = known.name, known.labels, known.classes
         self.names = known.names
         digest = hashlib.blake2b(f"mocokit pack 1 {bound} {raw}".encode(), digest_size=16)
@@ -58,20 +58,18 @@ class PackedSource:
         head, content = self._record(index)
         return None if head.kind == PIXELS else content
 
+    def count_pixels(self) -> int:
+        """How many pixels stored bare there are, by the records' heads."""
+        heads = (self._head(int(start)) for start in self.offsets)
+        return sum(head.height * head.width for head in heads if head and head.kind == PIXELS)
+
     def _record(self, index: int) -> tuple[Head, bytes]:
-        if self._file is None:
-            try:
-                with self.path.open("rb") as file:
-                    self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise BadImage(f"its pack cannot be read: {error}") from error
         start = int(self.offsets[index])
-        try:
-            head = unpack_head(self._file[start : start + HEAD.size])
-        except ValueError as error:
-            raise BadImage("its pack is damaged here") from error
+        head = self._head(start)
+        if head is None:
+            raise BadImage("its pack is damaged here")
         first = start + HEAD.size
-        content = self._file[first : first + head.length]
+        content = self._map()[first : first + head.length]
         if len(content) < head.length or zlib.crc32(content) != head.checksum:
             raise BadImage("its pack is damaged here: the checksum differs")
         if head.kind == BAD:
@@ -79,6 +77,22 @@ class PackedSource:
         if head.kind == PIXELS and head.length != 3 * head.height * head.width:
             raise BadImage("its pack is damaged here")
         return head, content
+
+    def _head(self, start: int) -> Head | None:
+        """None where no record begins."""
+        try:
+            return unpack_head(self._map()[start : start + HEAD.size])
+        except ValueError:
+            return None
+
+    def _map(self) -> mmap.mmap:
+        if self._file is None:
+            try:
+                with self.path.open("rb") as file:
+                    self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise BadImage(f"its pack cannot be read: {error}") from error
+        return self._file
 
     def describe(self, index: int) -> str:
         if self.names is None:

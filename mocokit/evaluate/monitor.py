@@ -81,14 +81,17 @@ class KnnMonitor:
             self.queries, self.query_numbers = train, np.sort(order[:held])
             kept, self.split = order[held:], "a held-out tenth of the labelled images"
         self.train, self.bank_numbers = train, np.sort(kept[:bank])
+        # Those that could be read, once a score has been taken.
+        self._counts = len(self.bank_numbers), len(self.query_numbers)
 
     @property
     def protocol(self) -> str:
-        """How the numbers come about, in words."""
+        """How the numbers of the last score came about, in words."""
+        bank, queries = self._counts
         return (
-            f"kNN, k {min(self.k, len(self.bank_numbers))}, temperature {self.temperature:g}, "
-            f"{len(self.bank_numbers):,} training images as bank, "
-            f"{len(self.query_numbers):,} queries ({self.split}), centre crop, final weights"
+            f"kNN, k {min(self.k, bank)}, temperature {self.temperature:g}, "
+            f"{bank:,} training images as bank, {queries:,} queries ({self.split}), "
+            "centre crop, final weights"
         )
 
     def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
@@ -134,6 +137,7 @@ class KnnMonitor:
             query_index, queries = compute_features(
                 network, self._batches(self.queries, self.query_numbers)
             )
+        self._counts = len(bank_index), len(query_index)
         labels = torch.from_numpy(self.train.labels[bank_index])  # type: ignore[index]
         query_labels = torch.from_numpy(self.queries.labels[query_index])  # type: ignore[index]
         if not banks or not queries:

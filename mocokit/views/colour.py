@@ -12,24 +12,21 @@ The hue need not be found to be turned. By d <= 1 sixths of the circle: red beco
 r - g + (2d - 1) b + (1 - d)(max + min), and so on around the circle; back by d is the same with
 the two neighbours exchanged; and two sixths are a change of channels. So the matrix H is circulant.
 
-On a CPU images are changed in place, sorted into neighbours or one by one. On a CUDA device all
-colour changes that follow one another are one compiled function of all images.
+Here images are changed in place, sorted into neighbours or one by one; fused.py has the same for
+a compiler.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, Table
-from mocokit.views.separable import Numbers, alone, can_compile, host, upload
+from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from mocokit.views.separable import Numbers, alone, host, upload
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
-MAPS = ("jitter", "grayscale")  # what `map_colours` does
-_NEUTRAL = np.array([[1.0], [1.0], [1.0], [0.0]])  # factors that change nothing
 
 
 def jitter(
@@ -79,7 +76,7 @@ def _jitter_sorted(
     others = order[order != HUE].reshape(-1, 3).T  # (3, N) operations
     factor = np.take_along_axis(factors, others, 0)
     rest = 1 - factor
-    circle, ends = _hue_map(factors[HUE])
+    circle, ends = hue_map(factors[HUE])
     mixing = [
         factor,
         np.where(others == SATURATION, rest, 0),
@@ -101,7 +98,7 @@ def _jitter_sorted(
     torch.index_select(sorted_, 0, back, out=images)
 
 
-def _hue_map(turns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def hue_map(turns: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How to turn the hue: weights (3, N) of a channel and the two after it; of max + min (N,)."""
     whole, rest = np.divmod(6 * turns, 2)
     back = rest > 1
@@ -155,7 +152,7 @@ def _jitter_one(pixels: Tensor, factors: list[float], order: list[int]) -> None:
 
 def _turn_one(pixels: Tensor, turns: float) -> None:
     """`_turn_hue` of one image's pixels (3, P)."""
-    circle, ends = _hue_map(np.array([turns]))
+    circle, ends = hue_map(np.array([turns]))
     one, after, before = circle[:, 0].tolist()
     high, low = pixels.amax(0), pixels.amin(0)
     turned = torch.add((high + low).mul_(float(ends[0])), pixels, alpha=one)
@@ -207,68 +204,3 @@ def _gray(images: Tensor) -> Tensor:
     """(B, 1, H, W)."""
     gray = images[:, 0:1] * LUMA[0]
     return gray.add_(images[:, 1:2], alpha=LUMA[1]).add_(images[:, 2:3], alpha=LUMA[2])
-
-
-def map_colours(images: Tensor, operations: list[str], table: Table) -> Tensor:
-    """Some of MAPS, applied in turn as the table says, to all images at once: (B, 3, H, W)."""
-    parts = [_MAPS[operation](table) for operation in operations]
-    weights = upload(np.concatenate([part[0] for part in parts]), images.device, images.dtype)
-    hue = upload(np.concatenate([part[1] for part in parts]), images.device)
-    compiled = images.device.type == "cuda" and can_compile()
-    return (_compiled() if compiled else affine_steps)(images, weights, hue)
-
-
-def _jitter_map(table: Table) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Four steps of N images: weights (4, N, 6), and whether they turn the hue (4, N)."""
-    factors = np.stack([table.brightness, table.contrast, table.saturation, table.hue])
-    factors = np.where(table.jitter, factors, _NEUTRAL)
-    operation = table.order.T
-    factor = np.take_along_axis(factors, operation, 0)
-    circle, ends = _hue_map(factors[HUE])
-    hue, none = operation == HUE, np.zeros_like(factor)
-    weights = [
-        *np.where(hue, circle[:, None], np.stack([factor, none, none])),
-        np.where(operation == SATURATION, 1 - factor, 0),
-        np.where(operation == CONTRAST, 1 - factor, 0),
-        np.where(hue, ends, 0),
-    ]
-    return np.stack(weights, axis=-1), hue
-
-
-def _gray_map(table: Table) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """One step, as `_jitter_map`."""
-    weights = np.zeros((1, len(table.grayscale), 6))
-    weights[0, :, 0], weights[0, :, 3] = ~table.grayscale, table.grayscale
-    return weights, np.zeros((1, len(table.grayscale)), bool)
-
-
-_MAPS = {"jitter": _jitter_map, "grayscale": _gray_map}
-
-
-@cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    # Dynamic from the first call on, so that no kernel depends on the batches seen before.
-    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(affine_steps, dynamic=True)
-    return compiled
-
-
-def affine_steps(images: Tensor, weights: Tensor, hue: Tensor) -> Tensor:
-    """S affine maps of images (B, 3, H, W), each cut to its limits; for a compiler to fuse.
-
-    weights (S, B, 6): of a channel and the two after it around the circle, of the pixel's gray
-    value, of the gray image's mean, of max + min; hue (S, B): whether max and min are the limits.
-    """
-    for step in range(len(weights)):
-        one, after, before, of_gray, of_mean, of_ends = weights[step, :, :, None, None].unbind(1)
-        red, green, blue = images.unbind(1)  # (B, H, W)
-        gray = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
-        mean = gray.mean((1, 2), keepdim=True)
-        high = torch.maximum(torch.maximum(red, green), blue)
-        low = torch.minimum(torch.minimum(red, green), blue)
-        shared = of_gray * gray + of_mean * mean + of_ends * (high + low)
-        turned = hue[step, :, None, None]
-        least, most = torch.where(turned, low, 0.0), torch.where(turned, high, 1.0)
-        circle = ((red, green, blue), (green, blue, red), (blue, red, green))
-        mixed = [one * x + after * y + before * z + shared for x, y, z in circle]
-        images = torch.stack([torch.clamp(channel, least, most) for channel in mixed], dim=1)
-    return images

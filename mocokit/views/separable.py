@@ -6,10 +6,6 @@ the crop is ever seen. The columns come first, as in PIL before version 13 and i
 matters to the cubic alone, whose overshoots are cut off after each of the two.
 """
 
-import os
-import shutil
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -43,13 +39,6 @@ def host(numbers: Numbers) -> NDArray[Any]:
 def alone(images: Tensor) -> bool:
     """Whether each image is worked on by itself: on a CPU it fills the cache from this size on."""
     return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
-
-
-@cache
-def can_compile() -> bool:
-    """Whether torch.compile can make CUDA kernels here: it needs Triton and a C compiler."""
-    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    return find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 def crop_resize(images: Tensor, boxes: Numbers, size: int, flip: Numbers) -> Tensor:
@@ -215,19 +204,19 @@ def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     rows = np.flatnonzero(sigma)
     if alone(images):
         for row in rows:
-            weights = _gaussian(sigma[row : row + 1])[0].tolist()
+            weights = gaussian_weights(sigma[row : row + 1])[0].tolist()
             image = images[row : row + 1]
             _convolve(_convolve(image, weights, 2), weights, 3, out=image)
     elif rows.size:
         pick = upload(rows, images.device)
-        weights = upload(_gaussian(sigma[rows]), images.device, images.dtype)
+        weights = upload(gaussian_weights(sigma[rows]), images.device, images.dtype)
         height, width = images.shape[2:]
         down = _band(weights, height)
         across = down if height == width else _band(weights, width)
         images.index_copy_(0, pick, _product(down, images.index_select(0, pick), across))
 
 
-def _gaussian(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
+def gaussian_weights(sigma: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights (B, 2R + 1) at pixels -R..R, R the widest of the batch; each row sums to 1."""
     radius = np.ceil(BLUR_TAILS * sigma)[:, None]
     pixels = np.arange(-radius.max(initial=0), radius.max(initial=0) + 1)
