@@ -128,6 +128,7 @@ def test_what_was_damaged_or_of_other_data_is_not_gone_on_with(
         packed(folder, tmp_path / f"{bound}.pack", bound=bound)
         assert records(tmp_path / "x.pack") == records(tmp_path / f"{bound}.pack")
         assert isinstance(found, PackedSource) and found.bound == bound
+        assert found.read(3).shape == open_data(tmp_path / f"{bound}.pack").train.read(3).shape
 
 
 def test_files_that_changed_since_are_packed_anew(folder: Path, tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list
         file.seek(offset)
     else:
         file.truncate(0)
+        file.seek(0)  # `tell` counts from where the reading ended, though all is written to the end
         file.write(start)
     return heads, offsets
 
