@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from mocokit import chance
-from mocokit.data import workers as workers_module
+from mocokit.data import batch as batch_module, workers as workers_module
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.loader import Loader, read_batches
 from mocokit.data.source import ArraySource, FolderSource, open_data
@@ -317,9 +318,12 @@ def test_arrays_of_a_packed_object_are_shared_and_equal(folder: FolderSource) ->
 def test_without_shared_memory_batches_come_through_a_pipe(
     folder: FolderSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = workers_module._Answers(Packed(_first_three), 2)
+    info = SimpleNamespace(num_workers=2)
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: info)
+    answers = workers_module._Answers(Packed(_first_three))
     plain = answers[folder]
-    monkeypatch.setattr(workers_module, "_free_shared_memory", lambda: 100)
+    for module in (workers_module, batch_module):
+        monkeypatch.setattr(module, "free_shared_memory", lambda: 100)
     piped = answers[folder]
     assert isinstance(plain, Batch) and isinstance(piped, workers_module._Piped)
     assert piped.batch.pixels.numel() == 0

@@ -4,7 +4,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import pickle
-import shutil
 import signal
 import sys
 import threading
@@ -21,12 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from mocokit.data.batch import Batch
+from mocokit.data.batch import Batch, free_shared_memory
 from mocokit.errors import MocokitError, UserError
 
 T = TypeVar("T")
 
-_SHARED_MEMORY = "/dev/shm"
 _ALIGNMENT = 64
 
 
@@ -67,7 +65,7 @@ def _start(
         # More workers than cores is what the user asked for.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: DataLoader[Any] = DataLoader(
-            _Answers(read, workers),
+            _Answers(read),
             batch_size=None,
             sampler=tasks,  # type: ignore[arg-type]
             num_workers=workers,
@@ -155,8 +153,8 @@ class _Piped(NamedTuple):
 class _Answers(Dataset[Any]):
     """What a loading process holds: it answers a task with a batch, or with what went wrong."""
 
-    def __init__(self, read: "Packed[Callable[[Any], Batch]]", workers: int) -> None:
-        self.read, self.workers = read, workers
+    def __init__(self, read: "Packed[Callable[[Any], Batch]]") -> None:
+        self.read = read
 
     def __getitem__(self, task: Any) -> Batch | _Piped | UserError:
         try:
@@ -164,7 +162,7 @@ class _Answers(Dataset[Any]):
         except UserError as error:
             # Raised here, it would reach the user wrapped in the traceback of this process.
             return error
-        if 2 * self.workers * batch.pixels.nbytes < _free_shared_memory():
+        if batch.pixels.is_shared():  # type: ignore[no-untyped-call]
             return batch
         return _Piped(batch._replace(pixels=torch.empty(0)), batch.pixels.numpy())
 
@@ -182,14 +180,6 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _free_shared_memory() -> int:
-    """Bytes that can still be shared with other processes; containers often have only 64 MB."""
-    try:
-        return shutil.disk_usage(_SHARED_MEMORY).free
-    except OSError:
-        return sys.maxsize  # not Linux: shared memory is no file system there
-
-
 class Packed(Generic[T]):
     """An object to send to many processes, which then share the memory of its arrays.
 
@@ -205,7 +195,7 @@ class Packed(Generic[T]):
         self._memory = torch.empty(starts[-1], dtype=torch.uint8)
         for (first, last), buffer in zip(self._parts, buffers, strict=True):
             self._memory.numpy()[first:last] = np.frombuffer(buffer.raw(), np.uint8)
-        if 0 < 2 * self._memory.nbytes < _free_shared_memory():
+        if 0 < 2 * self._memory.nbytes < free_shared_memory():
             self._memory.share_memory_()  # type: ignore[no-untyped-call]
 
     @property
