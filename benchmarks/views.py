@@ -5,7 +5,8 @@ the form it wants (PIL images, uint8 tensors, our flat buffer), ends with a norm
 batch, and draws anew for every batch. Rounds are interleaved (A B C A B C), each pipeline making
 batches for at least a fifth of a second in its turn; ratios are taken within a round. On two cores
 every pipeline runs in two processes of one thread, ours and kornia's also on two torch threads.
-Peers that are not installed are skipped with a sentence.
+Freed memory stays with the process, as in `mocokit pretrain`, for all pipelines. Peers that are not
+installed are skipped with a sentence.
 
     python benchmarks/views.py [--quick] [--rounds 15]
 """
@@ -32,6 +33,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from mocokit.config import Views
+from mocokit.memory import keep_freed_memory
 from mocokit.views.params import ViewSpec, draw_table
 from mocokit.views.views import make_views
 
@@ -277,6 +279,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small batches, three rounds")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
+    keep_freed_memory()
     rounds = 3 if arguments.quick else arguments.rounds
     small, large = (32, 4) if arguments.quick else (256, 32)
     tasks = [Task(32, small, 32, 32), Task(224, large, 300, 400)]

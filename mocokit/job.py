@@ -16,7 +16,6 @@ from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
 from mocokit.data.batch import Batch, look
-from mocokit.data.resident import Resident, hold
 from mocokit.data.source import Source, Splits, renumbered, save_index
 from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
@@ -29,6 +28,7 @@ from mocokit.engine.runtime import choose_device, on_first, prepare
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
+from mocokit.resident import Resident, hold
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"evaluations", "detection_trial"},
     {"job", "export", "foreign"},
     {"deciding"},
-    {"build"},
+    {"build", "resident"},
     {"build_method"},
     {"evaluate"},
     {"methods", "engine", "views", "data"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"config"},
     {"places"},
     {"slurm"},
-    {"errors", "chance", "paper"},
+    {"errors", "chance", "memory", "paper"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 

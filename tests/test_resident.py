@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 import mocokit
+from mocokit import resident
 from mocokit.config import Views
-from mocokit.data import resident
 from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import read_batch
 from mocokit.data.loader import Loader
 from mocokit.data.pack import HEAD, write_pack
-from mocokit.data.resident import Resident, hold
 from mocokit.data.source import open_data
 from mocokit.engine import checkpoint
+from mocokit.resident import Resident, hold
 from mocokit.views.params import ViewSpec, draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 

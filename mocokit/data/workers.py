@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mocokit.data.batch import Batch, free_shared_memory
 from mocokit.errors import MocokitError, UserError
+from mocokit.memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -129,6 +130,7 @@ def _begin(worker: int) -> None:
     # Ctrl-C reaches every process of a terminal; the training process alone decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

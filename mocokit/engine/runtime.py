@@ -15,6 +15,7 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 from mocokit.chance import Slot, library_seed
 from mocokit.engine.world import World, announced
 from mocokit.errors import Interrupted, UserError
+from mocokit.memory import keep_freed_memory
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -147,6 +148,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
     """Set what torch keeps globally, as a function of the settings alone."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     torch.set_float32_matmul_precision("highest")  # logits are float32; the encoders autocast
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -85,8 +85,7 @@ def _jitter_sorted(
     # One transfer for all numbers, and one for the rows: the sorted ones, then those left alone.
     sent = upload(np.concatenate([*mixing, circle, ends[None]]), images.device, images.dtype)
     mix, turned = sent[:9].view(3, 3, -1, 1, 1), sent[9:, :, None, None]
-    apart = np.setdiff1d(np.arange(len(images)), rows, assume_unique=True)
-    places = np.concatenate([rows[turn], apart])
+    places = np.concatenate([rows[turn], np.delete(np.arange(len(images)), rows)])
     there, back = upload(np.stack([places, np.argsort(places)]), images.device)
     sorted_ = images.index_select(0, there)
     part = sorted_[: len(rows)].flatten(2)

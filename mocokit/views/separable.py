@@ -2,8 +2,8 @@
 
 Resizing is PIL's: a triangle as wide as one output pixel (one input pixel when enlarging), or the
 cubic of a = -1/2, twice as wide; its weights renormalised inside the box, so that nothing beyond
-the crop is ever seen. The columns come first, as in PIL before version 13 and in torch; this
-matters to the cubic alone, whose overshoots are cut off after each of the two.
+the crop is ever seen. The cubic's overshoots are cut off after each of the two products, so there
+the columns come first, as in PIL before version 13 and in torch.
 """
 
 from typing import Any
@@ -149,9 +149,10 @@ def _resample(
     if half and images.dtype == torch.uint8 and rows.dtype == torch.float32:
         return _half_product(rows, images, cols, cut)
     top = 255.0 if images.dtype == torch.uint8 else 1.0
-    images = images.to(rows.dtype, memory_format=torch.contiguous_format)
-    product = _product(rows / top, images, cols, (0.0, top) if cut else None)
-    return product.clamp_(0, 1) if cut else product
+    images = images.to(rows.dtype)
+    if not cut:
+        return _rows_first(rows / top, images, cols)
+    return _product(rows / top, images, cols, (0.0, top)).clamp_(0, 1)
 
 
 def _half_product(rows: Tensor, images: Tensor, cols: Tensor, cut: bool) -> Tensor:
@@ -160,9 +161,12 @@ def _half_product(rows: Tensor, images: Tensor, cols: Tensor, cut: bool) -> Tens
     Levels are exact in float16, and rounded more finely around 0, hence centred; what rounding the
     weights does to their sums is divided out.
     """
-    levels = images.to(torch.float16, memory_format=torch.contiguous_format).sub_(128)
+    levels = images.to(torch.float16).sub_(128)
     rows, cols = rows.half(), cols.half()
-    product = _product(rows, levels, cols, (-128.0, 127.0) if cut else None).float()
+    if cut:
+        product = _product(rows, levels, cols, (-128.0, 127.0)).float()
+    else:
+        product = _rows_first(rows, levels, cols).float()
     sums = rows.sum(2, dtype=torch.float32)[:, None, :, None] * 255
     product.div_(sums * cols.sum(2, dtype=torch.float32)[:, None, None, :]).add_(128 / 255)
     return product.clamp_(0, 1)
@@ -178,9 +182,20 @@ def _product(
     across = images.flatten(1, 2) @ cols.mT
     if limits:
         across.clamp_(*limits)
-    # Plane by plane, or matmul would copy `rows` for each of the three.
     planes = across.view(*images.shape[:3], -1).unbind(1)
-    return torch.stack([rows @ plane for plane in planes], dim=1)
+    product = images.new_empty(*images.shape[:2], rows.shape[1], cols.shape[1])
+    # Plane by plane, or matmul would copy `rows` for each of the three.
+    for plane, out in zip(planes, product.unbind(1), strict=True):
+        torch.bmm(rows, plane, out=out)
+    return product
+
+
+def _rows_first(rows: Tensor, images: Tensor, cols: Tensor) -> Tensor:
+    """As `_product`: two products instead of four for canvases, whose channels lie together."""
+    batch, _, height, width = images.shape
+    beside = images.permute(0, 2, 3, 1).reshape(batch, height, width * 3)
+    planes = (rows @ beside).view(batch, -1, width, 3).permute(0, 3, 1, 2).contiguous()
+    return (planes.flatten(1, 2) @ cols.mT).view(*planes.shape[:3], -1)
 
 
 def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
