@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mocokit import recipes
 from mocokit.data.arrays import ArraySource
+from mocokit.data.source import open_data
 from mocokit.evaluate import knn
 from mocokit.evaluate.knn import knn_accuracy, knn_grid, knn_scores, nearest, vote
 from mocokit.evaluate.monitor import KnnMonitor
@@ -97,6 +99,23 @@ def test_without_validation_a_tenth_is_held_out_of_the_bank():
     assert not set(ours.query_numbers) & set(ours.bank_numbers)
     assert "held-out tenth" in ours.protocol
     assert 0 <= dict(ours.run(encoder()))["knn_head"] <= 1
+
+
+def test_the_protocol_counts_the_images_that_could_be_read(tmp_path):
+    for number in range(40):
+        path = tmp_path / "train" / f"{number % 2}" / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 6 * number).save(path)
+        if number in (3, 8, 11):
+            path.write_bytes(b"junk")
+    ours = monitor(open_data(tmp_path).train)
+    assert "36 training images as bank, 4 queries" in ours.protocol
+    dict(ours.run(encoder()))
+    bad = [f"{number % 2}/{number:02}.png" for number in (3, 8, 11)]
+    names = [ours.train.describe(number) for number in ours.bank_numbers]
+    lost = len(set(bad) & set(names))
+    assert lost > 0 and f"{36 - lost} training images" in ours.protocol
+    assert f"{4 - (3 - lost)} queries" in ours.protocol
 
 
 def test_the_bank_is_bounded_and_its_choice_is_stable():
