@@ -61,6 +61,21 @@ class TestAnnounced:
             announced(mpi(5, 8, 1, 4))
         assert announced(mpi(5, 8, 1, 4) | {"MASTER_ADDR": "b"}).address == "b"
 
+    def test_each_job_of_open_mpi_has_a_port(self):
+        """PMIX_NAMESPACE as Open MPI 5 and 4 write it; the latter's own name for it."""
+        ports = {}
+        for name, jobs in (
+            ("PMIX_NAMESPACE", ["prterun-gpu01-4711@1", "prterun-gpu01-4712@1", "961478657"]),
+            ("OMPI_MCA_ess_base_jobid", ["961478658"]),
+        ):
+            for job in jobs:
+                one, two = (announced(mpi(r, 2, r, 2) | {name: job}).port for r in (0, 1))
+                assert one == two and 20000 <= one < 30000
+                ports[job] = one
+        assert len({*ports.values()}) == 4
+        job = {"PMIX_NAMESPACE": "1", "MASTER_PORT": "99"}
+        assert announced(mpi(0, 2, 0, 2) | job).port == 99
+
     @pytest.mark.parametrize(
         ("hosts", "first"),
         [
