@@ -159,7 +159,7 @@ def blocks_npz(tmp_path_factory):
 )
 def test_processes_equal_one_process_in_float32(blocks_npz, tmp_path, monkeypatch, forks, changes):
     """At a rate where a bit does not grow, though the steps count; docs/log.md has the figures."""
-    settings = SETTINGS | {"optim.lr": 3e-5} | changes
+    settings = SETTINGS | {"optim.lr": 1e-5} | changes
     run_world(forks, 2, blocks_npz, tmp_path / "many", settings, "float32")
     with monkeypatch.context() as patches:
         pretrain_recorded(blocks_npz, tmp_path / "one", settings, "float32", patches.setattr)
