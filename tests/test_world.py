@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import free_port
 
 import mocokit
 from mocokit import build
@@ -29,6 +31,7 @@ SETTINGS = {
     "log.every_steps": 1,
     "data.labels": "none",  # no scores: their views are float32
 }
+SHORT = SETTINGS | {"train.epochs": 1}
 ENDTOEND = {"method.name": "simclr", "method.queue_size": None, "method.symmetric": True}
 WHOLE = {"method.batch_norm": "whole", "optim.name": "lars", "optim.lr": 0.3}
 PLUS = {"net.head": "mlp_bn", "net.predictor": True, "method.symmetric": True} | {
@@ -174,6 +177,18 @@ def test_processes_equal_one_process_in_float32(blocks_npz, tmp_path, monkeypatc
     assert losses_of(tmp_path / "many") == pytest.approx(losses, rel=1e-5)
     moved = max(abs(a - b) / a for a, b in zip(losses, unmoved, strict=True))
     assert moved > 100 * 1e-5
+
+
+def test_what_a_run_loads_does_not_keep_the_group_alive(toy_npz, tmp_path):
+    """In an interpreter of its own, which loads timm only once it has joined; forks have it."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    place |= {"RANK": "0", "WORLD_SIZE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    call = "import sys, test_world as t; t.pretrain_recorded(*sys.argv[1:], t.SHORT, 'float32')"
+    command = [sys.executable, "-c", call, toy_npz, tmp_path / "run"]
+    done = subprocess.run(
+        command, env=os.environ | place, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_failures_on_any_process_are_those_of_one_process(photos, tmp_path, monkeypatch, forks):

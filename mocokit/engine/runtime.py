@@ -37,8 +37,8 @@ def joined_world(device: str) -> Iterator[World]:
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
-    # Before there is a group: loaded later, as parts of torch do, it keeps the group alive in the
-    # defaults of its functions, and `_leave` could not end it.
+    # Its functions name the group there is as their default: loaded within one, as timm does when
+    # the network is built (by torchvision and torch._dynamo), they keep it from ending in `_leave`.
     importlib.import_module("torch.distributed.nn.functional")
 
     # The first process scores and saves while the others wait.
