@@ -87,6 +87,7 @@ def test_the_verb(tmp_path, toy_npz):
         (["mine.yaml"], ["{here}/mine.yaml", "{here}/photos"]),
         (["mine.yaml", "b c/one"], ["{here}/mine.yaml", "{here}/b c/one"]),
         (["mocov2", "photos::b c/{one,two}"], ["mocov2", "{here}/photos::{here}/b c/{{one,two}}"]),
+        (["mocov2", "{photos,/}"], ["mocov2", "{here}/photos::/"]),
         (["mocov2_cifar10", "cifar10"], ["mocov2_cifar10", "cifar10"]),
         (["photos", None, "data.root=sets"], ["mocov2", "{here}/photos"]),
         (["mocov2", None, "data.path=photos"], ["mocov2", "{here}/photos"]),
