@@ -17,7 +17,7 @@ setup: .setup-done
 .setup-done: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m pip install --quiet --no-warn-script-location --upgrade --target .tools uv
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python .venv -c constraints.txt -e '.[dev]'
+	$(UV) pip install --quiet --compile-bytecode --python .venv -c constraints.txt -e '.[dev]'
 	touch .setup-done
 
 check: setup

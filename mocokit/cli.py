@@ -1,5 +1,6 @@
 """The verbs. Parses, then imports what the verb needs: `--help` loads no torch."""
 
+import json
 import os
 import signal
 import sys
@@ -182,10 +183,16 @@ def write_slurm(
             "--batch-size"
         )
     options = {"--epochs": epochs, "--batch-size": batch_size, "--seed": seed}
-    words = [sys.executable, "-m", "mocokit", "pretrain", *filter(None, (recipe, data))]
+    # The job may start in another folder.
+    is_file = (recipe or "").endswith((".yaml", ".yml"))
+    first = os.path.abspath(recipe) if recipe and is_file else asked.recipe
+    words = [sys.executable, "-m", "mocokit", "pretrain", first, *filter(None, [asked.data.path])]
     words += ["--out", os.path.abspath(out)]
     words += [word for k, v in options.items() if v is not None for word in (k, str(v))]
     words += [word for text in assignments or [] for word in ("--set", text)]
+    if asked.data.root:
+        root = json.dumps(os.path.abspath(os.path.expanduser(asked.data.root)), ensure_ascii=False)
+        words += ["--set", f"data.root={root}"]
     name = f"mocokit-{asked.recipe}"
     text = slurm.script(
         words, name=name, nodes=nodes, gpus=gpus, cpus=cpus, time=time, log=f"{name}-%j.log",

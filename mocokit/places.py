@@ -55,9 +55,15 @@ def remedy(part: str) -> str:
 def absolute(text: str) -> str:
     """The same places, named so that they are found from any folder."""
     parts = [text] if _there(text) else text.split("::")
-    return "::".join(
-        part if is_elsewhere(part) else os.path.abspath(os.path.expanduser(part)) for part in parts
-    )
+    return "::".join(map(_from_anywhere, parts))
+
+
+def _from_anywhere(part: str) -> str:
+    if is_elsewhere(part):
+        return part
+    if part.startswith("{") and not _there(part):  # what begins a path may be a choice of roots
+        return "::".join(os.path.abspath(os.path.expanduser(path)) for path in expand(part))
+    return os.path.abspath(os.path.expanduser(part))
 
 
 def is_elsewhere(place: str) -> bool:

@@ -4,11 +4,13 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -34,6 +36,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real images of shared/data are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def forks(_own_cache) -> Iterator[Forks]:
+    """Runs of several processes that load nothing."""
+    if not hasattr(os, "fork"):
+        pytest.skip("forks the processes of a run")
+    server = Forks()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

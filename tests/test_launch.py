@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,21 @@ class TestAnnounced:
         with pytest.raises(UserError, match="MASTER_ADDR, the machine of the first"):
             announced(mpi(5, 8, 1, 4))
         assert announced(mpi(5, 8, 1, 4) | {"MASTER_ADDR": "b"}).address == "b"
+
+    def test_each_job_of_open_mpi_has_a_port(self):
+        """PMIX_NAMESPACE as Open MPI 5 and 4 write it; the latter's own name for it."""
+        ports = {}
+        for name, jobs in (
+            ("PMIX_NAMESPACE", ["prterun-gpu01-4711@1", "prterun-gpu01-4712@1", "961478657"]),
+            ("OMPI_MCA_ess_base_jobid", ["961478658"]),
+        ):
+            for job in jobs:
+                one, two = (announced(mpi(r, 2, r, 2) | {name: job}).port for r in (0, 1))
+                assert one == two and 20000 <= one < 30000
+                ports[job] = one
+        assert len({*ports.values()}) == 4
+        job = {"PMIX_NAMESPACE": "1", "MASTER_PORT": "99"}
+        assert announced(mpi(0, 2, 0, 2) | job).port == 99
 
     @pytest.mark.parametrize(
         ("hosts", "first"),
@@ -211,6 +227,12 @@ def wait_for_step(out, step, starter):
         time.sleep(0.02)
 
 
+def further(out, steps):
+    """A step after the last that was saved."""
+    saved = checkpoint.steps(out / "checkpoints")
+    return (saved[-1] if saved else 0) + steps
+
+
 def same_run(a, b):
     one, two = (checkpoint.load(folder / "last.pt") for folder in (a, b))
     assert one["step"] == two["step"] == STEPS
@@ -219,76 +241,61 @@ def same_run(a, b):
         assert torch.equal(tensor, two["method"][name]), name
 
 
+def straight(data, out):
+    mocokit.pretrain("demo", data, out, epochs=8, batch_size=32, device="cpu", settings=SETTINGS)
+
+
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_started_killed_stopped_and_gone_on_with_equals_straight(start, toy_npz, tmp_path):
-    """kill -9 of one process of three; SIGTERM to the starter; kill -9 of all; then the rest.
+def test_killed_restarted_stopped_and_gone_on_with_equals_straight(
+    start, forks, toy_npz, tmp_path, monkeypatch, capsys
+):
+    """kill -9 of one process of three, of all, of one again; SIGTERM to the starter; the rest.
 
-    Three, because a sum of two does not depend on its order.
+    Three, because a sum of two does not depend on its order. Without --out at first: what is
+    restarted must find the folder that had been chosen.
     """
-    straight = start(toy_npz, "--out", tmp_path / "straight")
-    _, text = straight.communicate(timeout=200)
-    assert straight.returncode == 0, text
-
-    out = tmp_path / "killed"
-    first = start(toy_npz, "--out", out)
-    processes = processes_of(first)
-    wait_for_step(out, 3, first)
-    os.kill(processes[1], signal.SIGKILL)
-    killed = time.monotonic()
-    _, text = first.communicate(timeout=200)
-    assert time.monotonic() - killed < 60
+    monkeypatch.chdir(tmp_path)
+    first = start(toy_npz, "--restarts", "2")
+    out = tmp_path / "runs" / f"demo-{toy_npz.stem}-001"
+    for killed in ([1], [0, 1, 2], [1]):
+        processes = processes_of(first)
+        wait_for_step(out, further(out, 2), first)
+        for rank in killed:
+            os.kill(processes[rank], signal.SIGKILL)
+        ended = time.monotonic()
+        while any(Path(f"/proc/{pid}/environ").exists() for pid in processes.values()):
+            assert time.monotonic() - ended < 60
+            time.sleep(0.02)
+    _, text = first.communicate(timeout=100)
+    assert time.monotonic() - ended < 60
     assert first.returncode == 1, text
+    assert text.count("resumed after step") == 2, text
     assert text.rstrip().splitlines()[-1].startswith("mocokit: process 1 was ended by SIGKILL")
 
-    reached = checkpoint.steps(out / "checkpoints")[-1]
     second = start(toy_npz, "--out", out)
-    wait_for_step(out, reached + 3, second)
+    wait_for_step(out, further(out, 2), second)
     second.send_signal(signal.SIGTERM)
     _, text = second.communicate(timeout=200)
     assert second.returncode == 75, text
     assert text.count("and saved; go on with the same command") == 1, text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [out.name]
+    shutil.copytree(out, tmp_path / "fewer" / "runs" / out.name)
 
-    reached = checkpoint.steps(out / "checkpoints")[-1]
     third = start(toy_npz, "--out", out)
-    processes = processes_of(third)
-    wait_for_step(out, reached + 1, third)
-    for process in processes.values():
-        os.kill(process, signal.SIGKILL)
     _, text = third.communicate(timeout=200)
-    assert third.returncode == 1, text
-
-    fourth = start(toy_npz, "--out", out)
-    _, text = fourth.communicate(timeout=200)
-    assert fourth.returncode == 0, text
+    assert third.returncode == 0, text
     assert text.count("finished: ") == 1
+    forks.run(3, tmp_path / "log", "test_launch:straight", str(toy_npz), str(tmp_path / "straight"))
     same_run(tmp_path / "straight", out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]
 
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_restarted_by_itself_and_gone_on_with_by_fewer(
-    start, toy_npz, tmp_path, monkeypatch, capsys
-):
-    """Without --out: the second start must find the folder that the first had chosen."""
-    monkeypatch.chdir(tmp_path)
-    process = start(toy_npz, "--restarts", "1")
-    out = tmp_path / "runs" / f"demo-{toy_npz.stem}-001"
-    killed = processes_of(process)[1]
-    wait_for_step(out, 3, process)
-    os.kill(killed, signal.SIGKILL)
-    wait_for_step(out, checkpoint.steps(out / "checkpoints")[-1] + 3, process)
-    assert process_of_rank(process, 1) != killed
-    process.send_signal(signal.SIGTERM)
-    _, text = process.communicate(timeout=200)
-    assert process.returncode == 75, text
-    assert "resumed after step" in text
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [out.name]
+    monkeypatch.chdir(tmp_path / "fewer")
     settings = {name: value for name, value in SETTINGS.items() if name != "engine.compare_steps"}
     mocokit.pretrain("demo", toy_npz, epochs=8, batch_size=32, resume=True, settings=settings)
     said = capsys.readouterr().err
     assert "written by 3 processes, now there is 1" in said
-    assert checkpoint.load(out / "last.pt")["step"] == STEPS
+    assert checkpoint.load(Path("runs") / out.name / "last.pt")["step"] == STEPS
 
 
 def test_a_mistake_is_told_once_with_its_code(start, toy_npz):

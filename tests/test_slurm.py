@@ -4,11 +4,13 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
-from mocokit import slurm
+from mocokit import cli, recipes, slurm
 from mocokit.errors import UserError
+from mocokit.settings import parse_assignments
 
 SIZES = {"name": "mocokit-mocov2", "nodes": 2, "gpus": 4, "cpus": 8, "time": "24:00:00"}
 
@@ -75,3 +77,40 @@ def test_the_verb(tmp_path, toy_npz):
         sys.executable, "-m", "mocokit", "pretrain", "mocov2_cifar10", str(toy_npz), "--out",
         str(out), "--epochs", "3", "--set", "optim.lr=0.1",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["mocov2", "photos"], ["mocov2", "{here}/photos"]),
+        (["photos"], ["mocov2", "{here}/photos"]),
+        (["mine.yaml"], ["{here}/mine.yaml", "{here}/photos"]),
+        (["mine.yaml", "b c/one"], ["{here}/mine.yaml", "{here}/b c/one"]),
+        (["mocov2", "photos::b c/{one,two}"], ["mocov2", "{here}/photos::{here}/b c/{{one,two}}"]),
+        (["mocov2", "{photos,/}"], ["mocov2", "{here}/photos::/"]),
+        (["mocov2_cifar10", "cifar10"], ["mocov2_cifar10", "cifar10"]),
+        (["photos", None, "data.root=sets"], ["mocov2", "{here}/photos"]),
+        (["mocov2", None, "data.path=photos"], ["mocov2", "{here}/photos"]),
+    ],
+)
+def test_the_job_finds_everything_from_another_folder(tmp_path, monkeypatch, words, expected):
+    recipe, data, assignment = [*words, None, None][:3]
+    here, there = tmp_path / "here", tmp_path / "there"
+    for name in ("photos", "b c/one", "b c/two"):
+        (here / name).mkdir(parents=True)
+    there.mkdir()
+    (here / "mine.yaml").write_text("data: {path: photos}\n")
+    monkeypatch.chdir(here)
+    given = [assignment] if assignment else []
+    cli.write_slurm(recipe, data, "out/run", gpus=2, file="job", assignments=given, batch_size=256)
+    monkeypatch.chdir(there)
+    line = next(line for line in (here / "job").read_text().splitlines() if line.startswith("srun"))
+    command = shlex.split(line)[8:]
+    expected = [word.format(here=here) for word in expected]
+    assert command[:2] == expected
+    assert command[2:4] == ["--out", f"{here}/out/run"]
+    changes = parse_assignments([b for a, b in pairwise(command) if a == "--set"])
+    if assignment == "data.root=sets":
+        assert changes["data.root"] == f"{here}/sets"
+    asked, _ = recipes.asked(*command[:2], changes)
+    assert asked.data.path == expected[1]

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
 from mocokit.engine.world import World, announced
@@ -25,7 +25,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def joined_world(device: str) -> Iterator[World]:
     """Join the group of processes that the environment announces, if it does."""
     if dist.is_initialized():  # the caller's own group
-        yield World(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        rank = dist.get_rank()
+        yield World(rank, dist.get_world_size(), local_rank(rank))
         return
     found = announced(os.environ)
     if found is None:
@@ -37,8 +38,8 @@ def joined_world(device: str) -> Iterator[World]:
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
-    # Before there is a group: loaded later, as parts of torch do, it keeps the group alive in the
-    # defaults of its functions, and `_leave` could not end it.
+    # Its functions name the group there is as their default: loaded within one, as timm does when
+    # the network is built (by torchvision and torch._dynamo), they keep it from ending in `_leave`.
     importlib.import_module("torch.distributed.nn.functional")
 
     # The first process scores and saves while the others wait.
@@ -47,6 +48,8 @@ def joined_world(device: str) -> Iterator[World]:
     # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = PrefixStore(f"mocokit/{attempt}", store)
+    if cuda:
+        claim_device(own)
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
     try:
@@ -56,6 +59,25 @@ def joined_world(device: str) -> Iterator[World]:
             _leave()
         raise
     _leave()
+
+
+def local_rank(rank: int) -> int:
+    """A process's number on its machine; where nobody set it, machines are held to be alike."""
+    found = os.environ.get("LOCAL_RANK")
+    return int(found) if found else rank % max(1, torch.cuda.device_count())
+
+
+def claim_device(store: Store) -> None:
+    """Raise UserError where another process of the run holds this one's GPU, seen by its UUID.
+
+    What each sees may differ: a scheduler may show each process only its own.
+    """
+    device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if store.add(f"device/{device.uuid}", 1) > 1:
+        raise UserError(
+            f"the GPU of this process ({device.name}) is another's already; start no more "
+            "processes on a machine than it has GPUs, or show each its own by CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _leave() -> None:
@@ -88,11 +110,12 @@ def on_first(world: World, decide: Callable[[], T]) -> T:
 
 def choose_device(name: str, world: World = World()) -> torch.device:
     """The device of that name, or the best there is; raises UserError if it is not there."""
-    local_rank = world.local_rank
+    several = world.size > 1
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
-    if name == "auto":
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":  # gloo, which joins processes without CUDA, carries nothing of MPS
+        alone_on_mps = torch.backends.mps.is_available() and not several
+        return torch.device("mps" if alone_on_mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -101,14 +124,22 @@ def choose_device(name: str, world: World = World()) -> torch.device:
         ) from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if device.index is not None and world.size > 1:
+        if device.index is not None and several:
             raise UserError(f"device {name} is one for {world.size} processes; take cuda")
-        own = 0 if count == 1 else local_rank  # a scheduler may show each process only its own
+        # A scheduler may show each process only its own.
+        own = 0 if count == 1 else world.local_rank
         number = own if device.index is None else device.index
         if number >= count:
             there = f"there are {count} CUDA devices" if count else "there is no CUDA device here"
+            if several and count:
+                raise UserError(
+                    f"device {name}: {there} for {number + 1} processes or more of this machine; "
+                    "start no more than one for each, or take --device cpu"
+                )
             raise UserError(f"device {name}: {there}; take --device auto to use what there is")
         return torch.device("cuda", number)
+    if device.type == "mps" and several:
+        raise UserError(f"device mps is one for {world.size} processes; take cpu, or one process")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device {name} is not here; take --device auto to use what there is")
     if device.type not in ("cpu", "mps"):

@@ -1,6 +1,7 @@
 """Which processes make up a run, as whoever started them announces it."""
 
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,13 +47,14 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # before SLURM, which may have started it
         place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         one_machine = get(place[1]) == get(place[3])
-        address, port = ("127.0.0.1" if one_machine else None), 29500
+        address = "127.0.0.1" if one_machine else None
+        job = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")  # of Open MPI 4 and 5; to 4
+        port = _port(zlib.crc32(job.encode())) if job else 29500
     elif int(get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # not a job's: its script has no step
         place = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
         address = first_host(get("SLURM_STEP_NODELIST", ""))
-        # Two steps on one machine need two ports.
-        job, step = (int(get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-        port = 20000 + (job * 16 + step) % 10000
+        number, step = (int(get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        port = _port(number * 16 + step)
     else:
         return None
     address = get("MASTER_ADDR", address)
@@ -70,6 +72,11 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
         address,
         int(get("MASTER_PORT", str(port))),
     )
+
+
+def _port(job: int) -> int:
+    """One that follows from the job: two on one machine need two."""
+    return 20000 + job % 10000
 
 
 def first_host(hosts: str) -> str | None:

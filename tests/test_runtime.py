@@ -1,0 +1,110 @@
+"""Which device each of several processes takes; no GPU is asked, torch's answers are made up."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mocokit.engine import runtime
+from mocokit.engine.runtime import choose_device, claim_device, joined_world, local_rank
+from mocokit.engine.world import World
+from mocokit.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that has so many CUDA devices, or MPS."""
+
+    def have(cuda=0, mps=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("set_to", "rank", "devices", "expected"),
+    [("2", 5, 4, 2), (None, 5, 4, 1), (None, 3, 1, 0), (None, 3, 0, 0)],
+)
+def test_a_local_rank_that_nobody_set(machine, monkeypatch, set_to, rank, devices, expected):
+    machine(cuda=devices)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if set_to:
+        monkeypatch.setenv("LOCAL_RANK", set_to)
+    assert local_rank(rank) == expected
+
+
+def test_processes_of_the_callers_own_group_take_a_device_each(machine, monkeypatch):
+    machine(cuda=4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    taken = []
+    for rank in range(8):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        with joined_world("auto") as world:
+            taken.append(choose_device("auto", world).index)
+    assert taken == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_more_processes_than_devices(machine):
+    machine(cuda=2)
+    assert [choose_device("cuda", World(r, 3, r)).index for r in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="there are 2 CUDA devices for 3 processes.*no more than"):
+        choose_device("auto", World(2, 3, 2))
+    machine(cuda=1)  # each may see its own, which `claim_device` finds out
+    assert choose_device("cuda", World(1, 2, 1)).index == 0
+
+
+def see(monkeypatch, uuid):
+    device = SimpleNamespace(name="NVIDIA H100", uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: device)
+
+
+def test_a_device_is_held_by_one_process(monkeypatch):
+    store = dist.HashStore()
+    for uuid in ("a", "b"):
+        see(monkeypatch, uuid)
+        claim_device(store)
+    with pytest.raises(UserError, match=r"\(NVIDIA H100\) is another's already; start no more"):
+        claim_device(store)
+
+
+def test_a_shared_device_is_told_before_the_group_is_joined(machine, monkeypatch):
+    """Two processes of torchrun where both see the same device alone; a restart begins anew."""
+    machine(cuda=1)
+    see(monkeypatch, "a")
+    store, joined = dist.HashStore(), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda *name, **more: joined.append(name))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    for name, value in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", "1")
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        for rank in (0, 1):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            answer = iter([(store, rank, 2)])
+            monkeypatch.setattr(runtime, "rendezvous", lambda *where, a=answer, **more: a)
+            if rank == 0:
+                with joined_world("auto") as world:
+                    assert world == World(0, 2, 0)
+            else:
+                with pytest.raises(UserError, match="is another's already"), joined_world("auto"):
+                    pass
+    assert joined == [("nccl",), ("nccl",)]
+
+
+def test_several_processes_do_not_share_mps(machine):
+    machine(mps=True)
+    assert choose_device("auto").type == "mps"
+    assert choose_device("mps").type == "mps"
+    assert choose_device("auto", World(1, 2, 1)).type == "cpu"
+    with pytest.raises(UserError, match="device mps is one for 2 processes; take cpu"):
+        choose_device("mps", World(0, 2, 0))
