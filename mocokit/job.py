@@ -16,6 +16,7 @@ from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
 from mocokit.data.batch import Batch, look
+from mocokit.data.packed import PackedSource
 from mocokit.data.source import Source, Splits, renumbered, save_index
 from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
@@ -163,20 +164,11 @@ def open_job(
         folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
-    resident = hold(splits.train, canvas_bound(parts.spec), device)
-    return Job(
-        settings,
-        effect,
-        world,
-        device,
-        splits,
-        folder,
-        parts,
-        speaker,
-        bad,
-        Upload(device),
-        resident,
-    )
+    bound = canvas_bound(parts.spec)
+    if isinstance(splits.train, PackedSource) and (lack := splits.train.lacks(bound)):
+        speaker.note(lack)
+    upload = Upload(device)
+    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, upload)
 
 
 @contextlib.contextmanager
@@ -196,6 +188,7 @@ def begun(job: Job) -> Iterator[None]:
                     f"there {now}: the same computation, up to the order of sums"
                 )
             del state  # or it would live as long as the run
+        job.resident = hold(job.splits.train, canvas_bound(job.parts.spec), job.device)
         yield
 
 

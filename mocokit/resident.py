@@ -55,12 +55,14 @@ def hold(source: Source, bound: int | None, device: torch.device) -> Resident | 
     room = spare_pixels(device)
     if isinstance(source, ArraySource):
         most = len(source) * int(np.prod(source.images.shape[1:3]))
-    # A file that is too large is not looked through.
-    elif isinstance(source, PackedSource) and source.raw and source.path.stat().st_size <= 3 * room:
-        most = source.count_pixels()
+    elif isinstance(source, PackedSource) and source.raw and room > 0:
+        most = source.count_pixels(bound)
     else:
         return None
-    return Resident(source, most, bound, device) if most <= room else None
+    try:
+        return Resident(source, most, bound, device) if most <= room else None
+    except torch.OutOfMemoryError:  # another process was faster
+        return None
 
 
 def spare_pixels(device: torch.device) -> int:

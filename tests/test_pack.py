@@ -181,6 +181,29 @@ def test_fingerprints_follow_data_bound_and_form(folder: Path, tmp_path: Path) -
     assert len(prints) == 4 and again.fingerprint in prints
 
 
+def test_a_pack_tells_whoever_wants_larger_canvases(folder: Path, tmp_path: Path) -> None:
+    source = packed(folder, tmp_path / "x.pack").train
+    whole = packed(folder, tmp_path / "y.pack", bound=None).train
+    assert isinstance(source, PackedSource) and isinstance(whole, PackedSource)
+    assert source.lacks(BOUND) == source.lacks(BOUND - 1) == whole.lacks(None) == ""
+    assert "packed for canvases of 40 pixels, and these views can use 579:" in source.lacks(579)
+    assert "can use whole images" in source.lacks(None)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_at_any_smaller_bound_canvases_have_the_size_of_the_originals(
+    folder: Path, tmp_path: Path, raw: bool
+) -> None:
+    """Where packing shrank nothing, boxes and with them views are those of the originals."""
+    original = open_data(folder).train
+    found = packed(folder, tmp_path / "x.pack", raw=raw, bound=200).train
+    for bound in (5, 13, 40, 41, 100):
+        for number in range(len(original)):
+            if "bad" not in original.describe(number):
+                expected = original.read(number, bound)
+                assert found.read(number, bound).shape == expected.shape
+
+
 def test_labels_of_a_pack(folder: Path, tmp_path: Path) -> None:
     packed(folder, tmp_path / "x.pack")
     assert open_data(tmp_path / "x.pack", "none").train.labels is None

@@ -100,6 +100,8 @@ def test_bounded_and_damaged_records(room, pack):
     pack.write_bytes(content)
     source = open_data(pack).train
     held = hold(source, 10, CPU)
+    assert len(held.pixels) >= (held.unread.heights * held.unread.widths).sum()
+    assert len(held.pixels) == source.count_pixels(10) < source.count_pixels(None)
     assert sorted(held.unread.bad) == [2, 5, 8]
     for number in set(range(24)) - {2, 5, 8}:
         pixels, (start,) = held.canvases(np.array([number]))
@@ -125,9 +127,17 @@ def test_free_memory_decides(pack, monkeypatch):
         assert hold(source, None, cuda) == expected
     assert hold(source, None, CPU) is None
     packed = open_data(pack).train
-    pixels = packed.count_pixels()
-    for free[0], expected in ((4 * 3 * (pixels - 1), None), (4 * pack.stat().st_size + 12, pixels)):
+    pixels = packed.count_pixels(None)
+    for free[0], expected in ((4 * 3 * (pixels - 1), None), (4 * 3 * pixels, pixels)):
         assert hold(packed, None, cuda) == expected
+
+
+def test_without_memory_after_all_nothing_is_held(room, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(resident.torch, "empty", full)
+    assert hold(ArraySource(np.zeros((3, 4, 4, 3), np.uint8), None, "x"), None, CPU) is None
 
 
 def test_encoded_images_are_not_held(room, pack, tmp_path):

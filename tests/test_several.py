@@ -1,6 +1,8 @@
 """Several sources as one, lists, and a source by the numbers of an earlier index."""
 
+import io
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,56 @@ def test_parts_may_come_and_go(tmp_path: Path) -> None:
     assert [int(found[0].read(n)[0, 0, 0]) for n in (1, 2, 3)] == [3, 1, 2]
     with pytest.raises(BadImage):
         found[0].read(0)
+
+
+def test_equal_names_of_several_sources_stay_apart(tmp_path: Path) -> None:
+    """x/photos and y/photos, each with 1.png: one that is gone or new in one is so there alone."""
+    for folder, first in (("x", 10), ("y", 20)):
+        for number in range(4):
+            path = make(tmp_path / folder / "photos", f"{number}.png") / f"{number}.png"
+            Image.new("RGB", (6, 4), (first + number, 0, 0)).save(path, "PNG")
+    place = f"{tmp_path / 'x/photos'}::{tmp_path / 'y/photos'}"
+    before = open_data(place).train.index()
+    make(tmp_path / "y/photos", "00.png", "9.png")
+    (tmp_path / "x/photos/2.png").unlink()
+    found = renumbered(open_data(place).train, before)
+    assert found is not None
+    source, text = found
+    assert text == "1 of the run's images are gone, and count as bad and 2 new ones are ignored"
+    with pytest.raises(BadImage, match="no longer"):
+        source.read(2)
+    rest = [10, 11, 13, 20, 21, 22, 23]
+    assert [int(source.read(n)[0, 0, 0]) for n in (0, 1, 3, 4, 5, 6, 7)] == rest
+
+
+def test_equal_names_of_archives_are_never_mistaken(tmp_path: Path) -> None:
+    """Archives are known by their own names: p0/a.tar and p1/a.tar hold the same names."""
+    for folder, first in (("p0", 10), ("p1", 20)):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "a.tar", "w") as archive:
+            for number in range(3):
+                _add(archive, f"{number}.png", first + number)
+    before = open_data(tmp_path).train
+    index = before.index()
+    (tmp_path / "p2").mkdir()
+    with tarfile.open(tmp_path / "p2/b.tar", "w") as archive:
+        _add(archive, "0.png", 30)
+    found = renumbered(open_data(tmp_path).train, index)
+    assert found is not None and levels(found[0]) == [10, 11, 12, 20, 21, 22]
+    with tarfile.open(tmp_path / "p0/a.tar", "w") as archive:
+        for number in range(1, 3):
+            _add(archive, f"{number}.png", 10 + number)
+    found = renumbered(open_data(tmp_path).train, index)
+    assert found is not None
+    for number in (0, 3):  # of two, one is gone: which, nobody can tell
+        with pytest.raises(BadImage, match="no longer"):
+            found[0].read(number)
+    assert [int(found[0].read(n)[0, 0, 0]) for n in (1, 2, 4, 5)] == [11, 12, 21, 22]
+
+
+def _add(archive: tarfile.TarFile, name: str, level: int) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), (level, 0, 0)).save(file, "PNG")
+    head = tarfile.TarInfo(name)
+    head.size = file.tell()
+    archive.addfile(head, io.BytesIO(file.getvalue()))

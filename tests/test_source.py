@@ -1,11 +1,13 @@
 """Sources: what is found where, under which number, and what is said when it is not."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from mocokit.data.decode import BadImage
@@ -365,6 +367,7 @@ def test_pickles_are_refused_unopened(tmp_path: Path, ending: str) -> None:
         ({"train_images": random_images(), "train_labels": np.zeros((10, 14), int)}, "(10, 14)"),
         ({"train_images": random_images(), "train_labels": np.zeros(10)}, "float64"),
         ({"train_images": random_images(), "train_labels": np.arange(10) - 1}, "-1"),
+        ({"train_images": random_images(), "train_labels": np.full(10, 2**40)}, str(2**40)),
     ],
 )
 def test_arrays_that_are_refused(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
@@ -373,6 +376,22 @@ def test_arrays_that_are_refused(tmp_path: Path, arrays: dict[str, Any], said: s
     if "train_labels" in arrays:
         assert "data.labels=none" in text
         assert open_data(tmp_path / "x.npz", "none").train.labels is None
+
+
+@given(data=st.data())
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_is_a_sentence_or_does_no_harm(tmp_path: Path, data: st.DataObject) -> None:
+    """Above all in the directory at the end: zipfile raises all kinds of errors."""
+    path = save(tmp_path / "x.npz", train_images=random_images(4), train_labels=np.arange(4))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(-220, -1) | st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(UserError):
+        open_data(path)
+    with contextlib.suppress(UserError):
+        load_index(path)
 
 
 def test_damaged_archives_are_refused(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Images in an array: a .npz with the keys of MedMNIST, or a .npy."""
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.index import Index
+from mocokit.data.index import DAMAGE, Index
 from mocokit.data.names import show
 from mocokit.errors import UserError
+
+MAX_CLASSES = 10**6
 
 
 class ArraySource:
@@ -77,10 +77,12 @@ class ArraySource:
 
 
 def numbered(*labels: NDArray[np.int64] | None) -> tuple[str, ...]:
-    """Names for classes that have only numbers."""
-    return tuple(
-        map(str, range(max((int(one.max()) + 1 for one in labels if one is not None), default=0)))
-    )
+    """Names for classes that have only numbers; raises UserError for numbers of another kind."""
+    most = max((int(one.max()) for one in labels if one is not None), default=-1)
+    if most >= MAX_CLASSES:
+        remedy = "number the classes from 0, or set data.labels=none"
+        raise UserError(f"there is a class number {most}, above {MAX_CLASSES:,}: {remedy}")
+    return tuple(map(str, range(most + 1)))
 
 
 def open_arrays(
@@ -133,7 +135,7 @@ def _opened(path: Path) -> Iterator[Any]:
     with file:
         try:
             archive = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise _unreadable(path, error) from error
         if isinstance(archive, np.ndarray):
             raise UserError(f"{show(path)} holds a single array: let its name end in .npy")
@@ -143,7 +145,7 @@ def _opened(path: Path) -> Iterator[Any]:
 def _member(path: Path, archive: Any, key: str) -> NDArray[Any]:
     try:
         return np.asarray(archive[key])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         raise _unreadable(path, error, f"{key} of ") from error
 
 
@@ -177,8 +179,10 @@ def _labels(path: Path, archive: Any, split: str, count: int) -> NDArray[np.int6
     if labels.shape not in ((count,), (count, 1)):
         wanted = f"one class for each of {count} images: mend it, or set data.labels=none"
         raise UserError(f"{where} has shape {labels.shape}, not {wanted}")
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        found = labels.dtype if labels.dtype.kind not in "iu" else f"the label {labels.min()}"
+    wrong = labels.dtype.kind not in "iu"
+    if wrong or labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        number = labels.min() if not wrong and labels.min() < 0 else labels.max()
+        found = labels.dtype if wrong else f"the label {number}"
         remedy = "number the classes from 0, or set data.labels=none"
         raise UserError(f"{where} holds {found}: {remedy}")
     return labels.reshape(-1).astype(np.int64)

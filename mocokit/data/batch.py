@@ -15,7 +15,7 @@ from mocokit.data.protocol import Source
 from mocokit.errors import UserError
 
 _SHARED_MEMORY = "/dev/shm"
-_TRIES = 10  # images looked at before giving up on one place in a batch
+_TRIES = 100  # images looked at before giving up on one place in a batch
 
 
 class Batch(NamedTuple):

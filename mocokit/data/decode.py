@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import stat
+import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -25,6 +27,33 @@ _TURNS = {
 
 MAX_BYTES = 2**30  # of an encoded image; Pillow's limit of pixels holds for what is inside
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+class _Quiet:
+    """Ignores warnings while any thread is inside: Pillow warns of harmless oddities.
+
+    `warnings.catch_warnings` alone, in two threads at once, can leave them ignored for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(*error)
+
+
+_quiet = _Quiet()
 
 
 class BadImage(Exception):
@@ -52,18 +81,15 @@ def read_file(path: str | Path) -> bytes:
 def decode(source: str | Path | bytes | memoryview, bound: int | None) -> NDArray[np.uint8]:
     """The pixels (H, W, 3) of a file, or of its content as bytes.
 
-    A larger image is reduced by whole factors as long as its short side stays >= `bound`.
+    A larger image is reduced by whole factors as long as its short side stays >= `bound`: to
+    `reduced_size`, whatever its format.
     """
     try:
         content = source if isinstance(source, bytes | memoryview) else read_file(source)
         if not content:
             raise BadImage("the file is empty")
-        with warnings.catch_warnings():
-            # Pillow only warns of images of 90 to 180 million pixels, and of harmless oddities.
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                return _pixels(image, bound)
+        with _quiet, Image.open(io.BytesIO(content)) as image:
+            return _pixels(image, bound)
     except BadImage:
         raise
     except Exception as error:
@@ -75,6 +101,9 @@ def _pixels(image: Image.Image, bound: int | None) -> NDArray[np.uint8]:
     if bound is not None:
         # JPEG only: the decoder skips the high frequencies, by a factor of 2, 4 or 8.
         image.draft(None, (bound, bound))
+    # Of twice as many Pillow itself opens none.
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
+        raise BadImage(_bomb())
     image.load()
     turn = _TURNS.get(_orientation(image))
     shown = _reduced(_rgb(image), bound)
@@ -90,18 +119,32 @@ def bounded(pixels: NDArray[np.uint8], bound: int | None) -> NDArray[np.uint8]:
     return np.array(_reduced(Image.fromarray(pixels), bound))
 
 
+def reduced_size(height: int, width: int, bound: int | None) -> tuple[int, int]:
+    """Of the canvas of an image of this height and width."""
+    while factor := _factor(min(height, width), bound):
+        height, width = -(-height // factor), -(-width // factor)
+    return height, width
+
+
+def _factor(short: int, bound: int | None) -> int | None:
+    """By how much to reduce next: 8, 4, 2, or not at all.
+
+    A JPEG decoder's factors, so that an image has one size in every format.
+    """
+    return None if bound is None else next((f for f in (8, 4, 2) if short // bound >= f), None)
+
+
 def _reduced(image: Image.Image, bound: int | None) -> Image.Image:
-    factor = 1 if bound is None else min(image.size) // bound
-    return image.reduce(factor) if factor > 1 else image
+    while factor := _factor(min(image.size), bound):
+        image = image.reduce(factor)
+    return image
 
 
 def look_at(content: bytes) -> tuple[str, int, int]:
     """Format, height and width of an encoded image, by its head; raises BadImage."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(content)) as image:
-                return image.format or "?", image.height, image.width
+        with _quiet, Image.open(io.BytesIO(content)) as image:
+            return image.format or "?", image.height, image.width
     except Exception as error:
         raise BadImage(_reason(error)) from error
 
@@ -140,12 +183,16 @@ def _eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     return np.rint(levels * (255.0 / scale)).astype(np.uint8)
 
 
+def _bomb() -> str:
+    return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused as a decompression bomb"
+
+
 def _reason(error: Exception) -> str:
     """A line that a person understands."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of a kind that Pillow cannot read"
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS:,} pixels, refused as a decompression bomb"
+    if isinstance(error, Image.DecompressionBombError):
+        return _bomb()
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read: {os.strerror(error.errno)}"
     text = " ".join(str(error).split())[:120]

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 import threading
 import zipfile
 import zlib
@@ -20,7 +21,7 @@ from mocokit.errors import UserError
 Arrays = dict[str, NDArray[Any]]
 DAMAGE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(zipfile.BadZipFile, zlib.error, struct.error, IndexError, RuntimeError, MemoryError),
 )  # what reading a damaged .npz may raise
 
 

@@ -1,6 +1,7 @@
 """Images in a pack, read from the mapped file; each is checked against its checksum."""
 
 import hashlib
+import math
 import mmap
 import zlib
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.decode import BadImage, bounded, decode
+from mocokit.data.decode import BadImage, bounded, decode, reduced_size
 from mocokit.data.folder import Labels
 from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
 from mocokit.data.names import printable, show
@@ -58,10 +59,21 @@ class PackedSource:
         head, content = self._record(index)
         return None if head.kind == PIXELS else content
 
-    def count_pixels(self) -> int:
-        """How many pixels stored bare there are, by the records' heads."""
+    def count_pixels(self, bound: int | None) -> int:
+        """How many pixels its canvases have that are stored bare, by the records' heads."""
         heads = (self._head(int(start)) for start in self.offsets)
-        return sum(head.height * head.width for head in heads if head and head.kind == PIXELS)
+        bare = (head for head in heads if head and head.kind == PIXELS)
+        return sum(math.prod(reduced_size(head.height, head.width, bound)) for head in bare)
+
+    def lacks(self, bound: int | None) -> str:
+        """What to tell whoever wants canvases of another bound than it was packed for."""
+        if self.bound is None or (bound is not None and bound <= self.bound):
+            return ""
+        wanted = "whole images" if bound is None else f"{bound:,}"
+        return (
+            f"{self.name} was packed for canvases of {self.bound:,} pixels, and these views can "
+            f"use {wanted}: small crops are enlarged; pack again with --recipe for sharper ones"
+        )
 
     def _record(self, index: int) -> tuple[Head, bytes]:
         start = int(self.offsets[index])

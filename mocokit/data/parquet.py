@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import places
+from mocokit.data.arrays import numbered
 from mocokit.data.cache import alone, cache_folder
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.folder import VALIDATION, Labels
@@ -59,7 +60,7 @@ class ParquetSource:
         if self.labels is None:
             self.classes = ()
         elif not self.classes:
-            self.classes = tuple(map(str, range(int(self.labels.max()) + 1)))
+            self.classes = numbered(self.labels)
         digest = hashlib.blake2b(repr((self._image, labelled and label)).encode(), digest_size=16)
         for path in paths:
             digest.update(_mark(path))

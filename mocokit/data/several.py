@@ -1,6 +1,7 @@
 """Several sources as one, and a source by the numbers that a run once gave it."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -70,9 +71,17 @@ class SeveralSource:
         return " ".join(part.stamp() for part in self.parts)
 
     def index(self) -> Index:
-        names = Names.of([name for part in self.parts for name in _full_names(part)])
+        names = Names.of([name for part in self._titled() for name in _full_names(*part)])
         known = ("several", self.name, len(self), self.fingerprint)
         return Index(*known, self.classes, names, self.labels)
+
+    def _titled(self) -> Iterator[tuple[Source, str]]:
+        """Each part and its name, counted where several have it: x/photos and y/photos."""
+        seen: Counter[str] = Counter()
+        for part in self.parts:
+            seen[part.name] += 1
+            count = seen[part.name]
+            yield part, part.name if count == 1 else f"{part.name} ({count})"
 
     def _digest(self) -> str:
         digest = hashlib.blake2b(b"mocokit several 1", digest_size=16)
@@ -83,13 +92,13 @@ class SeveralSource:
         return digest.hexdigest()
 
 
-def _full_names(part: Source) -> Iterator[bytes]:
+def _full_names(part: Source, title: str) -> Iterator[bytes]:
     index = part.index()
     if index.names is not None:
-        prefix = part.name.encode() + b": "
+        prefix = title.encode() + b": "
         yield from (prefix + name for name in index.names.every())
     else:  # pixels alone: a row is known by the array that it is in
-        yield from (f"{part.name}: {part.fingerprint} {row}".encode() for row in range(len(part)))
+        yield from (f"{title}: {part.fingerprint} {row}".encode() for row in range(len(part)))
 
 
 class RenumberedSource:
@@ -133,6 +142,26 @@ class RenumberedSource:
         return self.known
 
 
+def _matched(before: Names, today: Names) -> NDArray[np.int64]:
+    """(n,) today's number of each name before, or -1; of equal names the first is still the first.
+
+    Where one of several equal names is gone or new, nobody can tell which: all of them are gone.
+    """
+    numbers, places = np.full(len(before), -1, np.int64), _places(today)
+    for name, rows in _places(before).items():
+        found = places.get(name, [])
+        if len(found) == len(rows):
+            numbers[rows] = found
+    return numbers
+
+
+def _places(names: Names) -> dict[bytes, list[int]]:
+    places: dict[bytes, list[int]] = {}
+    for number, name in enumerate(names.every()):
+        places.setdefault(name, []).append(number)
+    return places
+
+
 def renumbered(source: Source, index: Index) -> tuple[Source, str] | None:
     """The source by the numbers of an index, and what to tell of the difference; None: other data.
 
@@ -143,11 +172,9 @@ def renumbered(source: Source, index: Index) -> tuple[Source, str] | None:
     today = source.index()
     if index.names is None or today.names is None or index.kind != today.kind:
         return None
-    positions = {name: number for number, name in enumerate(today.names.every())}
-    found = (positions.get(name, -1) for name in index.names.every())
-    numbers = np.fromiter(found, np.int64, index.length)
+    numbers = _matched(index.names, today.names)
     gone = int((numbers < 0).sum())
-    new = len(positions) - len(np.unique(numbers[numbers >= 0]))
+    new = today.length - (index.length - gone)
     if 2 * gone > index.length:
         return None
     parts = []

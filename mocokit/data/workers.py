@@ -47,10 +47,11 @@ def read_in_workers(
     try:
         for arrival in arrivals:
             yield _receive(arrival, pin)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
-        end = f"a loading process ended ({error}), perhaps for lack of memory"
+        why = "while it handed over a batch" if not isinstance(error, RuntimeError) else error
+        end = f"a loading process ended ({why}), perhaps for lack of memory"
         remedy = f"lower data.workers, now {workers}, or train.batch_size"
         raise MocokitError(f"{end}: {remedy}") from error
     finally:
