@@ -50,7 +50,7 @@ class _Quiet:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._before.__exit__(*error)
+                self._before.__exit__(None, None, None)
 
 
 _quiet = _Quiet()
