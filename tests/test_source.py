@@ -141,6 +141,54 @@ def test_the_names_of_validation(tmp_path: Path, beside: str) -> None:
     assert open_data(tmp_path).validation is not None
 
 
+@pytest.mark.parametrize(
+    ("train", "held"),
+    [
+        ("Train", "Test"),
+        ("TRAIN", "val"),
+        ("training", "testing"),
+        ("train2017", "val2017"),
+        ("train_2012", "valid"),
+        ("data/train", "data/val"),
+        ("images/train", "images/test"),
+        ("set/Training", "set/Validation"),
+    ],
+)
+def test_splits_as_others_spell_and_place_them(tmp_path: Path, train: str, held: str) -> None:
+    make(tmp_path, f"{train}/cat/1.png", f"{train}/ant/2.png", f"{held}/cat/3.png")
+    make(tmp_path, "labels/train/1.txt")
+    source, validation = open_data(tmp_path)
+    assert names_of(source) == ["ant/2.png", "cat/1.png"] and source.classes == ("ant", "cat")
+    assert validation is not None and names_of(validation) == ["cat/3.png"]
+    assert source.notes == ()
+
+
+def test_of_several_held_out_splits_one_is_taken_and_none_trained_on(tmp_path: Path) -> None:
+    make(tmp_path, "train2017/1.png", "val2017/2.png", "test2017/3.png", "Train2/4.png")
+    train, validation = open_data(tmp_path)
+    assert names_of(train) == ["1.png"] and validation is not None
+    assert names_of(validation) == ["2.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["val/1.png", "test/2.png"], "test/, val/"),
+        (["train2012/1.png", "train2017/1.png", "val2017/2.png"], "train2012/, train2017/"),
+        (["a/train/1.png", "a/val/2.png", "b/train/3.png", "b/val/4.png"], "train/, val/"),
+        (["a/train/1.png", "a/val/2.png", "loose.png"], "train/, val/"),
+        (["Train/1.png", "bus/2.png", "plane/3.png"], "Train/"),
+    ],
+)
+def test_what_looks_like_a_split_and_is_none_is_told(
+    tmp_path: Path, names: list[str], shown: str
+) -> None:
+    train, validation = open_data(make(tmp_path, *names))
+    assert len(train) == len(names) and validation is None
+    (note,) = train.notes
+    assert f"all {len(names)} images are trained on, though some lie in {shown}" in note
+
+
 def test_a_split_without_classes_has_no_labels(tmp_path: Path) -> None:
     make(tmp_path, "train/1.png", "val/2.png")
     train, validation = open_data(tmp_path)

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,12 +15,19 @@ from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.protocol import extended
-from mocokit.data.walk import Endings, entries, is_folder, walk
+from mocokit.data.walk import Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 IMAGES: Endings = frozenset(extension.encode() for extension in EXTENSIONS)
 VALIDATION = ("val", "valid", "validation", "test")  # the first that exists is taken
+# As others spell them: Train, training, train2017; the held-out ones in VALIDATION's order.
+_TRAIN = re.compile(r"train(ing)?([-_]?\d{4})?", re.IGNORECASE)
+_HELD_OUT = tuple(
+    re.compile(pattern + r"([-_]?\d{4})?", re.IGNORECASE)
+    for pattern in ("val", "valid", "validation", "test(ing)?")
+)
+_FEW = 16  # folders that are looked into for a train/ further down
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -98,14 +106,28 @@ def digest_names(kind: bytes, names: Names, labels: NDArray[np.int64] | None) ->
 def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource | None]:
     """The images to train on and, where train/ has a sibling for it, those to validate on."""
     place = root.resolve()
-    key = f"folder 1 {labels} {place}"
+    key = f"folder 2 {labels} {place}"
     found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
     source = FolderSource.of_index(train.root, train.known)
-    if labels == "auto" and source.labels is None:
+    if train.root == str(place):
+        source.notes = _splits_perhaps(source.names)
+    if labels == "auto" and source.labels is None and not source.notes:
         source.notes = _classes_perhaps(source.names)
     return source, validation
+
+
+def _splits_perhaps(names: Names) -> tuple[str, ...]:
+    """What to tell of folders that look like splits, but are trained on with all others."""
+    folders = {part for name in names.every() for part in name.split(b"/", 2)[:-1]}
+    every = sorted(printable(os.fsdecode(one)) for one in folders)
+    found = [one for one in every if any(kind.fullmatch(one) for kind in (_TRAIN, *_HELD_OUT))]
+    if not found:
+        return ()
+    shown = ", ".join(f"{one}/" for one in found[:4])
+    text = f"all {len(names):,} images are trained on, though some lie in {shown}: to train on some"
+    return (f"{text} alone, give their folder",)
 
 
 def _classes_perhaps(names: Names) -> tuple[str, ...]:
@@ -136,14 +158,44 @@ def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
 
 
 def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path | None]:
-    """The folder to train on, and one to validate on: `root` itself if it has no train/."""
-    top = [os.fsdecode(e.name) for e in entries(os.fsencode(root), watch) if is_folder(e)]
-    if "train" not in top:
-        return root, None
-    beside = next((one for one in VALIDATION if one in top), None)
-    if beside is None:
-        _refuse_class_called_train(root, top, endings, watch)
-    return root / "train", root / beside if beside else None
+    """The folder to train on, and one to validate on: `root` itself if it has no train/.
+
+    They may lie in one folder below it (data/train, images/train), if all else is empty.
+    """
+    here = entries(os.fsencode(root), watch)
+    top = sorted(os.fsdecode(entry.name) for entry in here if is_folder(entry))
+    train, beside = split_names(top)
+
+    def others() -> Iterator[str]:
+        """Folders with images, beside the two."""
+        for one in top:
+            if one not in (train, beside) and next(walk(root / one, endings, watch), None):
+                yield one
+
+    if train == "train" and beside is None and (other := next(others(), None)):
+        # A folder called train among classes looks like a split; guessing would lose images.
+        unclear = f"{show(root)} holds images in train/ and in {show(other)}/"
+        remedy = f"give {show(root / 'train')} to train on it alone, or rename it if it is one"
+        raise UserError(f"{unclear}, so train/ may be a split or a class: {remedy}")
+    if train and (train == "train" or beside or not any(others())):
+        return root / train, root / beside if beside else None
+    if len(top) <= _FEW and not any(has_ending(entry.name, endings) for entry in here):
+        for one in top:
+            below = entries(os.fsencode(root / one), watch)
+            train, beside = split_names(os.fsdecode(e.name) for e in below if is_folder(e))
+            if train and beside and not any(other != one for other in others()):
+                return root / one / train, root / one / beside
+    return root, None
+
+
+def split_names(folders: Iterable[str]) -> tuple[str | None, str | None]:
+    """Which of these folders is the one to train on, and which beside it to validate on."""
+    names = sorted(folders, reverse=True)  # small letters first
+    trains = [one for one in names if _TRAIN.fullmatch(one)]
+    if "train" not in trains and len(trains) != 1:
+        return None, None
+    held = (one for pattern in _HELD_OUT for one in names if pattern.fullmatch(one))
+    return "train" if "train" in trains else trains[0], next(held, None)
 
 
 def _index(
@@ -182,14 +234,3 @@ def folder_labels(
     classes = named if known is None else extended(known, named)
     numbers = {one: classes.index(name) for one, name in zip(raw, named, strict=True)}
     return np.fromiter((numbers[one] for one in folders), np.int64, len(folders)), classes
-
-
-def _refuse_class_called_train(
-    root: Path, folders: list[str], endings: Endings, watch: Watch
-) -> None:
-    """A folder called train among other classes looks like a split; guessing would lose images."""
-    for other in sorted(folders):
-        if other != "train" and next(walk(root / other, endings, watch), None) is not None:
-            unclear = f"{show(root)} holds images in train/ and in {show(other)}/"
-            remedy = f"give {show(root / 'train')} to train on it alone, or rename it if it is one"
-            raise UserError(f"{unclear}, so train/ may be a split or a class: {remedy}")

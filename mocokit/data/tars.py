@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 from mocokit.data.cache import Watch
 from mocokit.data.decode import MAX_BYTES
-from mocokit.data.folder import IMAGES, VALIDATION
+from mocokit.data.folder import IMAGES, split_names
 from mocokit.data.names import show
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
@@ -51,20 +51,23 @@ def members_of(paths: list[Path], watch: Watch, notes: list[str]) -> list[Member
 
 
 def splits_inside(members: list[Member]) -> tuple[list[Member], list[Member]] | None:
-    """Images in a folder train/ within the archives, and those beside it to validate on."""
+    """Images in a folder train/ within the archives, and those beside it to validate on.
+
+    Of other spellings (Train, train2017) one is taken if there is another to validate on.
+    """
     inner = [one.inner for one in members]
     while len({name.partition(b"/")[0] for name in inner}) == 1 and b"/" in inner[0]:
-        if inner[0].startswith(b"train/"):
+        if split_names([os.fsdecode(inner[0].partition(b"/")[0])])[0]:
             break
         inner = [name.partition(b"/")[2] for name in inner]
     parts: dict[bytes, list[Member]] = {}
     for name, one in zip(inner, members, strict=True):
         top, _, rest = name.partition(b"/")
         parts.setdefault(top if rest else b"", []).append(one._replace(inner=rest))
-    if b"train" not in parts:
+    train, beside = split_names(os.fsdecode(top) for top in parts)
+    if train is None or (train != "train" and beside is None):
         return None
-    beside = next((one for one in VALIDATION if one.encode() in parts), None)
-    return parts[b"train"], parts[beside.encode()] if beside else []
+    return parts[os.fsencode(train)], parts[os.fsencode(beside)] if beside else []
 
 
 class _Entry(NamedTuple):
