@@ -10,7 +10,7 @@ from mocokit.data.pack import write_pack
 from mocokit.data.source import open_data
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
-from mocokit.errors import UserError
+from mocokit.errors import Interrupted, UserError
 from mocokit.views.params import canvas_bound
 
 
@@ -43,8 +43,11 @@ def pack(
         f"{count:,} images, larger ones shrunk to no less than {bound} pixels, to {show(target)}",
         "bold",
     )
-    with speaker.counting("packed", count) as advance:
-        found = write_pack(splits, target, bound, raw, default_threads(), advance)
+    try:
+        with speaker.counting("packed", count) as advance:
+            found = write_pack(splits, target, bound, raw, default_threads(), advance)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on where it ended", 130) from None
     if found.bad:
         speaker.say(f"{found.bad:,} cannot be read; they are bad images of the pack too", "yellow")
     speaker.say(

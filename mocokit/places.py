@@ -13,6 +13,7 @@ from mocokit.errors import UserError
 
 NAMED = ("cifar10", "cifar100", "stl10", "imagenette", "imagenet", "voc")
 HUB = "hub:"  # before the name of a set of Hugging Face
+_EMPTY = "nothing stands before or after a `::`: give a place on both sides, or leave it out"
 _MOST = 1_000_000  # paths that a pattern may stand for
 _INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -22,7 +23,10 @@ def split(text: str) -> list[str]:
     """The places that a text names, in order; what exists as it is written is one place."""
     if _there(text):
         return [text]
-    return [place for part in text.split("::") for place in _matching(part)]
+    parts = text.split("::")
+    if "" in parts:
+        raise UserError(_EMPTY if len(parts) > 1 else "there is no file or folder without a name")
+    return [place for part in parts for place in _matching(part)]
 
 
 def exist(text: str) -> bool:
@@ -38,6 +42,8 @@ def lacking(text: str) -> str:
     parts = [text] if _there(text) else text.split("::")
     absent = (part for part in parts if not exist(part))
     part = next(absent, text)
+    if not part:
+        return _EMPTY
     return f"there is no file or folder {part}; {remedy(part)}"
 
 
@@ -49,6 +55,8 @@ def remedy(part: str) -> str:
         return "its braces name no range: write {000..146}, or {a,b} for a choice"
     if close := difflib.get_close_matches(part, NAMED, n=1, cutoff=0.7):
         return f"did you mean {close[0]}?"
+    if os.path.dirname(part):
+        return "give an existing path of images"
     return f"give an existing path of images, or one of {', '.join(NAMED)}"
 
 

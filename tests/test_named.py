@@ -191,6 +191,41 @@ def test_imagenette_and_imagenet_are_folders(tmp_path: Path) -> None:
     assert open_data("imagenet", root=tmp_path).train.name == "imagenet"
 
 
+def test_a_set_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    """Unpacking that is broken off leaves nothing that looks like the set."""
+    files = tmp_path / "files"
+    for split in ("train", "val"):
+        for wnid in torchvision_sets.Imagenette._WNID_TO_CLASS:
+            (files / "imagenette2" / split / wnid).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(files / "imagenette2" / split / wnid / "a.JPEG", "JPEG")
+    source = tmp_path / "server" / "imagenette2.tgz"
+    with tarfile.open(source, "w:gz") as archive:
+        archive.add(files / "imagenette2", "imagenette2")
+    known = {"full": (f"{server}/imagenette2.tgz", md5(source.read_bytes()))}
+    monkeypatch.setattr(torchvision_sets.Imagenette, "_ARCHIVES", known)
+    root = tmp_path / "root"
+
+    def broken(archive: str, where: str) -> None:
+        (Path(where) / "imagenette2/train/n01440764").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchvision.datasets.utils.extract_archive", broken)
+        with pytest.raises(KeyboardInterrupt):
+            open_data("imagenette", root=root)
+    assert not (root / "imagenette2").exists()
+    train, validation = open_data("imagenette", root=root)
+    assert len(train) == 10 and validation is not None and len(validation) == 10
+    assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["imagenette2"]
+    make_one = root / "imagenette2/train/zzz/a.JPEG"
+    make_one.parent.mkdir()
+    Image.new("RGB", (4, 4)).save(make_one, "JPEG")
+    with pytest.raises(UserError, match=r"imagenette in .* cannot be read \('zzz'\)"):
+        open_data("imagenette", root=root)
+
+
 def test_voc_is_the_photos_of_both_years(shared_data: Path) -> None:
     train, validation = open_data("voc", root=shared_data / "voc_sample")
     assert len(train) == 220 and train.labels is None and validation is None

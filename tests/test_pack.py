@@ -1,5 +1,6 @@
 """Packs: the same images in one file, broken off and gone on with, damaged and told."""
 
+import importlib
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.pack import HEAD, TRAILER, write_pack
 from mocokit.data.source import PackedSource, Splits, open_data
-from mocokit.errors import UserError
+from mocokit.errors import Interrupted, UserError
 
 BOUND = 40
 
@@ -218,6 +219,19 @@ def test_only_one_process_writes_a_pack(folder: Path, tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing"):
             packed(folder, tmp_path / "x.pack")
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    module = importlib.import_module("mocokit.pack")
+    monkeypatch.setattr(module, "write_pack", pressed)
+    with pytest.raises(Interrupted, match="the same command goes on where it ended") as caught:
+        module.pack(folder, tmp_path / "x.pack")
+    assert caught.value.exit_code == 130
 
 
 def test_a_full_disk_is_one_sentence(

@@ -62,3 +62,19 @@ def test_several_places_are_joined_by_two_colons(tmp_path, monkeypatch):
     there = os.path.realpath(tmp_path)
     assert places.absolute(text) == f"{there}/a.tar::{there}/b-{{0..1}}.tar::cifar10"
     assert not places.exist("") and not places.exist("x" * 5000) and not places.exist("a\0b")
+
+
+@pytest.mark.parametrize("text", ["a.tar::", "::a.tar", "a.tar::::b.tar"])
+def test_nothing_beside_two_colons_is_told(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="nothing stands before or after a `::`"):
+        places.split(text)
+    assert not places.exist(text) and "nothing stands" in places.lacking(text)
+    with pytest.raises(UserError, match="without a name"):
+        places.split("")
+
+
+def test_a_path_is_not_taken_for_a_misspelt_set():
+    assert "cifar10" in places.remedy("photos") and "cifar10" not in places.remedy("x/y-{0..3}.tar")

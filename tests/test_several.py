@@ -105,10 +105,22 @@ def test_classes_stand_behind_a_tab(tmp_path: Path) -> None:
         open_data(path)
 
 
+def test_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(make(tmp_path / "home", "3.png")))
+    make(tmp_path, "1.png", "2.png", "#4.png", " 5.png")
+    lines = ["# my photos", "1.png", "  2.png  ", "~/3.png", "#4.png", " 5.png", "#"]
+    (tmp_path / "x.txt").write_text("\n".join(lines))
+    assert levels(open_data(tmp_path / "x.txt").train) == [1, 2, 3, 4, 5]
+    (tmp_path / "y.txt").write_text("# class behind a tab\n1.png\tdog\n 2.png \tcat\n")
+    train = open_data(tmp_path / "y.txt").train
+    assert train.labels is not None and train.labels.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (b"", "empty"),
+        (b"# none yet\n", "empty"),
         (b"\n \n", "empty"),
         (b"a\0b", "no text"),
         (b"Once upon a time\nthere was a fox.\n", "none is called 'Once upon a time'"),

@@ -27,9 +27,11 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     if b"\0" in content[:4096]:
         raise UserError(f"{show(path)} is no list of image files: it is no text")
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
-    if not lines:
+    split = (line.partition(b"\t") for line in lines)
+    pairs = [(_plain(path.parent, name), tab, label) for name, tab, label in split]
+    pairs = [pair for pair in pairs if pair[0]]
+    if not pairs:
         raise UserError(f"the list {show(path)} is empty: write one path a line")
-    pairs = [line.partition(b"\t") for line in lines]
     if not any(_names_a_file(path.parent, name) for name, _, _ in pairs[:LOOKED_AT]):
         first = show(os.fsdecode(pairs[0][0]))[:60]
         what = f"{show(path)} is no list of image files: none is called {first!r}, its first line"
@@ -39,7 +41,7 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     name = short_name(path.stem)
     if not tabs or labels == "none":
         return FolderSource(path.parent, names, None, (), name)
-    if tabs < len(lines):
+    if tabs < len(pairs):
         missing = show(os.fsdecode(next(name for name, tab, _ in pairs if not tab)))
         remedy = "write one behind a tab, or set data.labels=none"
         raise UserError(f"{missing} in the list {show(path)} has no class: {remedy}")
@@ -49,6 +51,16 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     numbers = {text: number for number, text in enumerate(order)}
     found = np.fromiter((numbers[text] for text in written), np.int64, len(written))
     return FolderSource(path.parent, names, found, classes, name)
+
+
+def _plain(root: Path, name: bytes) -> bytes:
+    """A name as a person meant it: without spaces around it and with ~ known; a comment is none."""
+    if name[:1] not in b"#~" and name == name.strip():
+        return name
+    if os.path.lexists(os.path.join(os.fsencode(root), name)):
+        return name
+    meant = os.path.expanduser(name.strip())
+    return b"" if meant.startswith(b"#") else meant
 
 
 def _names_a_file(root: Path, name: bytes) -> bool:

@@ -2,9 +2,11 @@
 
 import hashlib
 import io
+import os
 import pickle
 import socket
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +129,7 @@ def _imagenette(root: Path) -> Splits:
     folder = archive.removesuffix(".tgz")
     with _present("imagenette", root, folder, url, archive, md5, True):
         train, validation = open_folder(root / folder, "auto")
-    names = tuple(Imagenette._WNID_TO_CLASS[wnid][0] for wnid in train.classes)
+        names = tuple(Imagenette._WNID_TO_CLASS[wnid][0] for wnid in train.classes)
     for source in (train, validation):
         if source is not None:
             source.name, source.classes = "imagenette", names
@@ -191,7 +193,11 @@ def _download(
             socket.setdefaulttimeout(_PATIENCE)
             download_url(url, str(root), archive, md5)
             if unpack:  # its content is known by its checksum
-                extract_archive(str(root / archive), str(root))
+                # Elsewhere first: half a set would be taken for the whole one.
+                with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as part:
+                    extract_archive(str(root / archive), part)
+                    (root / folder).parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(Path(part) / folder, root / folder)
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())[:120]
         raise UserError(
