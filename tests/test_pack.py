@@ -152,7 +152,7 @@ def test_damage_is_a_bad_image_or_a_sentence(folder: Path, tmp_path: Path) -> No
     source = packed(folder, tmp_path / "x.pack").train
     assert isinstance(source, PackedSource)
     content = (tmp_path / "x.pack").read_bytes()
-    for place in (0, HEAD.size - 1, HEAD.size + 40):  # mark, checksum, content
+    for place in (0, 4, 8, 13, HEAD.size - 1, HEAD.size + 40):  # mark, head, checksum, content
         damaged = bytearray(content)
         damaged[int(source.offsets[2]) + place] ^= 1
         (tmp_path / "y.pack").write_bytes(damaged)

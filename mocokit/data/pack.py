@@ -2,9 +2,9 @@
 
     magic | header (JSON) | record, record, ... | index (.npz) | trailer
 
-A record is a small head with the checksum of what follows: a file as it was, where nothing would be
-gained by making it smaller; else the smaller image, as a JPEG or as bare pixels; or the reason why
-the image cannot be read. Records follow one another in the order of the images, so that a pack that
+A record is a small head with a checksum of itself and of what follows: a file as it was, where
+nothing would be gained by making it smaller; else the smaller image, as a JPEG or as bare pixels;
+or the reason why the image cannot be read. Records follow one another in the order of the images, so that a pack that
 was broken off is gone on with after its last whole record. The index says where each record is.
 """
 
@@ -30,7 +30,7 @@ from mocokit.data.names import show
 from mocokit.data.protocol import Source, Splits
 from mocokit.errors import UserError
 
-MAGIC = b"mocokit pack 1\n\0"
+MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads
 HEAD = struct.Struct("<4sBxxxIIQI")  # mark, kind, height, width, length, checksum
 TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and the magic
 BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
@@ -40,13 +40,23 @@ _CHUNK = 64  # images between two looks at the disk
 
 
 class Head(NamedTuple):
-    """What comes before a record's content."""
+    """What comes before a record's content; the checksum is of both."""
 
     kind: int
     height: int
     width: int
     length: int
     checksum: int
+
+    @classmethod
+    def of(cls, kind: int, height: int, width: int, content: bytes) -> "Head":
+        """The head of this content."""
+        own = struct.pack("<BII", kind, height, width)
+        return cls(kind, height, width, len(content), zlib.crc32(own, zlib.crc32(content)))
+
+    def fits(self, content: bytes) -> bool:
+        """Whether it is the head of this content, and both are whole."""
+        return self == Head.of(self.kind, self.height, self.width, content)
 
 
 class Packed(NamedTuple):
@@ -116,7 +126,7 @@ def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[
     try:
         content = source.content(number)
         if bound is None and not raw and content is not None:
-            return Head(FILE, 0, 0, len(content), zlib.crc32(content)), content
+            return Head.of(FILE, 0, 0, content), content
         pixels = source.read(number, bound)
         height, width = pixels.shape[:2]
         if raw or content is None:
@@ -127,7 +137,7 @@ def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[
             kind, content = SHRUNK, _jpeg(pixels)
     except BadImage as reason:
         kind, height, width, content = BAD, 0, 0, str(reason).encode()
-    return Head(kind, height, width, len(content), zlib.crc32(content)), content
+    return Head.of(kind, height, width, content), content
 
 
 def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
@@ -167,7 +177,7 @@ def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list
             except ValueError:
                 break
             content = file.read(min(head.length, 2**40))
-            if len(content) < head.length or zlib.crc32(content) != head.checksum:
+            if not head.fits(content):
                 break
             heads.append(head)
             offsets.append(offset)

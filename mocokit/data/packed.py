@@ -3,7 +3,6 @@
 import hashlib
 import math
 import mmap
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ class PackedSource:
             raise BadImage("its pack is damaged here")
         first = start + HEAD.size
         content = self._map()[first : first + head.length]
-        if len(content) < head.length or zlib.crc32(content) != head.checksum:
+        if not head.fits(content):
             raise BadImage("its pack is damaged here: the checksum differs")
         if head.kind == BAD:
             raise BadImage(content.decode(errors="replace"))
