@@ -4,8 +4,9 @@
 
 A record is a small head with a checksum of itself and of what follows: a file as it was, where
 nothing would be gained by making it smaller; else the smaller image, as a JPEG or as bare pixels;
-or the reason why the image cannot be read. Records follow one another in the order of the images, so that a pack that
-was broken off is gone on with after its last whole record. The index says where each record is.
+or the reason why the image cannot be read. Records follow one another in the order of the images,
+so that a pack that was broken off is gone on with after its last whole record. The index says where
+each record is.
 """
 
 import io
