@@ -141,6 +141,7 @@ def pack_data(
     recipes.asked(recipe, data, changes)
     from mocokit.pack import pack
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it has something to say at its end
     pack(data, file, recipe, raw, changes)
 
 

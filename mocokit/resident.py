@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import read_batch
+from mocokit.data.decode import BadImage
 from mocokit.data.packed import PackedSource
 from mocokit.data.protocol import Source
 from mocokit.data.unread import Unread
@@ -53,15 +54,15 @@ def hold(source: Source, bound: int | None, device: torch.device) -> Resident | 
     On a CPU they are where they are needed already; and files would have to be decoded first.
     """
     room = spare_pixels(device)
-    if isinstance(source, ArraySource):
-        most = len(source) * int(np.prod(source.images.shape[1:3]))
-    elif isinstance(source, PackedSource) and source.raw and room > 0:
-        most = source.count_pixels(bound)
-    else:
-        return None
     try:
+        if isinstance(source, ArraySource):
+            most = len(source) * int(np.prod(source.images.shape[1:3]))
+        elif isinstance(source, PackedSource) and source.raw and room > 0:
+            most = source.count_pixels(bound)
+        else:
+            return None
         return Resident(source, most, bound, device) if most <= room else None
-    except torch.OutOfMemoryError:  # another process was faster
+    except (BadImage, torch.OutOfMemoryError):  # the pack is gone, or so is the memory
         return None
 
 

@@ -399,20 +399,24 @@ class Broken:
 
     name, labels, classes, fingerprint = "broken", None, (), "0"
 
+    def __init__(self, fault: type[Exception]) -> None:
+        self.fault = fault
+
     def __len__(self) -> int:
         return 4
 
     def read(self, index: int, bound: int | None = None) -> Any:
-        raise RuntimeError("our own fault")
+        raise self.fault("our own fault")
 
     def describe(self, index: int) -> str:
         return "x"
 
 
+@pytest.mark.parametrize("fault", [RuntimeError, EOFError, ConnectionResetError])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_other_faults_are_raised_as_they_are(workers: int) -> None:
-    with pytest.raises(RuntimeError, match="our own fault"):
-        list(loader(Broken(), workers=workers))
+def test_other_faults_are_raised_as_they_are(workers: int, fault: type[Exception]) -> None:
+    with pytest.raises(fault, match="our own fault"):
+        list(loader(Broken(fault), workers=workers))
 
 
 # Reading without training

@@ -1,10 +1,13 @@
 """Packs: the same images in one file, broken off and gone on with, damaged and told."""
 
-import importlib
 import io
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from mocokit import build, recipes
 from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.pack import HEAD, TRAILER, write_pack
 from mocokit.data.source import PackedSource, Splits, open_data
-from mocokit.errors import Interrupted, UserError
+from mocokit.errors import UserError
+from mocokit.views.params import canvas_bound
 
 BOUND = 40
 
@@ -221,17 +226,33 @@ def test_only_one_process_writes_a_pack(folder: Path, tmp_path: Path) -> None:
             packed(folder, tmp_path / "x.pack")
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def pressed(*_: Any) -> None:
-        raise KeyboardInterrupt
+SLOWLY = """
+import sys, time
+import mocokit.data.pack as pack
+from mocokit.cli import main
 
-    module = importlib.import_module("mocokit.pack")
-    monkeypatch.setattr(module, "write_pack", pressed)
-    with pytest.raises(Interrupted, match="the same command goes on where it ended") as caught:
-        module.pack(folder, tmp_path / "x.pack")
-    assert caught.value.exit_code == 130
+record, pack._CHUNK = pack._record, 2
+pack._record = lambda *image, **how: (time.sleep(0.2), record(*image, **how))[1]
+main()
+"""
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
+    target, part = tmp_path / "x.pack", tmp_path / "x.pack.part"
+    command = [sys.executable, "-c", SLOWLY, "pack", str(folder), str(target)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 3000):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and not target.exists()
+    assert said.splitlines()[-1] == "mocokit: stopped; the same command goes on where it ended"
+    counts: list[int] = []
+    bound = canvas_bound(build.view_spec(recipes.asked("mocov2", str(folder), {})[0]))
+    write_pack(open_data(folder), target, bound, False, 1, counts.append)
+    assert 0 < counts[0] < 31 == sum(counts)
 
 
 def test_a_full_disk_is_one_sentence(

@@ -140,6 +140,12 @@ def test_without_memory_after_all_nothing_is_held(room, monkeypatch):
     assert hold(ArraySource(np.zeros((3, 4, 4, 3), np.uint8), None, "x"), None, CPU) is None
 
 
+def test_a_pack_that_is_gone_is_not_held(room, pack):
+    source = open_data(pack).train
+    pack.unlink()
+    assert hold(source, None, CPU) is None
+
+
 def test_encoded_images_are_not_held(room, pack, tmp_path):
     assert hold(open_data(pack.parent / "photos").train, None, CPU) is None
     splits = open_data(pack.parent / "photos")

@@ -209,3 +209,23 @@ def test_members_are_read_as_tarfile_reads_them(shared_data, tmp_path):
     plain = open_data(folder).train
     position = names(plain).index(source.describe(100).removeprefix("photos.tar/photos/"))
     np.testing.assert_array_equal(source.read(100), plain.read(position))
+
+
+@pytest.mark.parametrize(
+    ("train", "held"),
+    [("Train", "Test"), ("set/train2017", "set/val2017"), ("training/train", "training/val")],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_splits_as_others_spell_and_place_them(tmp_path, train, held, inside):
+    """As folders within an archive, or as folders of archives."""
+    ours, theirs = {"cat/1.png": image(1), "ant/2.png": image(2)}, {"cat/3.png": image(3)}
+    if inside:
+        members = {f"{train}/{name}": content for name, content in ours.items()}
+        members |= {f"{held}/{name}": content for name, content in theirs.items()}
+        shard(tmp_path / "a.tar", members)
+    else:
+        shard(tmp_path / train / "0.tar", ours)
+        shard(tmp_path / held / "0.tar", theirs)
+    source, validation = open_data(tmp_path)
+    assert sorted(levels(source)) == [1, 2] and validation is not None
+    assert levels(validation) == [3]

@@ -152,6 +152,7 @@ def test_the_names_of_validation(tmp_path: Path, beside: str) -> None:
         ("data/train", "data/val"),
         ("images/train", "images/test"),
         ("set/Training", "set/Validation"),
+        ("training/train", "training/val"),
     ],
 )
 def test_splits_as_others_spell_and_place_them(tmp_path: Path, train: str, held: str) -> None:

@@ -177,7 +177,7 @@ def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path 
         unclear = f"{show(root)} holds images in train/ and in {show(other)}/"
         remedy = f"give {show(root / 'train')} to train on it alone, or rename it if it is one"
         raise UserError(f"{unclear}, so train/ may be a split or a class: {remedy}")
-    if train and (train == "train" or beside or not any(others())):
+    if train and (train == "train" or beside):
         return root / train, root / beside if beside else None
     if len(top) <= _FEW and not any(has_ending(entry.name, endings) for entry in here):
         for one in top:

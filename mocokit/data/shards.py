@@ -94,7 +94,7 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
     Where the names of some say train, the others are not trained on.
     """
     places = [path.resolve() for path in paths]
-    key = "shards 1 " + " ".join([labels, *map(str, places)])
+    key = "shards 2 " + " ".join([labels, *map(str, places)])
     words = [split_word(path.name) for path in places]
     held: list[Path] = []
     train = places
@@ -125,7 +125,7 @@ def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSou
         return None
     if train == root:
         return open_shards(first, labels)
-    key = "shards 1 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
+    key = "shards 2 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
     return _sources(listed(key, lambda watch: _look(first, second, labels, watch)))
 
 

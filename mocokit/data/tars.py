@@ -57,7 +57,7 @@ def splits_inside(members: list[Member]) -> tuple[list[Member], list[Member]] | 
     """
     inner = [one.inner for one in members]
     while len({name.partition(b"/")[0] for name in inner}) == 1 and b"/" in inner[0]:
-        if split_names([os.fsdecode(inner[0].partition(b"/")[0])])[0]:
+        if inner[0].startswith(b"train/"):
             break
         inner = [name.partition(b"/")[2] for name in inner]
     parts: dict[bytes, list[Member]] = {}

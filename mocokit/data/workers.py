@@ -27,6 +27,7 @@ from mocokit.memory import keep_freed_memory
 T = TypeVar("T")
 
 _ALIGNMENT = 64
+_IN_WORKER = "in DataLoader worker process"  # what torch writes before an error of such a process
 
 
 def prepare_workers() -> None:
@@ -48,9 +49,11 @@ def read_in_workers(
         for arrival in arrivals:
             yield _receive(arrival, pin)
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+        # Of the latter two, those that were raised in a loading process are faults of reading.
+        known, text = isinstance(error, RuntimeError), str(error)
+        if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
             raise
-        why = "while it handed over a batch" if not isinstance(error, RuntimeError) else error
+        why = text if known else "while it handed over a batch"
         end = f"a loading process ended ({why}), perhaps for lack of memory"
         remedy = f"lower data.workers, now {workers}, or train.batch_size"
         raise MocokitError(f"{end}: {remedy}") from error
