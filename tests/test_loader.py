@@ -266,6 +266,28 @@ def test_a_killed_worker_is_reported(folder: FolderSource) -> None:
 
 
 @linux
+def test_loading_processes_do_not_see_what_asks_a_run_to_stop(folder: FolderSource) -> None:
+    """Schedulers signal every process of a job. In a process that has started no other before."""
+    script = (
+        "import os, signal\nfrom mocokit.data.source import open_data\n"
+        "from mocokit.data.loader import *\n"
+        f"source = open_data({str(folder.root)!r}).train\n"
+        "made = iter(Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None,"
+        " workers=2))\n"
+        "next(made)\n"
+        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+        "    signal.signal(number, lambda *_: None)\n"
+        "    os.killpg(0, number)\n"
+        "print(1 + len(list(made)))\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, start_new_session=True, timeout=100
+    )
+    assert (done.stdout, done.stderr) == ("45\n", "")
+
+
+@linux
 def test_workers_end_when_the_training_process_is_killed(folder: FolderSource) -> None:
     script = (
         "import sys\nfrom mocokit.data.source import open_data\nfrom mocokit.data.loader import *\n"

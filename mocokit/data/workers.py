@@ -2,6 +2,7 @@
 
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -107,8 +108,12 @@ def _signals_blocked() -> Iterator[None]:
     Schedulers send such signals to every process of a job; the training process alone decides what
     follows, and needs its loading processes until it has saved.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+    stops = {signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
+        # Started first: it opens SIGTERM for all that follows.
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
