@@ -267,18 +267,28 @@ def test_a_killed_worker_is_reported(folder: FolderSource) -> None:
 
 @linux
 def test_loading_processes_do_not_see_what_asks_a_run_to_stop(folder: FolderSource) -> None:
-    """Schedulers signal every process of a job. In a process that has started no other before."""
+    """Schedulers and terminals signal every process of a job, also while it starts.
+
+    In a process that has started no other before.
+    """
     script = (
-        "import os, signal\nfrom mocokit.data.source import open_data\n"
+        "import os, signal, threading, time\nfrom mocokit.data.source import open_data\n"
         "from mocokit.data.loader import *\n"
         f"source = open_data({str(folder.root)!r}).train\n"
-        "made = iter(Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None,"
-        " workers=2))\n"
-        "next(made)\n"
-        "for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):\n"
+        "numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)\n"
+        "for number in numbers:\n"
         "    signal.signal(number, lambda *_: None)\n"
-        "    os.killpg(0, number)\n"
-        "print(1 + len(list(made)))\n"
+        "over = threading.Event()\n"
+        "def ask():\n"
+        "    while not over.wait(0.005):\n"
+        "        for number in numbers:\n"
+        "            os.killpg(0, number)\n"
+        "asking = threading.Thread(target=ask, daemon=True)\n"
+        "asking.start()\n"
+        "made = Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None, workers=2)\n"
+        "print(len(list(made)))\n"
+        "over.set()\n"
+        "asking.join()\n"
     )
     command = [sys.executable, "-W", "error", "-c", script]
     done = subprocess.run(

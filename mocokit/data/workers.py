@@ -105,13 +105,14 @@ def _context() -> BaseContext:
 def _signals_blocked() -> Iterator[None]:
     """Processes started in here never see what asks a run to stop: the mask is inherited.
 
-    Schedulers send such signals to every process of a job; the training process alone decides what
-    follows, and needs its loading processes until it has saved.
+    Schedulers send such signals to every process of a job, and Ctrl-C reaches every process of a
+    terminal; the training process alone decides what follows, and needs its loading processes
+    until it has saved.
     """
-    stops = {signal.SIGTERM, signal.SIGUSR1}
+    stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
-        # Started first: it opens SIGTERM for all that follows.
+        # Started first: it opens SIGTERM and SIGINT for all that follows.
         multiprocessing.resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         yield
@@ -136,8 +137,7 @@ def _without_main() -> Iterator[None]:
 
 def _begin(worker: int) -> None:
     """The first thing a loading process does."""
-    # Ctrl-C reaches every process of a terminal; the training process alone decides what follows.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not blocked (`_signals_blocked`)
     torch.set_num_threads(1)
     keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
