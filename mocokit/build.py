@@ -107,6 +107,7 @@ def build_loader(
     device: torch.device,
     start_step: int,
     known_bad: Callable[[int], NDArray[np.int64]],
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Loader:
     """This process's share of every global batch, from `start_step` on: whole groups of images."""
     shares_of = partial(count_shares, settings)
@@ -139,6 +140,7 @@ def build_loader(
         share=share,
         start_step=start_step,
         known_bad=known_bad,
+        tell=tell,
         pin=device.type == "cuda",
     )
 

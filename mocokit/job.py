@@ -105,6 +105,20 @@ class Job:
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
         checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
 
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Work that leaves the state as it is: if it fails, what was trained before it is saved.
+
+        Not with several processes, of which the others would wait for this one.
+        """
+        try:
+            yield
+        except Exception:
+            if self.world.size == 1 and self.step > max(self.saved, 0):
+                self.save()
+                self.speaker.note(f"saved after step {self.step}, before what follows")
+            raise
+
     def last_good(self) -> str:
         """Where a run that went wrong was still well, and what to try."""
         saved = checkpoint.steps(self.folder.checkpoints)
@@ -188,6 +202,7 @@ def begun(job: Job) -> Iterator[None]:
                     f"there {now}: the same computation, up to the order of sums"
                 )
             del state  # or it would live as long as the run
+        job.bad.check()
         job.resident = hold(job.splits.train, canvas_bound(job.parts.spec), job.device)
         yield
 

@@ -95,12 +95,14 @@ def pretrain(
 def train(job: Job, stop: StopSignals) -> None:
     """Go from the job's step to the last: views, loss, gradient, update; then record, score, save.
 
-    Raises Interrupted once saved, if asked to stop, and NonFiniteLoss.
+    Raises Interrupted once saved, if asked to stop, UserError for too many bad images, likewise,
+    and NonFiniteLoss.
     """
     settings, parts, device = job.settings, job.parts, job.device
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
     monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
-    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, job.bad.known)
+    known, note = job.bad.known, job.speaker.note
+    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, known, note)
     if job.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(job, make_batch_views)
     average = GradientAverage(method.trained())
@@ -108,7 +110,8 @@ def train(job: Job, stop: StopSignals) -> None:
 
     def score() -> None:
         scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
-        record.scores(diagnose(job, loader, make_batch_views, scored, stop))
+        with job.between_steps():
+            record.scores(diagnose(job, loader, make_batch_views, scored, stop))
 
     with report.recording(job) as record:
         if due.health(job.step) and record.unscored():  # a stop came before they were finished
@@ -141,9 +144,10 @@ def train(job: Job, stop: StopSignals) -> None:
             if due.health(job.step):
                 score()
             save, end = due.save_or_stop(job.step, stop.asked)
-            if save:
+            if save or job.bad.too_many:
                 watch.check()
                 job.save()
+            job.bad.check()
             if end:
                 raise stop.error(job.step, job.folder.path)
 

@@ -15,6 +15,7 @@ from mocokit import build, evaluations, settings as settings_
 from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
 from mocokit.data.pack import is_pack
+from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import default_threads, on_first, peak_memory
 from mocokit.evaluate.advice import advise
@@ -78,19 +79,14 @@ class Recording:
         self._batches = iter(loader)
         while True:
             asked = time.perf_counter()
-            item = next(self._batches, None)
+            with self.job.between_steps():
+                item = next(self._batches, None)
             if item is None:
                 return
             self._wait = time.perf_counter() - asked
             yield item
 
-    def step(
-        self,
-        output: Output,
-        images: int,
-        bad: tuple[tuple[int, str, str], ...],
-        norm: Tensor | None,
-    ) -> None:
+    def step(self, output: Output, images: int, bad: Bad, norm: Tensor | None) -> None:
         """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
         self.meter.step(images, self._wait)
         self.job.bad.note(bad, self.job.step - 1)

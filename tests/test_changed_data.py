@@ -162,8 +162,15 @@ def test_too_many_missing_images_end_the_run_with_the_remedy(stopped):
     folder, out = stopped
     for path in sorted(folder.rglob("*.jpg"))[:20]:
         path.unlink()
-    with pytest.raises(UserError, match=r"more than the limit of 10; .* --set data\.bad_share"):
+    said = r"more than the limit of 10; .* --set data\.bad_share"
+    with pytest.raises(UserError, match=said):
         run(folder, out)
+    saved = checkpoint.steps(out / "checkpoints")[-1]
+    lines = (out / "metrics.jsonl").read_text()
+    assert saved > 2 and f'"step": {saved},' in lines.splitlines()[-1]  # nothing is lost
+    with pytest.raises(UserError, match=said):
+        run(folder, out)
+    assert (out / "metrics.jsonl").read_text() == lines
     assert run(folder, out, **{"data.bad_share": 0.5}).folder == out
 
 

@@ -96,8 +96,12 @@ class TestBadImages:
     def test_too_many_end_the_run(self, tmp_path):
         bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
         bad.note(tuple((n, "x", "y") for n in range(20)), 0)
+        bad.check()
+        assert not bad.too_many
+        bad.note(((21, "x", "y"),), 1)
+        assert bad.too_many
         with pytest.raises(UserError, match=r"21 images .* limit of 20; .*--set data.bad_share"):
-            bad.note(((21, "x", "y"),), 1)
+            bad.check()
 
 
 class TestFolders:

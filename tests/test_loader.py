@@ -1,6 +1,7 @@
 """Batches: the same for any number of workers, from any step, on any number of processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,15 +255,56 @@ def test_workers_end_with_their_reader(folder: FolderSource, end: str) -> None:
 
 
 @linux
-def test_a_killed_worker_is_reported(folder: FolderSource) -> None:
-    stream = iter(loader(folder, workers=2, epochs=50))
-    next(stream)
+def test_after_a_killed_worker_loading_goes_on(
+    folder: FolderSource, straight: list[tuple[int, Batch]]
+) -> None:
+    told: list[str] = []
+    stream = iter(loader(folder, workers=2, tell=told.append))
+    arrived = [next(stream)]
     os.kill(processes()[0], signal.SIGKILL)
-    said = r"a loading process ended .*data\.workers, now 2"
-    with pytest.raises(MocokitError, match=said) as caught:
-        list(stream)
+    assert_same(straight, arrived + list(stream))
+    assert len(told) == 1
+    assert re.fullmatch(r"a loading process ended .*data\.workers, now 2.*started again", told[0])
+    wait_for_none()
+
+
+@linux
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_that_ends_its_worker_twice_is_reported(
+    folder: FolderSource, straight: list[tuple[int, Batch]], workers: int
+) -> None:
+    """As an image does on which a decoder crashes."""
+    deadly = Deadly(folder, straight[3][1].index[0])
+    told: list[str] = []
+    made = loader(deadly, workers=workers, tell=told.append)
+    arrived: list[tuple[int, Batch]] = []
+    with pytest.raises(MocokitError, match=r"a loading process ended .*data\.workers") as caught:
+        for item in made:
+            arrived.append(item)
     wait_for_none()  # although the traceback still holds everything
-    assert caught.tb
+    assert caught.tb and told
+    assert_same(straight[: len(arrived)], arrived)
+    assert len(arrived) <= 3  # a batch made before may be lost with its process
+
+
+class Deadly:
+    """The source, but who reads one of its images is killed."""
+
+    def __init__(self, source: FolderSource, deadly: int) -> None:
+        self.source, self.deadly = source, int(deadly)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "source":  # pickle asks before there is one
+            raise AttributeError(name)
+        return getattr(self.source, name)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int, bound: int | None = None) -> Any:
+        if index == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.source.read(index, bound)
 
 
 @linux

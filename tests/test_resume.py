@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mocokit
+from mocokit.data.loader import Loader
 from mocokit.engine import checkpoint
-from mocokit.errors import Interrupted
+from mocokit.errors import Interrupted, UserError
 from mocokit.evaluate.monitor import KnnMonitor
 
 SETTINGS = {
@@ -122,9 +123,42 @@ def test_scoring_gives_way_to_a_signal_and_is_done_on_resume(toy_npz, tmp_path, 
     assert step == (20 if end else 10)
     assert not any("knn_head" in line for line in read(tmp_path / "stopped")[step:])
     run(toy_npz, tmp_path / "stopped", settings)
+    assert lines(tmp_path / "straight") == lines(tmp_path / "stopped")
+
+
+def lines(folder):
+    """metrics.jsonl without what clocks say."""
     clocks = {"images_per_s", "data_wait", "peak_memory_gib"}
-    straight, stopped = (
-        [{k: v for k, v in line.items() if k not in clocks} for line in read(tmp_path / name)]
-        for name in ("straight", "stopped")
-    )
-    assert straight == stopped
+    return [{k: v for k, v in line.items() if k not in clocks} for line in read(folder)]
+
+
+@pytest.mark.parametrize("of", ["loading", "scoring"])
+def test_what_fails_between_steps_costs_no_step(toy_npz, tmp_path, monkeypatch, capsys, of):
+    settings = SETTINGS | {"save.every_steps": None, "monitor.every_epochs": 2}
+    run(toy_npz, tmp_path / "straight", settings)
+    batches = Loader.__iter__
+
+    def load(self):
+        for step, batch in batches(self):
+            if step == 13:
+                raise UserError("the disk went away")
+            yield step, batch
+
+    def score(self, encoder):
+        raise UserError("the disk went away")
+        yield
+
+    with monkeypatch.context() as patch:
+        if of == "loading":
+            patch.setattr(Loader, "__iter__", load)
+        else:
+            patch.setattr(KnnMonitor, "run", score)
+        with pytest.raises(UserError, match="^the disk went away$"):
+            run(toy_npz, tmp_path / "failed", settings)
+    step = 13 if of == "loading" else 10
+    assert f"saved after step {step}" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path / "failed" / "checkpoints")[-1] == step
+    run(toy_npz, tmp_path / "failed", settings)
+    states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("straight", "failed")]
+    assert checkpoint.digest(states[0]) == checkpoint.digest(states[1])
+    assert lines(tmp_path / "straight") == lines(tmp_path / "failed")

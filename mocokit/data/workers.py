@@ -31,6 +31,10 @@ _ALIGNMENT = 64
 _IN_WORKER = "in DataLoader worker process"  # what torch writes before an error of such a process
 
 
+class WorkerEnded(MocokitError):
+    """A loading process is gone."""
+
+
 def prepare_workers() -> None:
     """Begin to start what starts loading processes, while the caller does something else."""
     if _context().get_start_method() == "forkserver":
@@ -43,7 +47,8 @@ def read_in_workers(
 ) -> Generator[Batch, None, None]:
     """`read(task)` for each task in order, made ahead of time by `workers` processes.
 
-    They end with the generator, after the batch that each is at.
+    They end with the generator, after the batch that each is at. Raises WorkerEnded if one does
+    before.
     """
     arrivals = _start(Packed(read), tasks, workers, pin)
     try:
@@ -57,7 +62,7 @@ def read_in_workers(
         why = text if known else "while it handed over a batch"
         end = f"a loading process ended ({why}), perhaps for lack of memory"
         remedy = f"lower data.workers, now {workers}, or train.batch_size"
-        raise MocokitError(f"{end}: {remedy}") from error
+        raise WorkerEnded(f"{end}: {remedy}") from error
     finally:
         # Left to the garbage collector, they would live as long as a traceback does.
         arrivals._shutdown_workers()

@@ -24,7 +24,7 @@ Bad = tuple[tuple[int, str, str], ...]  # number, name, reason
 
 
 class BadImages:
-    """bad_images.txt of a run and what follows from it; too many end the run.
+    """bad_images.txt of a run and what follows from it; too many end the run, once it is saved.
 
     `first` holds the step, counted from 0, at which each image failed first; it is the same on all
     processes, once they have told each other.
@@ -66,7 +66,7 @@ class BadImages:
             self.share()
 
     def share(self) -> None:
-        """Tell all processes; called by all at once. Raises UserError past the limit."""
+        """Tell all processes; called by all at once."""
         told = self._untold
         self._untold = []
         if self._world.size > 1:
@@ -77,7 +77,15 @@ class BadImages:
             if number not in self.first:
                 self.first[number] = step
                 self._write(f"{number}\t{name!r}\t{reason}\tstep {step + 1}\n")
-        if told and self.count > self.limit:
+
+    @property
+    def too_many(self) -> bool:
+        """Whether the run is to end; the same on all processes, like `first`."""
+        return self.count > self.limit
+
+    def check(self) -> None:
+        """Raises UserError past the limit."""
+        if self.too_many:
             enough = min(1.0, math.ceil(200 * self.count / self._images) / 100)
             raise UserError(
                 f"{self.count} images so far cannot be read, more than the limit of {self.limit}; "
