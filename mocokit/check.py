@@ -11,7 +11,7 @@ from mocokit import build, recipes, sizes
 from mocokit.data.batch import look
 from mocokit.data.examine import Examined, examine
 from mocokit.data.names import show
-from mocokit.data.packed import PackedSource
+from mocokit.data.packed import lacking
 from mocokit.data.source import Source, open_data
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
@@ -44,7 +44,7 @@ def check(
         speaker.say(f"note: {note}", "yellow")
     spec = build.view_spec(asked)
     bound = canvas_bound(spec)
-    if isinstance(splits.train, PackedSource) and (lack := splits.train.lacks(bound)):
+    for lack in lacking(splits.train, bound):
         speaker.say(f"note: {lack}", "yellow")
     examined: list[Examined] = []
     for split, source in zip(("train", "validation"), splits, strict=True):

@@ -16,7 +16,7 @@ from mocokit import build, settings as settings_, sizes
 from mocokit.build import Parts
 from mocokit.config import Settings
 from mocokit.data.batch import Batch, look
-from mocokit.data.packed import PackedSource
+from mocokit.data.packed import lacking
 from mocokit.data.source import Source, Splits, renumbered, save_index
 from mocokit.deciding import Asking, decide
 from mocokit.engine import checkpoint
@@ -179,7 +179,7 @@ def open_job(
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
     bound = canvas_bound(parts.spec)
-    if isinstance(splits.train, PackedSource) and (lack := splits.train.lacks(bound)):
+    for lack in lacking(splits.train, bound):
         speaker.note(lack)
     upload = Upload(device)
     return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, upload)

@@ -126,6 +126,12 @@ def test_transparent_colour_of_an_rgb_png_is_white() -> None:
     assert (pixels[0, 0] == (1, 2, 3)).all() and (pixels[1:] == 255).all()
 
 
+def test_transparent_level_of_sixteen_bit_gray_is_white() -> None:
+    image = Image.fromarray(np.array([[0, 20000, 20001, 65535]], np.uint16))
+    pixels = decode(encoded(image, "PNG", transparency=20000), None)
+    assert pixels[0, :, 0].tolist() == [0, 255, 78, 255]
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF"])
 def test_the_first_frame_is_taken(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]

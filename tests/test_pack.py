@@ -20,7 +20,8 @@ from mocokit import build, recipes
 from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.pack import HEAD, TRAILER, write_pack
-from mocokit.data.source import PackedSource, Splits, open_data
+from mocokit.data.packed import lacking
+from mocokit.data.source import PackedSource, RenumberedSource, Splits, open_data
 from mocokit.errors import UserError
 from mocokit.views.params import canvas_bound
 
@@ -194,6 +195,9 @@ def test_a_pack_tells_whoever_wants_larger_canvases(folder: Path, tmp_path: Path
     assert source.lacks(BOUND) == source.lacks(BOUND - 1) == whole.lacks(None) == ""
     assert "packed for canvases of 40 pixels, and these views can use 579:" in source.lacks(579)
     assert "can use whole images" in source.lacks(None)
+    both = open_data(f"{tmp_path / 'x.pack'}::{tmp_path / 'y.pack'}::{folder}").train
+    for seen in (both, RenumberedSource(both, both.index(), np.arange(len(both)))):
+        assert lacking(seen, BOUND) == [] and lacking(seen, 579) == [source.lacks(579)]
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -62,6 +62,10 @@ def test_one_part_without_labels_leaves_none(tmp_path: Path) -> None:
     make(tmp_path / "b", "3.png")
     train, validation = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}")
     assert train.labels is None and validation is not None and validation.labels is None
+    assert train.notes == ("b has no labels: those of the other parts are left out",)
+    three = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}::{tmp_path / 'b'}").train
+    assert three.notes == ("b and 1 more have no labels: those of the other parts are left out",)
+    assert open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}", "none").train.notes == ()
 
 
 def test_numbered_classes_stay_in_the_order_of_numbers(tmp_path: Path) -> None:

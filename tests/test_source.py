@@ -1,6 +1,10 @@
 """Sources: what is found where, under which number, and what is said when it is not."""
 
 import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,17 @@ from PIL import Image
 from mocokit.data.decode import BadImage
 from mocokit.data.folder import EXTENSIONS
 from mocokit.data.names import Names
-from mocokit.data.source import ArraySource, FolderSource, load_index, open_data, save_index
+from mocokit.data.source import (
+    ArraySource,
+    FolderSource,
+    Splits,
+    load_index,
+    open_data,
+    save_index,
+)
 from mocokit.errors import UserError
+
+unix = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="changes its own rights")
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -240,19 +253,91 @@ def test_places_without_images(tmp_path: Path) -> None:
     assert "give an existing path of images" in refusal(tmp_path / "a.tar" / "below")
 
 
-def test_a_folder_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in which this process has no other rights than any user: a superuser has all."""
+    with tempfile.TemporaryDirectory() as folder:
+        images, cache = Path(folder, "images"), Path(folder, "cache")
+        for place, rights in ((Path(folder), 0o755), (images, 0o755), (cache, 0o777)):
+            place.mkdir(exist_ok=True)
+            place.chmod(rights)
+        monkeypatch.setenv("MOCOKIT_CACHE", str(cache))
+        user = os.geteuid()
+        yield images
+        os.seteuid(user)
+        for place, _, _ in os.walk(images):
+            os.chmod(place, 0o755)
+
+
+def as_nobody(root: Path, closed: Path, rights: int = 0) -> Splits | str:
+    """What a user sees of images below `root`, if one of the folders has these rights."""
+    user = os.geteuid()
+    closed.chmod(rights)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        return open_data(root)
+    except UserError as error:
+        return str(error)
+    finally:
+        os.seteuid(user)
+        closed.chmod(0o755)
+
+
+@unix
+@pytest.mark.parametrize("rights", [0o000, 0o644, 0o311])
+def test_folders_that_may_not_be_listed_are_left_out_and_told(nobody: Path, rights: int) -> None:
+    make(nobody, "a.png", "closed/b.png", "closed/below/c.png", "open/d.png")
+    for place, _, _ in os.walk(nobody):
+        os.utime(place, (1, 1))  # long ago: the listing would be kept
+    seen = as_nobody(nobody, nobody / "closed", rights)
+    assert not isinstance(seen, str)
+    # Of a folder that may be listed but not entered the images are known, and cannot be read.
+    inside = rights == 0o644
+    assert names_of(seen.train) == ["a.png", *(["closed/b.png"] if inside else []), "open/d.png"]
+    told = f"{nobody}/closed/below" if inside else f"{nobody}/closed"
+    assert seen.train.notes == (f"left out, for they cannot be listed (Permission denied): {told}",)
+    assert len(open_data(nobody).train) == 4  # rights change no time of change
+
+
+@unix
+def test_of_a_split_that_may_not_be_listed_the_remedy_is_told(nobody: Path) -> None:
+    make(nobody, "train/a.png", "val/b.png", "more/d.png")
+    seen = as_nobody(nobody, nobody / "more")
+    assert not isinstance(seen, str) and names_of(seen.train) == ["a.png"]
+    assert seen.validation and seen.train.notes == ()  # beside two splits nothing is looked at
+    for place in (nobody / "val", nobody / "train", nobody):
+        text = as_nobody(nobody, place)
+        assert text == f"cannot list {place} (Permission denied): make it readable or move it away"
+    shutil.rmtree(nobody / "val")
+    seen = as_nobody(nobody, nobody / "more")
+    assert not isinstance(seen, str) and "/more" in seen.train.notes[0]
+
+
+@unix
+def test_archives_beside_a_folder_that_may_not_be_listed(nobody: Path) -> None:
+    make(nobody, "closed/x.png")
+    with tarfile.open(nobody / "a.tar", "w") as archive:
+        archive.add(nobody / "closed" / "x.png", "x.png")
+    (nobody / "closed/x.png").unlink()
+    seen = as_nobody(nobody, nobody / "closed")
+    assert not isinstance(seen, str) and names_of(seen.train) and "closed" in seen.train.notes[0]
+
+
+def test_a_folder_that_fails_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(tmp_path, "a.png", "closed/b.png")
     scan = os.scandir
 
-    def refuse(path: Any) -> Any:
-        if os.fsdecode(path) == str(closed):
-            raise PermissionError(13, "Permission denied")
+    def fail(path: Any) -> Any:
+        if os.fsdecode(path) == str(tmp_path / "closed"):
+            raise OSError(5, "Input/output error")
         return scan(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    for closed in (tmp_path, tmp_path / "closed"):
-        text = refusal(tmp_path)
-        assert "Permission denied" in text and str(closed) in text
+    monkeypatch.setattr(os, "scandir", fail)
+    text = refusal(tmp_path)
+    assert "Input/output error" in text and str(tmp_path / "closed") in text
 
 
 def test_fingerprints_follow_names_and_labels_and_nothing_else(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from mocokit.data.index import (
     to_arrays,
     write_arrays,
 )
-from mocokit.data.names import Names
+from mocokit.data.names import Names, show
 
 _FORMAT = 1
 _SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
@@ -51,12 +51,16 @@ class Listing(NamedTuple):
 
 
 class Watch:
-    """All that a listing depends on, as it was before it was looked at."""
+    """All that a listing depends on, as it was before it was looked at.
+
+    `closed` has the folders that this user may not list, each with the system's reason.
+    """
 
     def __init__(self) -> None:
         self.started = time.time_ns()
         self.paths: list[bytes] = []
         self.marks: list[tuple[int, int]] = []
+        self.closed: dict[bytes, str] = {}
 
     def note(self, path: bytes, time_ns: int, size: int) -> None:
         """`size` is a directory's number of entries, or a file's bytes."""
@@ -65,7 +69,20 @@ class Watch:
 
     @property
     def settled(self) -> bool:
-        return all(changed < self.started - _SETTLED for changed, _ in self.marks)
+        """Whether it would be seen if anything of it changed; rights change without a mark."""
+        old = all(changed < self.started - _SETTLED for changed, _ in self.marks)
+        return old and not self.closed
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to tell of folders that are closed."""
+        if not self.closed:
+            return ()
+        names = sorted(self.closed)
+        shown = ", ".join(show(os.fsdecode(one)) for one in names[:4])
+        more = f" and {len(names) - 4:,} more" if names[4:] else ""
+        why = " or ".join(sorted(set(self.closed.values())))
+        return (f"left out, for they cannot be listed ({why}): {shown}{more}",)
 
 
 def listed(key: str, look: Callable[[Watch], Listing]) -> Listing:

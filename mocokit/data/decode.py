@@ -160,7 +160,12 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image) -> Image.Image:
     """The image in mode RGB: transparency over white, deep pixels scaled to 8 bits."""
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(np.asarray(image)))
+        levels = np.asarray(image)
+        seen = _eight_bits(levels)
+        clear = image.info.get("transparency")
+        if isinstance(clear, int):  # a PNG's one level of gray that is not to be seen
+            seen[levels == clear] = 255
+        image = Image.fromarray(seen)
     elif image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

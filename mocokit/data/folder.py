@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.protocol import extended
-from mocokit.data.walk import Endings, entries, has_ending, is_folder, walk
+from mocokit.data.walk import Closed, Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
@@ -111,10 +112,10 @@ def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource 
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
     source = FolderSource.of_index(train.root, train.known)
-    if train.root == str(place):
-        source.notes = _splits_perhaps(source.names)
-    if labels == "auto" and source.labels is None and not source.notes:
-        source.notes = _classes_perhaps(source.names)
+    notes = _splits_perhaps(source.names) if train.root == str(place) else ()
+    if labels == "auto" and source.labels is None and not notes:
+        notes = _classes_perhaps(source.names)
+    source.notes = (*found.notes, *notes)
     return source, validation
 
 
@@ -150,11 +151,12 @@ def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
     trained = Part(str(train), _index(name, found, numbers, classes))
     held = sorted(walk(beside, IMAGES, watch)) if beside else []
     if not beside or not held:
-        return Listing(trained)
+        return Listing(trained, None, watch.notes)
     # Validation images without class folders can still be looked at, but not scored.
     wanted = numbers is not None and any(b"/" in one for one in held)
     numbers, classes = folder_labels(beside, held, wanted, classes)
-    return Listing(trained, Part(str(beside), _index(name, held, numbers, classes)))
+    tested = Part(str(beside), _index(name, held, numbers, classes))
+    return Listing(trained, tested, watch.notes)
 
 
 def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path | None]:
@@ -169,8 +171,9 @@ def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path 
     def others() -> Iterator[str]:
         """Folders with images, beside the two."""
         for one in top:
-            if one not in (train, beside) and next(walk(root / one, endings, watch), None):
-                yield one
+            with suppress(Closed):
+                if one not in (train, beside) and next(walk(root / one, endings, watch), None):
+                    yield one
 
     if train == "train" and beside is None and (other := next(others(), None)):
         # A folder called train among classes looks like a split; guessing would lose images.
@@ -181,10 +184,11 @@ def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path 
         return root / train, root / beside if beside else None
     if len(top) <= _FEW and not any(has_ending(entry.name, endings) for entry in here):
         for one in top:
-            below = entries(os.fsencode(root / one), watch)
-            train, beside = split_names(os.fsdecode(e.name) for e in below if is_folder(e))
-            if train and beside and not any(other != one for other in others()):
-                return root / one / train, root / one / beside
+            with suppress(Closed):
+                below = entries(os.fsencode(root / one), watch)
+                train, beside = split_names(os.fsdecode(e.name) for e in below if is_folder(e))
+                if train and beside and not any(other != one for other in others()):
+                    return root / one / train, root / one / beside
     return root, None
 
 

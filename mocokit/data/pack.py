@@ -85,10 +85,12 @@ def write_pack(
     raw: bool,
     threads: int,
     advance: Callable[[int], None],
+    remedy: str = "make room or choose another file, and run it again",
 ) -> Packed:
     """Pack training and validation images, in this order; without a bound, the files as they are.
 
-    `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError.
+    `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError, with
+    `remedy` if the target cannot be written.
     """
     sources = [source for source in splits if source is not None]
     header = {
@@ -118,7 +120,7 @@ def write_pack(
         os.replace(part, target)
     except OSError as error:
         where = f"cannot write {show(part)} ({error.strerror})"
-        raise UserError(f"{where}: make room or choose another file, and run it again") from error
+        raise UserError(f"{where}: {remedy}") from error
     bad, shrunk = (sum(head.kind == kind for head in heads) for kind in (BAD, SHRUNK))
     return Packed(bad, shrunk, os.stat(target).st_size)
 

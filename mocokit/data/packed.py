@@ -14,6 +14,8 @@ from mocokit.data.folder import Labels
 from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
 from mocokit.data.names import printable, show
 from mocokit.data.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
+from mocokit.data.protocol import Source
+from mocokit.data.several import parts_of
 from mocokit.errors import UserError
 
 
@@ -141,3 +143,10 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
         remedy = "run the same mocokit pack again, which goes on where it ended"
         raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
     return sources[0], sources[1] if sources[1:] else None
+
+
+def lacking(source: Source, bound: int | None) -> list[str]:
+    """What each pack of a source lacks for canvases of this bound."""
+    parts = parts_of(source)
+    lacks = [part.lacks(bound) for part in parts if isinstance(part, PackedSource)]
+    return [text for text in lacks if text]

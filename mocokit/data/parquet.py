@@ -6,7 +6,6 @@ they are. Parquet holds data alone: no program is run, whatever the file's autho
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -18,17 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import places
-from mocokit.data.arrays import numbered
 from mocokit.data.cache import alone, cache_folder
+from mocokit.data.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.folder import VALIDATION, Labels
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.pack import write_pack
 from mocokit.data.packed import open_pack
-from mocokit.data.protocol import Source, Splits
+from mocokit.data.protocol import Splits
 from mocokit.data.shards import split_word
 from mocokit.errors import UserError
+
+_REMEDY = "make room, or name another folder by MOCOKIT_CACHE"
 
 Advance = Callable[[int], None]
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
@@ -37,14 +38,15 @@ Counting = Callable[[str, int], AbstractContextManager[Advance]]
 class ParquetSource:
     """Rows of parquet files in their order; fast only in that order."""
 
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, paths: Sequence[Path], name: str, labelled: bool) -> None:
+    def __init__(
+        self, paths: Sequence[Path], name: str, labelled: bool, known: tuple[str, ...] = ()
+    ) -> None:
         self.paths, self.name = tuple(paths), name
         self._lock = threading.Lock()
         self._group: tuple[int, Any] = -1, None
-        files = [_opened(path) for path in paths]
-        self._image, label, self.classes = _columns(files[0], paths[0])
+        files = [opened(path) for path in paths]
+        columns = Columns.common(files, paths)
+        self._image = columns.image
         counts = [
             [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
             for file in files
@@ -52,18 +54,20 @@ class ParquetSource:
         self._groups = [(f, g) for f, rows in enumerate(counts) for g in range(len(rows))]
         self._ends = np.cumsum([rows for part in counts for rows in part], dtype=np.int64)
         self.labels: NDArray[np.int64] | None = None
-        if labelled and label:
-            columns = [file.read([label]).column(0).to_numpy() for file in files]
-            found = np.concatenate(columns)
-            if found.dtype.kind in "iu" and len(found) and found.min() >= 0:
-                self.labels = found.astype(np.int64)
-        if self.labels is None:
-            self.classes = ()
-        elif not self.classes:
-            self.classes = numbered(self.labels)
-        digest = hashlib.blake2b(repr((self._image, labelled and label)).encode(), digest_size=16)
-        for path in paths:
-            digest.update(_mark(path))
+        self.classes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
+        used = ("mocokit parquet 2", columns.image, labelled and columns.label)
+        digest = hashlib.blake2b(repr(used).encode(), digest_size=16)
+        classes = []
+        for path, file in zip(paths, files, strict=True):
+            with reading(path):
+                digest.update(_mark(path))
+                if labelled and columns.label:
+                    classes.append(file.read([columns.label]).column(0))
+        if classes:
+            self.labels, self.classes, why = columns.labels(classes, known)
+            if why:
+                self.notes = (f"{name}: the column {columns.label} {why}",)
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -80,7 +84,8 @@ class ParquetSource:
         with self._lock:
             if self._group[0] != number:
                 file, group = self._groups[number]
-                table = _opened(self.paths[file]).read_row_group(group, columns=[self._image])
+                with reading(self.paths[file]):
+                    table = opened(self.paths[file]).read_row_group(group, [self._image])
                 self._group = number, table.column(0)
             cell = self._group[1][index - first].as_py()
         content = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -118,28 +123,30 @@ def open_parquet(
         )
     name = name or short_name(paths[0].resolve().parent.name)
     labelled = labels != "none"
+    trained = ParquetSource(train, name, labelled)
+    tested = ParquetSource(held, name, labelled, trained.classes) if held else None
+    text = " ".join(source.fingerprint for source in (trained, tested) if source)
+    key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    pack = cache_folder() / "packs" / f"{name}-{key}.pack"
     try:
-        sources: list[Source] = [
-            ParquetSource(part, name, labelled) for part in (train, held) if part
-        ]
-        text = " ".join([source.fingerprint for source in sources])
-        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        pack = cache_folder() / "packs" / f"{name}-{key}.pack"
         pack.parent.mkdir(parents=True, exist_ok=True)
         with alone(pack):
             if not pack.exists():
-                _copy(sources, pack, counting)
+                _copy(Splits(trained, tested), pack, counting)
     except OSError as error:
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"{show(paths[0])} cannot be read ({why}): download it again") from error
-    return Splits(*open_pack(pack, "auto"))
+        where = f"images of {show(paths[0])} cannot be copied to {show(pack)} ({error.strerror})"
+        raise UserError(f"{where}: {_REMEDY}") from error
+    splits = Splits(*open_pack(pack, "auto"))
+    held_notes = tested.notes if tested else ()
+    splits.train.notes += (*trained.notes, *(f"to validate on: {note}" for note in held_notes))
+    return splits
 
 
-def _copy(sources: list[Source], pack: Path, counting: Counting | None) -> None:
-    splits = Splits(sources[0], sources[1] if sources[1:] else None)
-    shown = counting("copied", sum(map(len, sources))) if counting else nullcontext(_silent)
+def _copy(splits: Splits, pack: Path, counting: Counting | None) -> None:
+    images = sum(len(source) for source in splits if source)
+    shown = counting("copied", images) if counting else nullcontext(_silent)
     with shown as advance:
-        write_pack(splits, pack, None, False, 1, advance)
+        write_pack(splits, pack, None, False, 1, advance, _REMEDY)
 
 
 def _mark(path: Path) -> bytes:
@@ -157,7 +164,7 @@ def open_hub(text: str, labels: Labels, counting: Counting | None = None) -> Spl
     """
     path, _, revision = text.removeprefix(places.HUB).partition("@")
     owner, name, wanted = [*path.split("/", 2), "", ""][:3]
-    _pyarrow()  # what is missing is told before anything is downloaded
+    load_pyarrow()  # what is missing is told before anything is downloaded
     # Where a set is kept as scripts or loose files, the hub itself makes parquet files of it.
     for tried in [revision] if revision else ["main", "refs/convert/parquet"]:
         folder = _downloaded(text, f"{owner}/{name}" if name else owner, tried)
@@ -173,7 +180,7 @@ def _downloaded(text: str, repo: str, revision: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise _missing("huggingface_hub") from None
+        raise missing("huggingface_hub") from None
     try:
         kind: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": "*.parquet"}
         return Path(snapshot_download(repo, revision=revision, **kind))
@@ -203,55 +210,3 @@ def _configuration(text: str, folder: Path, files: list[Path], wanted: str) -> l
 
 def _silent(count: int) -> None:
     pass
-
-
-def _missing(package: str) -> UserError:
-    return UserError(f"parquet files need {package}: pip install 'mocokit[hub]'")
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise _missing("pyarrow") from None
-    return pyarrow
-
-
-def _opened(path: Path) -> Any:
-    pyarrow = _pyarrow()
-    try:
-        return pyarrow.parquet.ParquetFile(os.fspath(path))
-    except (pyarrow.ArrowException, OSError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise UserError(f"{show(path)} is no parquet file ({why}): download it again") from error
-
-
-def _columns(file: Any, path: Path) -> tuple[str, str | None, tuple[str, ...]]:
-    """The columns of images and of classes, and the names of the classes.
-
-    What Hugging Face wrote about them comes first; else types and usual names decide.
-    """
-    schema = file.schema_arrow
-    told: dict[str, Any] = {}
-    try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        told = {}
-    kinds = {name: one.get("_type") for name, one in told.items() if isinstance(one, dict)}
-    images = [name for name in schema.names if kinds.get(name) == "Image"]
-    images += [name for name in schema.names if _holds_bytes(schema.field(name).type)]
-    if not images:
-        found = ", ".join(map(printable, schema.names))
-        raise UserError(f"{show(path)} has no column of images (it has: {found}): give another")
-    labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
-    labels += [name for name in ("label", "labels", "fine_label", "class") if name in schema.names]
-    names = told.get(labels[0], {}).get("names") if labels and kinds else None
-    texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
-    return images[0], labels[0] if labels else None, texts
-
-
-def _holds_bytes(kind: Any) -> bool:
-    types = _pyarrow().types
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))

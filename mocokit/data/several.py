@@ -21,7 +21,7 @@ class SeveralSource:
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = tuple(parts)
-        self.notes = tuple(note for part in parts for note in part.notes)
+        self.notes = (*(note for part in parts for note in part.notes), *_unlabelled(parts))
         self.name = short_name("+".join(part.name for part in parts))
         self._ends = np.cumsum([len(part) for part in parts])
         self.classes: tuple[str, ...] = ()
@@ -92,6 +92,15 @@ class SeveralSource:
         return digest.hexdigest()
 
 
+def _unlabelled(parts: Sequence[Source]) -> tuple[str, ...]:
+    """What to tell where labels are left out for want of others."""
+    without = [part.name for part in parts if part.labels is None]
+    if not 0 < len(without) < len(parts):
+        return ()
+    who = f"{without[0]} and {len(without) - 1:,} more have" if without[1:] else f"{without[0]} has"
+    return (f"{who} no labels: those of the other parts are left out",)
+
+
 def _full_names(part: Source, title: str) -> Iterator[bytes]:
     index = part.index()
     if index.names is not None:
@@ -140,6 +149,13 @@ class RenumberedSource:
 
     def index(self) -> Index:
         return self.known
+
+
+def parts_of(source: Source) -> tuple[Source, ...]:
+    """The sources that a source is made of; itself, if of no others."""
+    if isinstance(source, RenumberedSource):
+        return parts_of(source.source)
+    return source.parts if isinstance(source, SeveralSource) else (source,)
 
 
 def _matched(before: Names, today: Names) -> NDArray[np.int64]:

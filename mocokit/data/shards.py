@@ -124,9 +124,12 @@ def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSou
     if not first:
         return None
     if train == root:
-        return open_shards(first, labels)
-    key = "shards 2 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
-    return _sources(listed(key, lambda watch: _look(first, second, labels, watch)))
+        found = open_shards(first, labels)
+    else:
+        key = "shards 2 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
+        found = _sources(listed(key, lambda watch: _look(first, second, labels, watch)))
+    found[0].notes += watch.notes
+    return found
 
 
 def _sources(found: Listing) -> tuple[ShardSource, ShardSource | None]:
