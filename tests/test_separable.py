@@ -8,6 +8,7 @@ from PIL import Image, ImageFilter
 from reference_views import crop_exact, crop_levels, gaussian, picture
 
 from mocokit.views import separable
+from mocokit.views.enlarged import enlarge_boxes, enlarges
 from mocokit.views.separable import crop_boxes, crop_resize, gaussian_blur, resize_window
 
 LEVEL = 1 / 255
@@ -122,6 +123,30 @@ def test_any_box_of_any_image(data):
     size = data.draw(st.integers(1, 70))
     canvas = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     check_crops(canvas, [(top, left, tall, wide)], size, data.draw(st.sampled_from([*ROUNDED])))
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_enlarged_boxes_are_the_same_crops(data):
+    """As the dense product's in float64, and as PIL's on the box alone; also of one pixel."""
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    size = data.draw(st.integers(max(height, width), 70))
+    canvas = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    boxes = [(0, 0, height, width), (height - 1, width - 1, 1, 1)]
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    tall, wide = (data.draw(st.integers(1, most)) for most in (height - top, width - left))
+    boxes = np.array([*boxes, (top, left, tall, wide)] * 2)
+    flip = np.array([False] * 3 + [True] * 3)
+    images = planes(canvas)[None].expand(6, -1, -1, -1)
+    assert enlarges(images, size, "bilinear") and not enlarges(images, size, "bicubic")
+    assert not enlarges(images, max(height, width) - 1, "bilinear")
+    ours = enlarge_boxes(images, boxes, size, flip)
+    double = crop_boxes(images.double() / 255, boxes, size, flip)
+    assert ours.dtype == torch.float32 and ours.shape == double.shape
+    assert (ours - double).abs().max() < 1e-5
+    exact = torch.stack([crop_exact(canvas, box, size, "bilinear") for box in boxes[:3]])
+    assert (ours[:3] - exact).abs().max() < 1e-5
+    assert (ours[3:] - exact.flip(-1)).abs().max() < 1e-5
 
 
 def test_flip_mirrors_the_crop():

@@ -1,8 +1,9 @@
 """Canvases of any sizes, as one list of pixels, and the crops and resizes that are made of them.
 
-There are two ways to crop and resize, which agree to one level of 255: a dense product on the
-device, batched, and PIL's own algorithm in torch's uint8 kernel, image by image, which on a CPU is
-ten times as fast for photos. Device type and size alone decide between them.
+There are three ways to crop, which agree to one level of 255: a dense product on the device,
+batched; on a CPU, for photos, PIL's own algorithm in torch's uint8 kernel, image by image, which is
+ten times as fast; and on a CPU, for canvases that are no larger than the views, samples of four
+pixels, batched. Device type and sizes alone decide between them.
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.views.enlarged import enlarge_boxes, enlarges
 from mocokit.views.params import ViewSpec
 from mocokit.views.separable import DENSE_SIDE, crop_boxes, resize_window, upload
 
@@ -88,6 +90,8 @@ class Canvases:
             return _scale(self._crop_each(part, boxes, flip, spec))
         if self.way == "grid":
             images = self._grid(part)
+            if enlarges(images, spec.size, spec.interpolation):
+                return enlarge_boxes(images, boxes, spec.size, flip)
         else:
             images = self._gather(part, boxes)
             boxes = np.concatenate([np.zeros_like(boxes[:, :2]), boxes[:, 2:]], axis=1)

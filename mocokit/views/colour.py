@@ -82,16 +82,17 @@ def _jitter_sorted(
         np.where(others == SATURATION, rest, 0),
         np.where(others == CONTRAST, rest, 0),
     ]
-    # One transfer for all numbers, and one for the rows: the sorted ones, then those left alone.
-    sent = upload(np.concatenate([*mixing, circle, ends[None]]), images.device, images.dtype)
-    mix, turned = sent[:9].view(3, 3, -1, 1, 1), sent[9:, :, None, None]
+    # Row c of an image's matrix has the weights from column c on, around the circle.
+    turning = np.stack([np.roll(circle.T, column, 1) for column in range(3)], axis=1)
+    mix = upload(np.stack(mixing), images.device, images.dtype)[..., None, None]
     places = np.concatenate([rows[turn], np.delete(np.arange(len(images)), rows)])
     there, back = upload(np.stack([places, np.argsort(places)]), images.device)
     sorted_ = images.index_select(0, there)
     part = sorted_[: len(rows)].flatten(2)
     for step, bound in enumerate(bounds):
         _mix(part[bound:], *mix[:, step, bound:])
-    _turn_hue(part, *turned)
+    matrices, weights = (upload(one, images.device, images.dtype) for one in (turning, ends))
+    _turn_hue(part, matrices, weights.view(-1, 1, 1))
     for step, bound in enumerate(bounds):
         _mix(part[:bound], *mix[:, step, :bound])
     torch.index_select(sorted_, 0, back, out=images)
@@ -121,15 +122,10 @@ def _mix(pixels: Tensor, factor: Tensor, of_gray: Tensor, of_mean: Tensor) -> No
         pixels.mul_(factor).add_(gray.mul_(of_gray).add_(mean)).clamp_(0, 1)
 
 
-def _turn_hue(pixels: Tensor, one: Tensor, after: Tensor, before: Tensor, ends: Tensor) -> None:
-    """Of pixels (n, 3, P) in place; weights (n, 1, 1)."""
+def _turn_hue(pixels: Tensor, turning: Tensor, ends: Tensor) -> None:
+    """Of pixels (n, 3, P) in place; matrices (n, 3, 3), weights of max + min (n, 1, 1)."""
     high, low = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
-    turned = torch.mul(pixels, one).add_(torch.add(high, low).mul_(ends))
-    part = torch.empty_like(pixels[:, 0])
-    for distance, weight in ((1, after[:, 0]), (2, before[:, 0])):
-        for channel in range(3):
-            torch.mul(pixels[:, (channel + distance) % 3], weight, out=part)
-            turned[:, channel].add_(part)
+    turned = torch.bmm(turning, pixels).add_(torch.add(high, low).mul_(ends))
     torch.clamp(turned, low, high, out=pixels)
 
 
