@@ -298,6 +298,10 @@ def test_folders_that_may_not_be_listed_are_left_out_and_told(nobody: Path, righ
     told = f"{nobody}/closed/below" if inside else f"{nobody}/closed"
     assert seen.train.notes == (f"left out, for they cannot be listed (Permission denied): {told}",)
     assert len(open_data(nobody).train) == 4  # rights change no time of change
+    for name in ("a.png", "open/d.png"):
+        (nobody / name).unlink()
+    if not inside:
+        assert str(as_nobody(nobody, nobody / "closed", rights)).endswith(f"denied): {told}")
 
 
 @unix

@@ -214,7 +214,8 @@ def _found(root: Path, watch: Watch) -> list[bytes]:
     if found := sorted(walk(root, IMAGES, watch)):
         return found
     kinds = ", ".join(EXTENSIONS)
-    raise NoImages(f"found no images below {show(root)}: looked for files that end in {kinds}")
+    looked = f"found no images below {show(root)}: looked for files that end in {kinds}"
+    raise NoImages("; ".join([looked, *watch.notes]))
 
 
 def folder_labels(
