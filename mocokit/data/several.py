@@ -43,7 +43,7 @@ class SeveralSource:
 
     def _names_of_classes(self) -> tuple[str, ...]:
         every = dict.fromkeys(name for part in self.parts for name in part.classes)
-        digits = all(name.isdigit() for name in every)
+        digits = all(name.isascii() and name.isdigit() for name in every)
         return tuple(sorted(every, key=int)) if digits else tuple(sorted(every))
 
     def __len__(self) -> int:
