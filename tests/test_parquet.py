@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -221,3 +222,54 @@ def test_files_of_two_sets_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "b.parquet", [1])
     with pytest.raises(UserError, match=r"b\.parquet has other columns .* than .*a\.parquet"):
         open_data(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features"),
+    [
+        ({"labels": [[0], [1, 2], []]}, {"labels": [{"dtype": "int64", "_type": "Value"}]}),
+        ({"label": [0, 1, 2]}, [1]),
+        ({"label": [0, 1, 2]}, "text"),
+        ({"label": [b"a", b"b", b"c"]}, {}),
+    ],
+)
+def test_strange_columns_and_words_about_them(tmp_path: Path, columns: Any, features: Any) -> None:
+    table = pyarrow.table(columns | {"image": [image(n) for n in range(3)]})
+    told = json.dumps({"info": {"features": features}})
+    tables.write_table(table.replace_schema_metadata({"huggingface": told}), tmp_path / "a.parquet")
+    assert levels(open_data(tmp_path / "a.parquet").train) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("given", [[[0], ["a"]], [["a"], [0]], [[float("inf")], [0.0]]])
+def test_labels_of_two_kinds_are_left_out_and_told(tmp_path: Path, given: Any) -> None:
+    for name, label in zip("ab", given, strict=True):
+        columns = {"image": [image(1)], "label": label}
+        tables.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    train = open_data(tmp_path).train
+    assert train.labels is None and "labels are left out" in train.notes[0]
+
+
+@pytest.mark.parametrize("label", ["int64", "string"])
+def test_no_rows(tmp_path: Path, label: str) -> None:
+    columns = {"image": pyarrow.array([], "binary"), "label": pyarrow.array([], label)}
+    tables.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds no rows to train on"):
+        open_data(tmp_path)
+
+
+def test_a_changed_file_and_a_damaged_copy_are_copied_again(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "in" / "a.parquet"
+    path.parent.mkdir()
+    noise = [bytes(np.random.default_rng(n).bytes(2**16)) for n in range(3)]
+    for labels in ([0, 1, 2], [2, 1, 0]):
+        table = pyarrow.table({"label": labels, "image": noise})
+        tables.write_table(table, path, compression="none", use_dictionary=False)
+        os.utime(path, (labels[0], labels[0]))
+        train = open_data(path).train
+        assert train.labels is not None and train.labels.tolist() == labels
+    for pack in (tmp_path / "cache" / "packs").glob("*.pack"):
+        pack.write_bytes(pack.read_bytes()[:-100])
+    assert open_data(path).train.content(2) == noise[2]

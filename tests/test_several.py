@@ -63,6 +63,10 @@ def test_one_part_without_labels_leaves_none(tmp_path: Path) -> None:
     train, validation = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}")
     assert train.labels is None and validation is not None and validation.labels is None
     assert train.notes == ("b has no labels: those of the other parts are left out",)
+    make(tmp_path / "c", "train/dog/4.png", "val/5.png")
+    both = open_data(f"{tmp_path / 'a'}::{tmp_path / 'c'}")
+    told = "to validate on: c has no labels: those of the other parts are left out"
+    assert both.train.labels is not None and both.train.notes == (told,)
     three = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}::{tmp_path / 'b'}").train
     assert three.notes == ("b and 1 more have no labels: those of the other parts are left out",)
     assert open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}", "none").train.notes == ()
@@ -73,6 +77,12 @@ def test_numbered_classes_stay_in_the_order_of_numbers(tmp_path: Path) -> None:
     train = open_data(f"{one}::{two}").train
     assert levels(train) == [1, 2, 5, 6] and train.labels is not None
     assert train.classes[:3] == ("0", "1", "2") and train.labels.tolist() == [0, 10, 2, 1]
+
+
+def test_digits_that_are_no_numbers_are_texts(tmp_path: Path) -> None:
+    make(tmp_path / "a", "train/1/1.png", "train/\u00b2/2.png")
+    make(tmp_path / "b", "train/3/3.png")
+    assert open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}").train.classes == ("1", "3", "\u00b2")
 
 
 def test_fingerprints_follow_the_parts_and_their_order(tmp_path: Path) -> None:

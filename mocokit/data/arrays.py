@@ -78,7 +78,7 @@ class ArraySource:
 
 def numbered(*labels: NDArray[np.int64] | None) -> tuple[str, ...]:
     """Names for classes that have only numbers; raises UserError for numbers of another kind."""
-    most = max((int(one.max()) for one in labels if one is not None), default=-1)
+    most = max((int(one.max(initial=-1)) for one in labels if one is not None), default=-1)
     if most >= MAX_CLASSES:
         remedy = "number the classes from 0, or set data.labels=none"
         raise UserError(f"there is a class number {most}, above {MAX_CLASSES:,}: {remedy}")

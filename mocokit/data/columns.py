@@ -43,20 +43,21 @@ class Columns(NamedTuple):
     def of(cls, file: Any, path: Path) -> "Columns":
         """What Hugging Face wrote about them comes first; else types and usual names decide."""
         schema = file.schema_arrow
-        told: dict[str, Any] = {}
         try:
-            told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        except (KeyError, ValueError, TypeError):
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+            told = {name: one for name, one in features.items() if isinstance(one, dict)}
+        except (KeyError, ValueError, TypeError, AttributeError):
             told = {}
-        kinds = {name: one.get("_type") for name, one in told.items() if isinstance(one, dict)}
+        kinds = {name: one.get("_type") for name, one in told.items()}
         images = [name for name in schema.names if kinds.get(name) == "Image"]
-        images += [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+        bare = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
+        images += sorted(bare, key=_CLASSES.__contains__)  # a label may be bytes too
         if not images:
             found = ", ".join(map(printable, schema.names))
             raise UserError(f"{show(path)} has no column of images (it has: {found}): give another")
         labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
         labels += [name for name in _CLASSES if name in schema.names]
-        names = told.get(labels[0], {}).get("names") if labels and kinds else None
+        names = told.get(labels[0], {}).get("names") if labels else None
         texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
         return cls(images[0], labels[0] if labels else None, texts)
 
@@ -66,24 +67,33 @@ class Columns(NamedTuple):
         `known` are those that training has, if these rows are for validation; texts that are not
         among them are numbered after them.
         """
-        types = load_pyarrow().types
-        kind = parts[0].type
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        if types.is_string(kind) or types.is_large_string(kind):
+        kinds = {_kind(part.type) for part in parts}
+        if kinds == {"texts"}:
             return _by_text([text for part in parts for text in part.to_pylist()], known)
-        if not (types.is_integer(kind) or types.is_boolean(kind) or types.is_floating(kind)):
-            return None, (), f"holds {kind}, which names no class: labels are left out"
+        if kinds != {"numbers"}:
+            held = " and ".join(sorted(kinds))
+            return None, (), f"holds {held}, which names no class: labels are left out"
         # Where a row has none, numbers arrive as floats with NaN.
         values = np.concatenate([part.to_numpy().astype(np.float64) for part in parts])
         without = np.isnan(values) | (values == _NO_CLASS)
         if without.any():
             return None, (), _without(int(without.sum()), len(values))
-        if (values < 0).any() or (values % 1).any():
+        if not np.isfinite(values).all() or (values < 0).any() or (values % 1).any():
             return None, (), "holds numbers below 0 or with a fraction: labels are left out"
         found = values.astype(np.int64)
         least = numbered(found)
         return found, self.names if len(self.names) >= len(least) else least, ""
+
+
+def _kind(of: Any) -> str:
+    """texts, numbers, or the type's own name."""
+    types = load_pyarrow().types
+    if types.is_dictionary(of):
+        of = of.value_type
+    if types.is_string(of) or types.is_large_string(of):
+        return "texts"
+    numeric = types.is_integer(of) or types.is_boolean(of) or types.is_floating(of)
+    return "numbers" if numeric else str(of)
 
 
 def _by_text(texts: Sequence[str | None], known: tuple[str, ...]) -> Labels:
@@ -93,7 +103,8 @@ def _by_text(texts: Sequence[str | None], known: tuple[str, ...]) -> Labels:
     raw = sorted(set(given))
     named = tuple(map(printable, raw))
     classes = extended(known, named)
-    numbers = {one: classes.index(name) for one, name in zip(raw, named, strict=True)}
+    places = {name: number for number, name in enumerate(classes)}
+    numbers = {one: places[name] for one, name in zip(raw, named, strict=True)}
     return np.fromiter((numbers[one] for one in given), np.int64, len(given)), classes, ""
 
 

@@ -125,13 +125,17 @@ def open_parquet(
     labelled = labels != "none"
     trained = ParquetSource(train, name, labelled)
     tested = ParquetSource(held, name, labelled, trained.classes) if held else None
-    text = " ".join(source.fingerprint for source in (trained, tested) if source)
+    if not len(trained):
+        raise UserError(f"{show(paths[0])} holds no rows to train on: give another")
+    tested = tested or None  # it may be without rows too
+    # Not by the fingerprint, which knows the files' ends alone: one may change and keep its size.
+    text = " ".join(source.stamp() for source in (trained, tested) if source)
     key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     pack = cache_folder() / "packs" / f"{name}-{key}.pack"
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
         with alone(pack):
-            if not pack.exists():
+            if not _is_whole(pack):
                 _copy(Splits(trained, tested), pack, counting)
     except OSError as error:
         where = f"images of {show(paths[0])} cannot be copied to {show(pack)} ({error.strerror})"
@@ -140,6 +144,16 @@ def open_parquet(
     held_notes = tested.notes if tested else ()
     splits.train.notes += (*trained.notes, *(f"to validate on: {note}" for note in held_notes))
     return splits
+
+
+def _is_whole(pack: Path) -> bool:
+    """Whether the copy is there; a damaged one is removed."""
+    try:
+        open_pack(pack, "auto")
+    except UserError:
+        pack.unlink(missing_ok=True)
+        return False
+    return True
 
 
 def _copy(splits: Splits, pack: Path, counting: Counting | None) -> None:

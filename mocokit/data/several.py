@@ -21,7 +21,7 @@ class SeveralSource:
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = tuple(parts)
-        self.notes = (*(note for part in parts for note in part.notes), *_unlabelled(parts))
+        self.notes = (*(note for part in parts for note in part.notes), *unlabelled(parts))
         self.name = short_name("+".join(part.name for part in parts))
         self._ends = np.cumsum([len(part) for part in parts])
         self.classes: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class SeveralSource:
         return digest.hexdigest()
 
 
-def _unlabelled(parts: Sequence[Source]) -> tuple[str, ...]:
+def unlabelled(parts: Sequence[Source]) -> tuple[str, ...]:
     """What to tell where labels are left out for want of others."""
     without = [part.name for part in parts if part.labels is None]
     if not 0 < len(without) < len(parts):

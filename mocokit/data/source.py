@@ -16,7 +16,7 @@ from mocokit.data.pack import is_pack
 from mocokit.data.packed import PackedSource, open_pack
 from mocokit.data.parquet import Counting, open_hub, open_parquet
 from mocokit.data.protocol import Source, Splits
-from mocokit.data.several import RenumberedSource, SeveralSource, renumbered
+from mocokit.data.several import RenumberedSource, SeveralSource, renumbered, unlabelled
 from mocokit.data.shards import ShardSource, open_shards, open_shards_below
 from mocokit.errors import UserError
 
@@ -64,6 +64,7 @@ def open_data(
     if not held:
         return Splits(train, None)
     validation = SeveralSource(held)
+    train.notes += tuple(f"to validate on: {note}" for note in unlabelled(held))
     if train.labels is not None and validation.labels is not None:
         validation.relabel(train.classes)
     else:
