@@ -199,6 +199,16 @@ def processes() -> list[int]:
     return [grandchild for child in children for grandchild in tree.get(child, [])]
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def is_writing(pid: int) -> bool:
+    """Whether one of a process's threads waits for room in a pipe."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return any("pipe_write" in (task / "wchan").read_text() for task in tasks)
+
+
 def wait_for_none(seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while processes() and time.monotonic() < end:
@@ -287,6 +297,78 @@ def test_a_batch_that_ends_its_worker_twice_is_reported(
     assert len(arrived) <= 3  # a batch made before may be lost with its process
 
 
+@linux
+@pytest.mark.parametrize("victim", ["mid-message", "all", "their server"])
+def test_whatever_is_killed_loading_goes_on(victim: str) -> None:
+    """Messages of 100 KB do not fit into a pipe: a process is still writing when it is killed."""
+    source = Plain(20_000)
+    options: Any = {"batch_size": 4096, "epochs": 2}
+    straight = list(loader(source, **options))
+    told: list[str] = []
+    stream = iter(loader(source, workers=2, tell=told.append, **options))
+    arrived = [next(stream)]
+    end = time.monotonic() + 20
+    blocked: list[int] = []
+    while not blocked and time.monotonic() < end:
+        blocked = [pid for pid in processes() if is_writing(pid)]
+        time.sleep(0.05)
+    assert blocked
+    server = parent_of(blocked[0])
+    chosen = {"mid-message": blocked, "all": processes(), "their server": [server]}[victim]
+    for pid in chosen:
+        os.kill(pid, signal.SIGKILL)
+    started = time.monotonic()
+    arrived += [next(stream), next(stream)]
+    assert time.monotonic() - started < 60
+    assert_same(straight, arrived + list(stream))
+    assert len(told) == 1 and told[0].startswith("a loading process ended")
+    wait_for_none()
+
+
+@linux
+@pytest.mark.parametrize("end", ["a process", "the start"])
+def test_scoring_goes_on_too(
+    folder: FolderSource,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+) -> None:
+    wanted = np.arange(20)
+    straight = list(read_batches(folder, wanted, 3, None))
+    start, starts = workers_module._start, []
+
+    def started(*arguments: Any) -> Any:
+        starts.append(arguments)
+        if end == "the start" and len(starts) == 1:
+            raise EOFError  # as when the server of processes is killed before it has answered
+        return start(*arguments)
+
+    monkeypatch.setattr(workers_module, "_start", started)
+    stream = read_batches(folder, wanted, 3, None, workers=2)
+    arrived = [next(stream)]
+    if end == "a process":
+        os.kill(processes()[1], signal.SIGKILL)
+    arrived += list(stream)
+    assert_same(list(enumerate(straight)), list(enumerate(arrived)))
+    assert len(starts) == 2 and len(caplog.messages) == 1
+    assert caplog.messages[0].endswith("they are started again")
+
+
+class Plain:
+    """Images of one pixel each, their number."""
+
+    name = "plain"
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, index: int, bound: int | None = None) -> Any:
+        return np.full((1, 1, 3), index % 251, np.uint8)
+
+
 class Deadly:
     """The source, but who reads one of its images is killed."""
 
@@ -362,6 +444,20 @@ def test_workers_end_when_the_training_process_is_killed(folder: FolderSource) -
     process.stdout.close()
 
 
+@linux
+def test_a_script_ends_that_leaves_a_pass_open(folder: FolderSource) -> None:
+    script = (
+        "from mocokit.data.source import open_data\nfrom mocokit.data.loader import *\n"
+        f"source = open_data({str(folder.root)!r}).train\n"
+        "made = iter(Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None,"
+        " workers=2))\n"
+        "print(next(made)[0])\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
 def test_a_script_without_a_guard_is_not_run_again(folder: FolderSource, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
@@ -402,7 +498,9 @@ def test_without_shared_memory_batches_come_through_a_pipe(
     piped = answers[folder]
     assert isinstance(plain, Batch) and isinstance(piped, workers_module._Piped)
     assert piped.batch.pixels.numel() == 0
-    assert_same([(0, plain)], [(0, workers_module._receive(piped, False))])
+    arrived = workers_module._receive(iter([piped]), False)
+    assert arrived
+    assert_same([(0, plain)], [(0, arrived)])
     assert not Packed(folder)._memory.is_shared()
     assert Packed(folder).content.fingerprint == folder.fingerprint
 

@@ -11,7 +11,7 @@ from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.protocol import Source
 from mocokit.data.unread import Unread
-from mocokit.data.workers import WorkerEnded, prepare_workers, read_in_workers
+from mocokit.data.workers import prepare_workers, read_in_workers
 from mocokit.errors import UserError
 
 __all__ = ["Batch", "Loader", "Window", "read_batch", "read_batches"]
@@ -54,8 +54,8 @@ class Loader:
     `share` maps the length of a global batch to the slice of it that this process reads. With
     workers, those of one pass at a time: a new one ends the one before. `known_bad` names images
     that may not be used at a step: asked when the step's turn comes, since batches are read ahead
-    and what failed before them may not have been known yet. Loading processes of which one ends
-    are started again, and `tell` hears of it; if that happens twice at a step, it is raised.
+    and what failed before them may not have been known yet. Loading processes that end before their
+    time are started again, as `tell` hears; if that happens twice at a step, WorkerEnded is raised.
     """
 
     def __init__(
@@ -100,25 +100,21 @@ class Loader:
             for step in steps:
                 yield step, self._pinned(self.batch_at(step))
             return
-        again: int | None = None  # the step before which a loading process ended
-        while steps:
-            windows = map(self.window, steps)
-            arriving = read_in_workers(self._reader.read, windows, self.workers, self.pin)
-            self._arriving = arriving
-            try:
-                for step, batch in zip(steps, arriving, strict=False):
-                    steps = steps[1:]
-                    known = self._known(step)
-                    stale = known.size and np.isin(batch.index, known).any()
-                    yield step, self._pinned(self.batch_at(step)) if stale else batch
-                return
-            except WorkerEnded as error:
-                if again == steps.start:
-                    raise
-                again = steps.start
-                self._tell(f"{error}; they are started again")
-            finally:
-                arriving.close()
+        arriving = read_in_workers(
+            self._reader.read,
+            lambda done: map(self.window, steps[done:]),
+            self.workers,
+            self.pin,
+            self._tell,
+        )
+        self._arriving = arriving
+        try:
+            for step, batch in zip(steps, arriving, strict=False):
+                known = self._known(step)
+                stale = known.size and np.isin(batch.index, known).any()
+                yield step, self._pinned(self.batch_at(step)) if stale else batch
+        finally:
+            arriving.close()
 
     def batch_at(self, step: int) -> Batch:
         """This process's share of a step, read here and now."""
@@ -158,7 +154,7 @@ def read_batches(
     if workers == 0 or isinstance(source, ArraySource) or len(parts) < 2:
         yield from map(reader.read, parts)
     else:
-        yield from read_in_workers(reader.read, parts, workers)
+        yield from read_in_workers(reader.read, lambda done: parts[done:], workers)
 
 
 class Listed:

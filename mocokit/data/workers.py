@@ -1,6 +1,9 @@
 """Loading processes: how they start, and how large things reach them and come back."""
 
+import atexit
+import logging
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -10,8 +13,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager, nullcontext
+from functools import cached_property, partial
 from multiprocessing.context import BaseContext
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -27,7 +31,10 @@ from mocokit.memory import keep_freed_memory
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 _ALIGNMENT = 64
+_PATIENCE = 5  # s for a batch that is about to arrive when no more are wanted
 _IN_WORKER = "in DataLoader worker process"  # what torch writes before an error of such a process
 
 
@@ -43,34 +50,98 @@ def prepare_workers() -> None:
 
 
 def read_in_workers(
-    read: Callable[[T], Batch], tasks: Iterable[T], workers: int, pin: bool = False
+    read: Callable[[T], Batch],
+    tasks_from: Callable[[int], Iterable[T]],
+    workers: int,
+    pin: bool = False,
+    tell: Callable[[str], None] = _log.warning,
 ) -> Generator[Batch, None, None]:
     """`read(task)` for each task in order, made ahead of time by `workers` processes.
 
-    They end with the generator, after the batch that each is at. Raises WorkerEnded if one does
-    before.
+    `tasks_from(n)` are the tasks from number n on. Processes of which one ends before its time are
+    started again, and `tell` hears of it; if that happens twice at a task, WorkerEnded is raised.
+    They end with the generator, after the batch that each is at.
     """
-    arrivals = _start(Packed(read), tasks, workers, pin)
-    try:
-        for arrival in arrivals:
-            yield _receive(arrival, pin)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # Of the latter two, those that were raised in a loading process are faults of reading.
-        known, text = isinstance(error, RuntimeError), str(error)
-        if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
-            raise
-        why = text if known else "while it handed over a batch"
-        end = f"a loading process ended ({why}), perhaps for lack of memory"
-        remedy = f"lower data.workers, now {workers}, or train.batch_size"
-        raise WorkerEnded(f"{end}: {remedy}") from error
-    finally:
-        # Left to the garbage collector, they would live as long as a traceback does.
-        arrivals._shutdown_workers()
+    packed = Packed(read)
+    done, again = 0, None
+    while True:
+        try:
+            with closing(_read_once(packed, tasks_from(done), workers, pin)) as batches:
+                for batch in batches:
+                    done += 1
+                    yield batch
+            return
+        except WorkerEnded as error:
+            if again == done:
+                raise
+            again = done
+            tell(f"{error}; they are started again")
 
 
-def _start(
+def _read_once(
     read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int, pin: bool
-) -> Any:
+) -> Generator[Batch, None, None]:
+    """The same, but WorkerEnded is raised at once."""
+    arrivals: Any = None
+    coming: Future[Batch | None] | None = None
+    # Whoever waits for a loading process hears no signal meanwhile, and pinning takes time.
+    with ThreadPoolExecutor(1, "mocokit-arrivals", *_on_device(pin)) as beside:
+        try:
+            arrivals = _start(read, tasks, workers)
+            end = partial(_let_go, arrivals)
+            atexit.register(end)  # for a generator that nobody closes: SIGTERM is blocked in them
+            threading.Thread(target=_watch, args=(arrivals,), daemon=True).start()
+            coming = beside.submit(_receive, arrivals, pin)
+            while (batch := coming.result()) is not None:
+                coming = beside.submit(_receive, arrivals, pin)
+                yield batch
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # Of the latter two, those raised in a loading process are faults of reading.
+            known, text = isinstance(error, RuntimeError), str(error)
+            if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
+                raise
+            why = text if known else "while it started or handed over a batch"
+            what = f"a loading process ended ({why}), perhaps for lack of memory"
+            remedy = f"lower data.workers, now {workers}, or train.batch_size"
+            raise WorkerEnded(f"{what}: {remedy}") from error
+        finally:
+            # Left to the garbage collector, they would live as long as a traceback does.
+            if arrivals is not None:
+                wait([coming] if coming else [], _PATIENCE)
+                arrivals._shutdown_workers()
+                end()
+                atexit.unregister(end)
+
+
+def _watch(arrivals: Any) -> None:
+    """Let go of loading processes when the first ends before its time.
+
+    Killed in the middle of a message, it leaves half of it and a lock that nobody opens any more;
+    torch would wait for the other half for ever, and the other processes for the lock.
+    """
+    multiprocessing.connection.wait([worker.sentinel for worker in arrivals._workers])
+    if not arrivals._shutdown:
+        _let_go(arrivals)
+
+
+_letting_go = threading.Lock()  # two threads may at once, and would close what is not theirs
+
+
+def _let_go(arrivals: Any) -> None:
+    """Whoever waits for these loading processes finds the end of their messages instead."""
+    with _letting_go:
+        for worker in arrivals._workers:
+            worker.kill()
+        arrivals._worker_result_queue._writer.close()
+
+
+def _on_device(pin: bool) -> tuple[Any, ...]:
+    """A thread's preparation: pinned by one without a device of its own, memory is GPU 0's."""
+    return (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())
+
+
+def _start(read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int) -> Any:
+    prepare_workers()  # again, if what starts them has ended
     hidden = nullcontext() if read.needs_main else _without_main()
     with warnings.catch_warnings(), hidden:
         # More workers than cores is what the user asked for.
@@ -83,7 +154,6 @@ def _start(
             # Batches are large: many workers are enough of a supply.
             prefetch_factor=2 if workers <= 4 else 1,
             collate_fn=_as_it_is,
-            pin_memory=pin,
             worker_init_fn=_begin,
             multiprocessing_context=_context(),
             # Its own, or it would draw from the generator of the whole process.
@@ -183,13 +253,14 @@ class _Answers(Dataset[Any]):
         return _Piped(batch._replace(pixels=torch.empty(0)), batch.pixels.numpy())
 
 
-def _receive(arrival: Batch | _Piped | UserError, pin: bool) -> Batch:
+def _receive(arrivals: Iterator[Any], pin: bool) -> Batch | None:
+    """The next batch, or None after the last; raises what a loading process found wrong."""
+    arrival: Batch | _Piped | UserError | None = next(arrivals, None)
     if isinstance(arrival, UserError):
         raise arrival
-    if isinstance(arrival, Batch):
-        return arrival
-    batch = arrival.batch._replace(pixels=torch.from_numpy(arrival.pixels))
-    return batch.pin_memory() if pin else batch
+    if isinstance(arrival, _Piped):
+        arrival = arrival.batch._replace(pixels=torch.from_numpy(arrival.pixels))
+    return arrival.pin_memory() if pin and arrival else arrival
 
 
 def _as_it_is(item: Any) -> Any:
