@@ -273,3 +273,37 @@ def test_a_changed_file_and_a_damaged_copy_are_copied_again(
     for pack in (tmp_path / "cache" / "packs").glob("*.pack"):
         pack.write_bytes(pack.read_bytes()[:-100])
     assert open_data(path).train.content(2) == noise[2]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["train/a/0.parquet", "train/b/c/1.parquet", "test/a/0.parquet"],
+        ["train.parquet/part-0.parquet", "train.parquet/part-1.parquet", "test.parquet/0.parquet"],
+        ["sub/train/0.parquet", "sub/train/1.PARQUET", "sub/test/0.parquet"],
+        ["data/train-0.parquet", "data/x/train-1.parquet", "data/validation-0.parquet"],
+    ],
+)
+def test_splits_by_folders_at_any_depth(tmp_path: Path, layout: list[str]) -> None:
+    for number, name in enumerate(layout):
+        write(tmp_path / "in" / name, [10 * number])
+    train, validation = open_data(tmp_path / "in")
+    assert levels(train) == [0, 10] and levels(validation) == [20]
+    inner = tmp_path / "in" / Path(layout[0]).parts[0]
+    assert {0, 10} <= set(levels(open_data(inner).train))
+
+
+def test_a_copy_that_nobody_uses_is_deleted(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path / "cache"))
+    packs = tmp_path / "cache" / "packs"
+    first, second, third = (write(tmp_path / f"{n}/{n}.parquet", [n]) for n in range(3))
+    for path in (first, second):
+        open_data(path)
+    old = list(packs.glob("*.pack"))
+    assert len(old) == 2
+    for pack in old:
+        os.utime(pack, (1, 1))
+    assert levels(open_data(first).train) == [0]  # used once more
+    assert levels(open_data(third).train) == [2]
+    kept = sorted(pack.name[0] for pack in packs.glob("*.pack"))
+    assert kept == ["0", "2"]

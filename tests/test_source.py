@@ -305,6 +305,29 @@ def test_folders_that_may_not_be_listed_are_left_out_and_told(nobody: Path, righ
 
 
 @unix
+def test_a_link_into_a_folder_that_is_closed_is_told(nobody: Path) -> None:
+    make(nobody, "a.png", "z/vault/x/b.png")
+    (nobody / "link").symlink_to(nobody / "z/vault/x")
+    (nobody / "nowhere").symlink_to(nobody / "z/lost")
+    seen = as_nobody(nobody, nobody / "z/vault")
+    assert not isinstance(seen, str) and names_of(seen.train) == ["a.png"]
+    told = f"{nobody}/link, {nobody}/z/vault"
+    assert seen.train.notes == (f"left out, for they cannot be listed (Permission denied): {told}",)
+
+
+@unix
+def test_parquet_files_beside_a_folder_that_may_not_be_listed(nobody: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    make(nobody, "closed/x.png")
+    table = pyarrow.table({"image": [(nobody / "closed/x.png").read_bytes()]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, nobody / "a.parquet")
+    (nobody / "closed/x.png").unlink()
+    seen = as_nobody(nobody, nobody / "closed")
+    assert not isinstance(seen, str) and len(seen.train) == 1
+    assert seen.train.notes[-1].endswith(f"denied): {nobody}/closed")
+
+
+@unix
 def test_of_a_split_that_may_not_be_listed_the_remedy_is_told(nobody: Path) -> None:
     make(nobody, "train/a.png", "val/b.png", "more/d.png")
     seen = as_nobody(nobody, nobody / "more")

@@ -32,7 +32,7 @@ from mocokit.data.names import Names, show
 
 _FORMAT = 1
 _SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
-_FORGOTTEN = 100 * 86400  # s after its last use a listing is deleted
+_FORGOTTEN = 100 * 86400  # s after its last use a file is deleted
 
 
 class Part(NamedTuple):
@@ -165,12 +165,14 @@ def _remember(path: Path, key: str, found: Listing, watch: Watch) -> None:
     for number, part in enumerate(parts):
         arrays |= to_arrays(part.known, f"{number}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _forget_unused(path.parent)
+    forget_unused(path.parent, "*.npz*")
     write_arrays(path, arrays, compressed=False)
 
 
-def _forget_unused(folder: Path) -> None:
-    for other in folder.glob("*.npz*"):
+def forget_unused(folder: Path, pattern: str) -> None:
+    """Delete what was not used for 100 days; use sets a file's time of access."""
+    for other in folder.glob(pattern):
         with suppress(OSError):
-            if time.time() - other.stat().st_mtime > _FORGOTTEN:
+            status = other.stat()
+            if time.time() - max(status.st_atime, status.st_mtime) > _FORGOTTEN:
                 other.unlink()

@@ -8,8 +8,9 @@ they are. Parquet holds data alone: no program is run, whatever the file's autho
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import places
-from mocokit.data.cache import alone, cache_folder
+from mocokit.data.cache import Watch, alone, cache_folder, forget_unused
 from mocokit.data.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.folder import VALIDATION, Labels
@@ -27,8 +28,10 @@ from mocokit.data.pack import write_pack
 from mocokit.data.packed import open_pack
 from mocokit.data.protocol import Splits
 from mocokit.data.shards import split_word
+from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
 
+PARQUET: Endings = frozenset([b"parquet"])
 _REMEDY = "make room, or name another folder by MOCOKIT_CACHE"
 
 Advance = Callable[[int], None]
@@ -105,14 +108,32 @@ class ParquetSource:
         return Index(*known, self.classes, names, self.labels)
 
 
+def open_parquet_below(root: Path, labels: Labels, counting: Counting | None) -> Splits | None:
+    """The images of all parquet files below a folder; None: there is no such file."""
+    watch = Watch()
+    found = [root / os.fsdecode(one) for one in walk(root, PARQUET, watch)]
+    if not found:
+        return None
+    splits = open_parquet(sorted(found), labels, counting, root=root)
+    splits.train.notes += watch.notes
+    return splits
+
+
 def open_parquet(
-    paths: Sequence[Path], labels: Labels, counting: Counting | None = None, name: str = ""
+    paths: Sequence[Path],
+    labels: Labels,
+    counting: Counting | None = None,
+    name: str = "",
+    root: Path | None = None,
 ) -> Splits:
-    """The images of parquet files to train on, and those to validate on, by way of a pack."""
+    """The images of parquet files to train on, and those to validate on, by way of a pack.
+
+    Which they are, a file's own name says, or else the nearest folder that says so: all folders are
+    asked below `root`, without it the file's own.
+    """
     if labels == "folders":
         raise UserError("data.labels=folders needs a folder, not parquet files: set auto or none")
-    # The splits of Hugging Face: train-00000-of-00003.parquet, or train/0000.parquet.
-    words = [split_word(path.name) or split_word(path.parent.name) for path in paths]
+    words = [_split_of(path, root) for path in paths]
     held: list[Path] = []
     train = list(paths)
     if "train" in words:
@@ -136,6 +157,7 @@ def open_parquet(
         pack.parent.mkdir(parents=True, exist_ok=True)
         with alone(pack):
             if not _is_whole(pack):
+                forget_unused(pack.parent, "*.pack")
                 _copy(Splits(trained, tested), pack, counting)
     except OSError as error:
         where = f"images of {show(paths[0])} cannot be copied to {show(pack)} ({error.strerror})"
@@ -146,10 +168,18 @@ def open_parquet(
     return splits
 
 
+def _split_of(path: Path, root: Path | None) -> str:
+    """train of train-00000-of-00003.parquet, train/0000.parquet and train.parquet/0.parquet."""
+    folders = path.relative_to(root).parts[:-1] if root else (path.parent.name,)
+    return next(filter(None, map(split_word, (path.name, *reversed(folders)))), "")
+
+
 def _is_whole(pack: Path) -> bool:
-    """Whether the copy is there; a damaged one is removed."""
+    """Whether the copy is there, now used once more; a damaged one is removed."""
     try:
         open_pack(pack, "auto")
+        with suppress(OSError):  # features of the images are kept by its time of change
+            os.utime(pack, ns=(time.time_ns(), pack.stat().st_mtime_ns))
     except UserError:
         pack.unlink(missing_ok=True)
         return False
@@ -186,7 +216,7 @@ def open_hub(text: str, labels: Labels, counting: Counting | None = None) -> Spl
         if not files:
             continue
         chosen = _configuration(text, folder, files, wanted)
-        return open_parquet(chosen, labels, counting, short_name(name or owner))
+        return open_parquet(chosen, labels, counting, short_name(name or owner), folder)
     raise UserError(f"{text} has no parquet files: give a revision that has, as {text}@REVISION")
 
 

@@ -14,7 +14,7 @@ from mocokit.data.named import open_named
 from mocokit.data.names import short_name, show
 from mocokit.data.pack import is_pack
 from mocokit.data.packed import PackedSource, open_pack
-from mocokit.data.parquet import Counting, open_hub, open_parquet
+from mocokit.data.parquet import Counting, open_hub, open_parquet, open_parquet_below
 from mocokit.data.protocol import Source, Splits
 from mocokit.data.several import RenumberedSource, SeveralSource, renumbered, unlabelled
 from mocokit.data.shards import ShardSource, open_shards, open_shards_below
@@ -125,8 +125,8 @@ def _open_folder(place: Path, labels: Labels, counting: Counting | None) -> Spli
     except NoImages:
         if shards := open_shards_below(place, labels):
             return Splits(*shards)
-        if tables := sorted(place.rglob("*.parquet")):
-            return open_parquet(tables, labels, counting)
+        if tables := open_parquet_below(place, labels, counting):
+            return tables
         raise
 
 

@@ -42,6 +42,8 @@ def walk(root: Path, endings: Endings, watch: Watch) -> Iterator[bytes]:
                 waiting.append((entry.path, prefix + entry.name + b"/", above | {identity}))
             elif _is_wanted(entry, endings):
                 yield prefix + entry.name
+            elif why := _closed(entry):
+                watch.closed[entry.path] = why
 
 
 def entries(folder: bytes, watch: Watch) -> list[os.DirEntry[bytes]]:
@@ -73,7 +75,19 @@ def is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # a link that leads to itself
+        return False  # a link that leads to itself, or to where this user may not look
+
+
+def _closed(entry: os.DirEntry[bytes]) -> str:
+    """Why what lies at a link's end may not be seen: it may be a folder, left out with it."""
+    try:
+        if entry.is_symlink():
+            entry.stat()
+    except PermissionError as error:
+        return str(error.strerror)
+    except OSError:
+        pass
+    return ""
 
 
 def _is_wanted(entry: os.DirEntry[bytes], endings: Endings) -> bool:
