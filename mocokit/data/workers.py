@@ -90,7 +90,8 @@ def _read_once(
             arrivals = _start(read, tasks, workers)
             end = partial(_let_go, arrivals)
             atexit.register(end)  # for a generator that nobody closes: SIGTERM is blocked in them
-            threading.Thread(target=_watch, args=(arrivals,), daemon=True).start()
+            watch = threading.Thread(target=_watch, args=(arrivals,), daemon=True)
+            watch.start()
             coming = beside.submit(_receive, arrivals, pin)
             while (batch := coming.result()) is not None:
                 coming = beside.submit(_receive, arrivals, pin)
@@ -111,6 +112,8 @@ def _read_once(
                 arrivals._shutdown_workers()
                 end()
                 atexit.unregister(end)
+                # Or it may be the last to hold them, and the interpreter end while it tidies up.
+                watch.join(_PATIENCE)
 
 
 def _watch(arrivals: Any) -> None:
