@@ -321,7 +321,9 @@ def test_whatever_is_killed_loading_goes_on(victim: str) -> None:
     arrived += [next(stream), next(stream)]
     assert time.monotonic() - started < 60
     assert_same(straight, arrived + list(stream))
-    assert len(told) == 1 and told[0].startswith("a loading process ended")
+    # Without their server the processes live on, and may be done before anybody looks.
+    assert len(told) == 1 or (victim == "their server" and not told)
+    assert all(text.startswith("a loading process ended") for text in told)
     wait_for_none()
 
 
