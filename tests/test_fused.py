@@ -10,7 +10,7 @@ from reference_views import jitter as reference, spec_of
 
 from mocokit.views import fused
 from mocokit.views.fused import finish, steps
-from mocokit.views.params import RANDOM_OPERATION, Table
+from mocokit.views.params import RANDOM_OPERATION, RANDOM_OPERATIONS, Table
 from mocokit.views.randaugment import randaugment
 from mocokit.views.separable import gaussian_blur
 
@@ -129,6 +129,17 @@ def test_randaugment_keeps_its_place():
     randaugment(expected, drawn, spec.mean)
     expected = expect(expected, table, ("blur",))
     assert (finish(pixels, table, spec) - expected).abs().max() < 5e-3  # a level that was rounded
+
+
+def test_randaugment_fills_with_the_mean():
+    """What a rotation of a uniform image uncovers becomes 0 when it is normalised."""
+    table, spec = tables(4), spec_of(order=("crop", "randaugment"), mean=(0.2, 0.4, 0.6))
+    drawn = np.zeros((4, 1), RANDOM_OPERATION)
+    drawn["operation"], drawn["amount"] = RANDOM_OPERATIONS.index("rotate"), 30
+    ours = finish(torch.ones(4, 3, 20, 20), table._replace(randaugment=drawn), spec)
+    white = (1 - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    assert ours[:, :, 0, 0].abs().max() < 1e-5
+    assert (ours[:, :, 10, 10] - white).abs().max() < 1e-5
 
 
 def arguments(count):

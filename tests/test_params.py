@@ -14,7 +14,8 @@ from mocokit.chance import Slot, uniform
 from mocokit.config import Settings, Views
 from mocokit.errors import UserError
 from mocokit.settings import from_yaml, replace, to_yaml
-from mocokit.views.params import ViewSpec, canvas_bound, describe, draw_table
+from mocokit.views.colour import LUMA
+from mocokit.views.params import RANDOM_OPERATIONS, ViewSpec, canvas_bound, describe, draw_table
 
 N = 100_000
 
@@ -69,6 +70,17 @@ def test_boxes_are_torchvisions_algorithm(height, width):
     boxes = draw(spec, 300, height, width).boxes
     expected = [scalar_crop(spec, 1, 2, i, 0, height, width) for i in range(300)]
     assert boxes.tolist() == [list(box) for box in expected]
+
+
+@pytest.mark.parametrize("side", [1, 5, 7, 22, 26])
+def test_halves_of_pixels_go_to_the_even_neighbour(side):
+    """As in torchvision: Python's round. A quarter of the area of a square halves its side."""
+    one = {"crop_area": (0.25, 0.25), "crop_ratio": (1.0, 1.0)}
+    torch.manual_seed(0)
+    image = torch.empty(3, side, side)
+    *_, height, width = RandomResizedCrop.get_params(image, [0.25, 0.25], [1.0, 1.0])
+    boxes = draw(spec_of(**one), 20, side, side).boxes
+    assert (boxes[:, 2:] == [height, width]).all()
 
 
 @pytest.mark.parametrize("height, width", [(300, 400), (64, 200)])
@@ -274,15 +286,41 @@ def test_description_names_every_number():
     assert "[-0.4, 0.4] turns" in told["colour jitter"]
     assert "0.485, 0.456, 0.406" in told["normalise"] and "0.225" in told["normalise"]
     assert "256" in told["evaluation view"]
+    luma = " + ".join(f"{weight:.4g} {name}" for weight, name in zip(LUMA, "RGB", strict=True))
+    assert told["grayscale"] == luma
     blur = {row[0]: row for row in describe(v2())}["Gaussian blur"]
     assert blur[1] == "0.5" and "[0.1, 2] pixels" in blur[2]
-    assert [row[0] for row in describe(v2())][1] == "colour jitter"
+    assert [row[0] for row in describe(v2())][1:-2] == [
+        "colour jitter", "grayscale", "Gaussian blur", "flip"
+    ]  # fmt: skip
     third = {row[0]: row for row in describe(v3())}
     assert third["Gaussian blur"][1] == "1 first, 0.1 second"
     assert third["solarize"] == (
         "solarize",
         "0 first, 0.2 second",
         "x becomes 1 - x where x is .5 or more",
+    )
+
+
+def test_description_gives_each_number_its_place():
+    order = ("crop", "jitter", "randaugment")
+    spec = spec_of(
+        size=100, resize=120, order=order, interpolation="bicubic", brightness=0.1, contrast=0.2,
+        saturation=0.3, hue=0.05, randaugment=(3, 9, 0.5),
+    )  # fmt: skip
+    told = {row[0]: row[1:] for row in describe(spec)}
+    assert told["colour jitter"][1].startswith(
+        "factors uniform: brightness [0.9, 1.1], contrast [0.8, 1.2], saturation [0.7, 1.3], "
+        "hue shift [-0.05, 0.05] turns; in random order"
+    )
+    assert told["random resized crop"][1].endswith("resized to 100 x 100, bicubic, antialiased")
+    assert told["evaluation view"][1].startswith(
+        "short side resized to 120, bicubic, antialiased; centre crop 100 x 100; "
+    )
+    assert told["randaugment"] == (
+        "1/2 each",
+        f"3 of {len(RANDOM_OPERATIONS)} operations drawn, magnitude normal (9, 0.5) of 10, "
+        "on whole levels",
     )
 
 

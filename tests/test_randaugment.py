@@ -10,7 +10,7 @@ from test_params import draw, same
 from timm.data.auto_augment import _RAND_TRANSFORMS, LEVEL_TO_ARG, NAME_TO_OP
 
 from mocokit.views.params import RANDOM_OPERATION, RANDOM_OPERATIONS, draw_table
-from mocokit.views.randaugment import randaugment
+from mocokit.views.randaugment import _gray, randaugment
 from mocokit.views.sheet import _random_words
 from mocokit.views.views import make_views
 
@@ -112,6 +112,27 @@ def test_tiny_images(shape):
     drawn["amount"] = 1.0
     expected = np.stack([oracle(*pair) for pair in zip(images, drawn, strict=True)])
     assert np.abs(ours(images, drawn) - expected).max() <= 1
+
+
+def test_gray_is_pils_to_the_level():
+    colours = np.random.default_rng(0).integers(0, 256, (300, 1000, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(colours).convert("L"))
+    tensor = torch.from_numpy(colours).permute(2, 0, 1)[None].float()
+    assert (_gray(tensor)[0, 0].numpy() == expected).all()
+
+
+def test_views_are_rounded_first_and_others_stay_to_the_bit():
+    between = torch.rand(15, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    drawn = np.zeros((15, 2), RANDOM_OPERATION)
+    drawn["operation"] = [[number, -1] for number in range(15)]
+    drawn["amount"] = 1.0
+    drawn["operation"][4:6] = -1
+    whole, ours = (255 * between).round() / 255, between.clone()
+    randaugment(ours, drawn, FILL)
+    randaugment(whole, drawn, FILL)
+    assert torch.equal(ours[4:6], between[4:6])
+    changed = [row for row in range(15) if row not in (4, 5)]
+    assert torch.equal(ours[changed], whole[changed])
 
 
 def test_whole_views_replay():

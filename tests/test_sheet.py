@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw
 from reference_views import cifar, flat, levels, picture, spec_of, v2
 
 from mocokit.views import sheet
@@ -46,14 +46,91 @@ def test_the_views_of_the_first_epoch_stand_on_the_sheet(spec, zoom, tmp_path):
             assert not contains(page, 255 - large.astype(int))
 
 
+@pytest.fixture
+def placed(monkeypatch):
+    """What is put on a sheet: of each (place, cell) the picture, its lines and their colour."""
+    found = {}
+    put = sheet._Sheet.put
+
+    def record(self, place, cell, picture, lines, colour):
+        found[place, cell] = np.asarray(picture).astype(int), list(lines), colour
+        put(self, place, cell, picture, lines, colour)
+
+    monkeypatch.setattr(sheet._Sheet, "put", record)
+    return found
+
+
+def test_every_picture_has_its_own_caption(placed, tmp_path):
+    """Image, query and key, in this order, each with what was drawn for it and no other."""
+    spec, images, index = v2(64), canvases((40, 50), (90, 70), (64, 64)), [7, 3, 12]
+    contact_sheet(spec, images, index, 11, tmp_path / "views.png")
+    pixels, heights, widths = flat(images)
+    assert len(placed) == 9
+    for place, number in enumerate(index):
+        height, width = images[place].shape[:2]
+        _, lines, ink = placed[place, 0]
+        assert lines == [f"image {number}", f"{width}x{height}"]
+        assert ink not in (sheet._QUERY, sheet._KEY)
+    for view, expected in ((0, sheet._QUERY), (1, sheet._KEY)):
+        table = draw_table(spec, 11, 0, index, view, heights, widths)
+        tiles = levels(spec, make_views(spec, table, pixels, heights, widths, "cpu"))
+        for place, tile in enumerate(tiles):
+            large = tile.round().permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
+            picture, lines, ink = placed[place, 1 + view]
+            assert np.abs(picture - large).max() <= 1 and ink == expected
+            assert lines == sheet._caption(spec, table, place)
+
+
+def test_columns_are_headed_by_what_stands_below(monkeypatch, tmp_path):
+    written = {}
+    text = ImageDraw.ImageDraw.text
+
+    def record(self, place, words, *rest, fill, **keywords):
+        written.setdefault(words, []).append((place[0], fill))
+        text(self, place, words, *rest, fill=fill, **keywords)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    contact_sheet(cifar(), canvases((32, 32), (32, 32)), [0, 1], 7, tmp_path / "v.png")
+    blank = sheet._Sheet.blank(32, 2, 2)
+    assert "query (view 0) and key (view 1), epoch 0, seed 7" in written
+    for cell, (name, ink) in enumerate((("query", sheet._QUERY), ("key", sheet._KEY)), 1):
+        assert written[name] == [(blank._corner(block, cell)[0], ink) for block in (0, 1)]
+
+
+def test_the_boxes_of_query_and_key_are_outlined(placed, tmp_path):
+    """On gray images, so that what has a colour is an outline; the key's lies on top."""
+    spec, sizes = v2(64), [(40, 50), (90, 70), (500, 300), (16, 16)]
+    images = [np.full((*size, 3), 128, np.uint8) for size in sizes]
+    contact_sheet(spec, images, range(4), 5, tmp_path / "views.png")
+    heights, widths = np.array(sizes).T
+    query, key = (draw_table(spec, 5, 0, range(4), view, heights, widths).boxes for view in (0, 1))
+    for place, size in enumerate(sizes):
+        picture, scale = placed[place, 0][0], 128 / max(size)
+
+        def ends(colour, picture=picture):
+            """First and last place, down and across, of a colour, and how many pixels have it."""
+            where = np.argwhere((picture == ImageColor.getrgb(colour)).all(-1))
+            return where.min(0), where.max(0), len(where)
+
+        first, last, count = ends(sheet._KEY)
+        assert count > 40
+        assert np.abs(first - scale * key[place, :2]).max() <= 1
+        assert np.abs(last + 1 - scale * (key[place, :2] + key[place, 2:])).max() <= 1
+        first, last, count = ends(sheet._QUERY)
+        assert count > 40
+        assert (first >= scale * query[place, :2] - 1).all()
+        assert (last + 1 <= scale * (query[place, :2] + query[place, 2:]) + 1).all()
+
+
 def test_at_most_eight_images_and_any_number_of_columns(tmp_path):
     spec = cifar()
     images = canvases(*[(32, 32)] * 10)
     pages = {}
-    for count, columns in ((1, 2), (8, 2), (10, 2), (8, 1), (3, 4)):
+    for count, columns in ((1, 2), (7, 2), (8, 2), (10, 2), (8, 1), (3, 4)):
         contact_sheet(spec, images[:count], range(count), 0, tmp_path / "v.png", columns)
         pages[count, columns] = read(tmp_path / "v.png")
     assert np.array_equal(pages[8, 2], pages[10, 2])
+    assert not np.array_equal(pages[7, 2], pages[8, 2])
     assert pages[8, 1].shape[0] > pages[8, 2].shape[0] > pages[1, 2].shape[0]
     assert pages[3, 4].shape[1] > pages[8, 2].shape[1] > pages[8, 1].shape[1]
 
@@ -89,9 +166,29 @@ def test_captions_name_what_was_drawn():
         if table.jitter[row]:
             letters = "".join(word[0] for word in second.split()[1:])
             assert letters == "".join("bcsh"[step] for step in table.order[row])
-            assert f"b{table.brightness[row]:.2f}" in second and f"h{table.hue[row]:.2f}" in second
+            factors = (table.brightness, table.contrast, table.saturation, table.hue)
+            for letter, factor in zip("bcsh", factors, strict=True):
+                assert f"{letter}{factor[row]:.2f}" in second.split()
     bare = draw_table(spec_of(order=("crop",)), 0, 0, [0], 0, [100], [100])
     assert sheet._caption(spec_of(order=("crop",)), bare, 0)[1] == ""
+
+
+def test_captions_name_randaugment_and_solarisation_too():
+    order = ("crop", "solarize", "flip", "randaugment", "grayscale")
+    spec = spec_of(order=order, solarize_probability=0.5, grayscale_probability=0.5)
+    sizes = np.full(100, 50)
+    table = draw_table(spec, 0, 0, np.arange(100), 0, sizes, sizes)
+    for row, drawn in enumerate(table.randaugment):
+        height, width = table.boxes[row, 2:]
+        words = [
+            f"crop {width}x{height}",
+            "solarize" * int(table.solarize[row]),
+            "flip" * int(table.flip[row]),
+            " + ".join(sheet._random_words(drawn)),
+            "gray" * int(table.grayscale[row]),
+        ]
+        assert sheet._caption(spec, table, row) == [" | ".join(filter(None, words)), ""]
+    assert len({str(drawn) for drawn in table.randaugment}) > 50
 
 
 def test_random_state_is_untouched(tmp_path):

@@ -149,6 +149,7 @@ def test_the_way_follows_from_device_and_size():
     assert way("cpu", (32, 32), (32, 32)) == way("cuda", (64, 48)) == "grid"
     assert way("cpu", (32, 32), (33, 32)) == way("cpu", (65, 65), (65, 65)) == "each"
     assert way("cuda", (32, 32), (33, 32)) == way("cuda", (65, 65)) == "gathered"
+    assert views._fuses(torch.device("cuda", 1)) and not views._fuses(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("way", ["gathered", "each"])
@@ -190,12 +191,36 @@ def test_gathered_chunks_keep_to_their_memory_and_to_the_order(pixels, monkeypat
         assert count == 1 or count * heights[part].max() * widths[part].max() <= pixels
 
 
+def test_boxes_are_gathered_beyond_what_32_bits_count():
+    """Of one pixel, repeated two thousand million times without taking memory."""
+    pixels = torch.tensor([[10, 20, 30]], dtype=torch.uint8).expand(2**31 + 400, 3)
+    sizes, starts = np.array([20]), np.array([2**31])
+    cpu = torch.device("cpu")
+    canvases = room.Canvases.lay_out(pixels, sizes, sizes, cpu, starts)
+    gathered = canvases._gather(slice(0, 1), np.array([[3, 4, 16, 15]]))
+    assert gathered.shape == (1, 3, 16, 15) and torch.equal(gathered[0, :, 0, 0], pixels[0])
+
+
+@pytest.mark.parametrize("size", [32, 224, 2048])
+@pytest.mark.parametrize("way", ["grid", "each"])
+def test_chunks_on_a_cpu_stay_near_its_cache(way, size, monkeypatch):
+    force(monkeypatch, way)
+    data, heights, widths = flat(photos([(20, 20)] * 150))
+    canvases = room.Canvases.lay_out(data, heights, widths, torch.device("cpu"))
+    counts = [len(heights[part]) for part in canvases.parts(heights, widths, size)]
+    assert sum(counts) == 150
+    view, most = 4 * 3 * size**2, max(counts)
+    assert most == 1 or most * view <= 1.5 * 2**20
+    assert (most + 1) * view > 1.5 * 2**20
+
+
 def test_what_is_returned():
     for canvases in (photos(), photos([(32, 32)] * 4)):
         spec = v2(48)
         result = made(spec, canvases)
         assert result.shape == (len(canvases), 3, 48, 48) and result.dtype == torch.float32
         assert result.is_contiguous(memory_format=torch.channels_last)
+        assert spec.bytes * len(canvases) == result.nbytes
         pixels, heights, widths = flat(canvases)
         before = pixels.clone()
         evaluated = evaluation_views(spec, pixels, heights, widths, torch.device("cpu"))
@@ -350,6 +375,7 @@ def test_whole_pipelines_with_half_products(name, sizes, monkeypatch):
     single = [made(spec, canvases, table_of(spec, canvases, view)) for view in (0, 1)]
     resample = separable._resample
     monkeypatch.setattr(separable, "_resample", lambda *parts: resample(*parts[:4], True))
+    monkeypatch.setattr(room, "enlarges", lambda *_: False)
     monkeypatch.setattr(views, "_fuses", lambda _: True)
     for view in (0, 1):
         half = made(spec, canvases, table_of(spec, canvases, view))
