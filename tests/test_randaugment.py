@@ -135,6 +135,16 @@ def test_views_are_rounded_first_and_others_stay_to_the_bit():
     assert torch.equal(ours[changed], whole[changed])
 
 
+def test_a_mean_beyond_white_fills_with_white():
+    """As in timm, which takes at most 255; whatever comes next finds a level."""
+    spec = spec_of(**INFOMIN, size=16, resize=16, mean=(1.2, 0.5, -0.1))
+    drawn = one_of("rotate", [30.0] * 2)
+    drawn = np.concatenate([drawn, one_of("equalize", [0.0] * 2)], axis=1)
+    images = torch.full((2, 3, 16, 16), 0.5)
+    randaugment(images, drawn, spec.mean)
+    assert (255 * images[:, :, 0, 0]).round().tolist() == [[255, 128, 0]] * 2
+
+
 def test_whole_views_replay():
     """Whole images at their own size, so that what RandAugment is given is in whole levels."""
     spec = spec_of(

@@ -135,7 +135,7 @@ def test_at_most_eight_images_and_any_number_of_columns(tmp_path):
     assert pages[3, 4].shape[1] > pages[8, 2].shape[1] > pages[8, 1].shape[1]
 
 
-@pytest.mark.parametrize("size", [8, 32, 100, 224, 300])
+@pytest.mark.parametrize("size", [8, 32, 100, 107, 127, 224, 300])
 def test_pictures_have_a_readable_size(size):
     cell = sheet._Sheet.blank(size, 1, 1).cell
     assert 128 <= cell <= 256

@@ -1,9 +1,10 @@
 """Canvases of any sizes, as one list of pixels, and the crops and resizes that are made of them.
 
-There are three ways to crop, which agree to one level of 255: a dense product on the device,
-batched; on a CPU, for photos, PIL's own algorithm in torch's uint8 kernel, image by image, which is
-ten times as fast; and on a CPU, for canvases that are no larger than the views, samples of four
-pixels, batched. Device type and sizes alone decide between them.
+There are three ways to crop, which agree to one level of 255 (the cubic to 1.13): a dense product
+on the device, batched; on a CPU, for photos, PIL's own algorithm in torch's uint8 kernel, image by
+image, which is ten times as fast; and on a CPU, for canvases of one size and no larger than the
+views, bilinear samples of four pixels, batched. Device type, the sizes in the batch and the
+interpolation alone decide between them.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ Sizes = NDArray[np.int64]
 Way = Literal["grid", "gathered", "each"]
 # A chunk of views on a CPU stays near its cache: 1.5 MB of floats.
 _CACHED_FLOATS = 3 * 2**17
-# A chunk of padded canvases on a device: 2^25 pixels are .4 GB as floats, .3 GB as their indices.
+# A chunk of padded canvases on a device: 2^25 pixels are .2 GB as float16, .13 GB as their indices.
 _GATHERED_PIXELS = 2**25
 
 

@@ -159,13 +159,8 @@ def _turn_one(pixels: Tensor, turns: float) -> None:
     torch.clamp(turned, low, high, out=pixels)
 
 
-def grayscale(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) with the gray value in all three channels."""
-    return _gray(images).expand_as(images).contiguous()
-
-
 def grayscale_rows(images: Tensor, rows: NDArray[np.int64]) -> None:
-    """`grayscale` in place, of these rows only."""
+    """The gray value in all three channels, in place, of these rows of images (B, 3, H, W)."""
     _change(images, rows, _make_gray)
 
 

@@ -23,9 +23,9 @@ _LUMA = (19595, 38470, 7471)  # PIL's convert("L"), in 65536ths
 
 
 def randaugment(images: Tensor, drawn: NDArray[np.void], fill: tuple[float, ...]) -> None:
-    """In place: images (B, 3, H, W) in [0, 1], `drawn` (B, L) of a Table, fill a colour in [0, 1].
+    """In place: images (B, 3, H, W) in [0, 1], `drawn` (B, L) of a Table, fill a colour.
 
-    Images for which nothing was drawn stay as they are, to the bit.
+    Images for which nothing was drawn stay as they are, to the bit. The colour is cut to [0, 1].
     """
     rows = np.flatnonzero((drawn["operation"] >= 0).any(1))
     if not rows.size:
@@ -180,7 +180,7 @@ def _transform(
     down = (torch.arange(height, device=device, dtype=torch.float64) + 0.5).view(-1, 1)
     x, y = (matrix[:, :, 0] * across + matrix[:, :, 1] * down + matrix[:, :, 2]).unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # (B, H, W)
-    colour = upload(np.rint(255 * np.array(fill)), device, levels.dtype).view(1, 3, 1, 1)
+    colour = upload(np.rint(255 * np.clip(fill, 0, 1)), device, levels.dtype).view(1, 3, 1, 1)
     moved = torch.empty_like(levels)
     for cubic in (False, True):
         rows = np.flatnonzero(bicubic == cubic)

@@ -138,7 +138,7 @@ class _Sheet:
         small, large = _CELL
         cell = size if small <= size <= large else large
         if size < small:
-            cell = size * round(1.25 * small / size)
+            cell = size * max(2, round(1.25 * small / size))
         columns = max(1, min(columns, count))
         lines = -(-count // columns)
         across = columns * (3 * (cell + _GAP) + _GAP) + _GAP
