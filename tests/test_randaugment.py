@@ -181,6 +181,15 @@ def test_draws_are_timms_in_distribution():
         level = (level - 0.1) / 0.18 if name in BLENDS else 10 * level / abs(turned)
         assert stats.kstest(level, "norm", args=(5, 1)).pvalue > 1e-3, name
         assert name in BLENDS or stats.binomtest(int(sign.sum()), len(sign)).pvalue > 1e-3
+    moved = drawn[np.isin(drawn["operation"], [RANDOM_OPERATIONS.index(name) for name in MOVES])]
+    level = np.select(
+        [moved["operation"] == RANDOM_OPERATIONS.index(name) for name in MOVES],
+        [np.abs(moved["amount"]) / RANGES[name][1] for name in MOVES],
+    )
+    # How far a magnitude lies from its mean tells nothing of the others either.
+    columns = [moved["amount"] < 0, moved["bicubic"], level, np.abs(level - 0.5)]
+    correlation = np.corrcoef(np.stack([*columns, moved["operation"]]).astype(float))
+    assert np.abs(correlation[~np.eye(5, dtype=bool)]).max() < 4.5 / np.sqrt(len(moved))
     assert not same([drawn], [draw(spec, view=1).randaugment])
     assert not same([drawn], [draw(spec, epoch=3).randaugment])
 

@@ -27,8 +27,15 @@ def test_simclrs_views():
     assert spec(simclr_views()) == with_(simclr(), resize=256)
     half = spec(simclr_views(0.5))
     assert (half.brightness, half.contrast, half.saturation, half.hue) == (0.4, 0.4, 0.4, 0.1)
-    cifar = spec(SIMCLR_CIFAR_VIEWS)
-    assert (cifar.size, cifar.resize, cifar.hue) == (32, 32, 0.1) and "blur" not in cifar.order
+    assert spec(SIMCLR_CIFAR_VIEWS) == with_(
+        simclr(32),
+        order=("crop", "flip", "jitter", "grayscale"),
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.4,
+        hue=0.1,
+        blur_probability=0.0,
+    )
 
 
 def test_mocov3s_pair():
@@ -50,7 +57,8 @@ def test_infomins_views():
 
 def test_the_probes_views_only_crop_and_flip():
     probe = spec(PROBE_VIEWS)
-    assert (probe.order, probe.crop_area, probe.size) == (("crop", "flip"), (0.08, 1.0), 224)
+    assert probe == spec_of(order=("crop", "flip"), crop_area=(0.08, 1.0))
+    assert (probe.size, probe.resize, probe.interpolation) == (224, 256, "bilinear")
     size = np.full(200, 50)
     table = draw_table(probe, 0, 0, np.arange(200), 0, size, size)
     assert not (table.jitter | table.grayscale | table.solarize | (table.sigma > 0)).any()

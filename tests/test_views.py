@@ -191,6 +191,24 @@ def test_gathered_chunks_keep_to_their_memory_and_to_the_order(pixels, monkeypat
         assert count == 1 or count * heights[part].max() * widths[part].max() <= pixels
 
 
+def test_views_and_evaluation_views_gather_no_more_than_fits(monkeypatch):
+    force(monkeypatch, "gathered")
+    monkeypatch.setattr(room, "_GATHERED_PIXELS", 40_000)
+    sizes, gather = [], room.Canvases._gather
+
+    def record(*parts):
+        images = gather(*parts)
+        sizes.append((len(images), images[:, 0].numel()))
+        return images
+
+    monkeypatch.setattr(room.Canvases, "_gather", record)
+    spec, canvases = v2(32), photos()
+    made(spec, canvases)
+    evaluation_views(spec, *flat(canvases), "cpu")
+    assert sum(count for count, _ in sizes) == 2 * len(canvases)
+    assert all(count == 1 or pixels <= 40_000 for count, pixels in sizes)
+
+
 def test_boxes_are_gathered_beyond_what_32_bits_count():
     """Of one pixel, repeated two thousand million times without taking memory."""
     pixels = torch.tensor([[10, 20, 30]], dtype=torch.uint8).expand(2**31 + 400, 3)
