@@ -273,6 +273,15 @@ def test_no_crop_of_a_bounded_canvas_is_smaller_than_the_view(height, width):
     assert draw(v2(), 5000, height, width).boxes[:, 2:].min() >= 223
 
 
+@pytest.mark.parametrize("ratio", [(2.0, 3.0), (0.3, 0.5), (1.5, 2.0)])
+@pytest.mark.parametrize("area", [(0.9, 1.0), (0.2, 1.0)])
+def test_nor_is_a_crop_that_no_try_fitted(ratio, area):
+    """Of a square, where every ratio allowed is another, the fallback is the thinnest crop."""
+    spec = spec_of(size=100, resize=100, crop_ratio=ratio, crop_area=area)
+    bound = canvas_bound(spec)
+    assert draw(spec, 5000, bound, bound).boxes[:, 2:].min() >= 99
+
+
 def test_description_names_every_number():
     rows = describe(v1())
     assert [row[0] for row in rows] == [

@@ -223,11 +223,12 @@ def _place(
 def canvas_bound(spec: ViewSpec) -> int:
     """The short side in pixels beyond which no crop has more than `size` pixels to give.
 
-    The smallest crop of a square image is the narrowest of the smallest area; and the evaluation
-    view wants `resize`.
+    The smallest crop of a square image is the narrowest of the smallest area, or, where all ratios
+    are of one side of 1, the widest that fits; and the evaluation view wants `resize`.
     """
-    narrow = min(spec.crop_ratio[0], 1 / spec.crop_ratio[1])
-    return max(spec.resize, math.ceil(spec.size / math.sqrt(spec.crop_area[0] * narrow)))
+    low, high = spec.crop_ratio
+    drawn = spec.size / math.sqrt(spec.crop_area[0] * min(low, 1 / high))
+    return max(spec.resize, math.ceil(drawn), math.ceil(spec.size * max(low, 1 / high)))
 
 
 def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
