@@ -317,9 +317,6 @@ def test_whatever_is_killed_loading_goes_on(victim: str) -> None:
     chosen = {"mid-message": blocked, "all": processes(), "their server": [server]}[victim]
     for pid in chosen:
         os.kill(pid, signal.SIGKILL)
-    started = time.monotonic()
-    arrived += [next(stream), next(stream)]
-    assert time.monotonic() - started < 60
     assert_same(straight, arrived + list(stream))
     # Without their server the processes live on, and may be done before anybody looks.
     assert len(told) == 1 or (victim == "their server" and not told)

@@ -11,7 +11,7 @@ from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.protocol import Source
 from mocokit.data.unread import Unread
-from mocokit.data.workers import prepare_workers, read_in_workers
+from mocokit.data.workers import log, prepare_workers, read_in_workers
 from mocokit.errors import UserError
 
 __all__ = ["Batch", "Loader", "Window", "read_batch", "read_batches"]
@@ -72,7 +72,7 @@ class Loader:
         start_step: int = 0,
         pin: bool = False,
         known_bad: Callable[[int], NDArray[np.int64]] | None = None,
-        tell: Callable[[str], None] = lambda text: None,
+        tell: Callable[[str], None] = log.warning,
     ) -> None:
         size = len(source)
         self.steps_per_epoch = size // batch_size if last == "drop" else -(-size // batch_size)

@@ -21,13 +21,13 @@ from mocokit import places
 from mocokit.data.cache import Watch, alone, cache_folder, forget_unused
 from mocokit.data.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.decode import BadImage, decode
-from mocokit.data.folder import VALIDATION, Labels
+from mocokit.data.folder import Labels
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
 from mocokit.data.pack import write_pack
 from mocokit.data.packed import open_pack
 from mocokit.data.protocol import Splits
-from mocokit.data.shards import split_word
+from mocokit.data.shards import split_by_words, split_word
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
 
@@ -133,15 +133,7 @@ def open_parquet(
     """
     if labels == "folders":
         raise UserError("data.labels=folders needs a folder, not parquet files: set auto or none")
-    words = [_split_of(path, root) for path in paths]
-    held: list[Path] = []
-    train = list(paths)
-    if "train" in words:
-        beside = next((word for word in VALIDATION if word in words), None)
-        train, held = (
-            [path for path, word in zip(paths, words, strict=True) if word == wanted]
-            for wanted in ("train", beside)
-        )
+    train, held = split_by_words(paths, [_split_of(path, root) for path in paths])
     name = name or short_name(paths[0].resolve().parent.name)
     labelled = labels != "none"
     trained = ParquetSource(train, name, labelled)

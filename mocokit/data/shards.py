@@ -95,13 +95,7 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
     """
     places = [path.resolve() for path in paths]
     key = "shards 2 " + " ".join([labels, *map(str, places)])
-    words = [split_word(path.name) for path in places]
-    held: list[Path] = []
-    train = places
-    if "train" in words:
-        train = [path for path, word in zip(places, words, strict=True) if word == "train"]
-        beside = next((word for word in VALIDATION if word in words), None)
-        held = [path for path, word in zip(places, words, strict=True) if word == beside]
+    train, held = split_by_words(places, [split_word(path.name) for path in places])
     return _sources(listed(key, lambda watch: _look(train, held, labels, watch)))
 
 
@@ -109,6 +103,16 @@ def split_word(name: str) -> str:
     """train, val, test, ... where a file's name says so, as in `set-train-0001.tar`; or nothing."""
     match = _SPLIT.search(name)
     return match[1].lower() if match else ""
+
+
+def split_by_words(paths: Sequence[Path], words: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Those to train on, and those to validate on: all and none where no word says train."""
+    if "train" not in words:
+        return list(paths), []
+    beside = next((word for word in VALIDATION if word in words), None)
+    by_word = list(zip(paths, words, strict=True))
+    train, held = ([path for path, word in by_word if word == one] for one in ("train", beside))
+    return train, held
 
 
 def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSource | None] | None:

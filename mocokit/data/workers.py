@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property, partial
 from multiprocessing.context import BaseContext
@@ -31,7 +31,7 @@ from mocokit.memory import keep_freed_memory
 
 T = TypeVar("T")
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 _PATIENCE = 5  # s for a batch that is about to arrive when no more are wanted
@@ -54,7 +54,7 @@ def read_in_workers(
     tasks_from: Callable[[int], Iterable[T]],
     workers: int,
     pin: bool = False,
-    tell: Callable[[str], None] = _log.warning,
+    tell: Callable[[str], None] = log.warning,
 ) -> Generator[Batch, None, None]:
     """`read(task)` for each task in order, made ahead of time by `workers` processes.
 
@@ -82,38 +82,53 @@ def _read_once(
     read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int, pin: bool
 ) -> Generator[Batch, None, None]:
     """The same, but WorkerEnded is raised at once."""
-    arrivals: Any = None
-    coming: Future[Batch | None] | None = None
     # Whoever waits for a loading process hears no signal meanwhile, and pinning takes time.
-    with ThreadPoolExecutor(1, "mocokit-arrivals", *_on_device(pin)) as beside:
+    beside = ThreadPoolExecutor(1, "mocokit-arrivals", *_on_device(pin))
+    with _noticing_ends(workers), beside, _started(read, tasks, workers) as arrivals:
+        coming = beside.submit(_receive, arrivals, pin)
         try:
-            arrivals = _start(read, tasks, workers)
-            end = partial(_let_go, arrivals)
-            atexit.register(end)  # for a generator that nobody closes: SIGTERM is blocked in them
-            watch = threading.Thread(target=_watch, args=(arrivals,), daemon=True)
-            watch.start()
-            coming = beside.submit(_receive, arrivals, pin)
             while (batch := coming.result()) is not None:
                 coming = beside.submit(_receive, arrivals, pin)
                 yield batch
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # Of the latter two, those raised in a loading process are faults of reading.
-            known, text = isinstance(error, RuntimeError), str(error)
-            if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
-                raise
-            why = text if known else "while it started or handed over a batch"
-            what = f"a loading process ended ({why}), perhaps for lack of memory"
-            remedy = f"lower data.workers, now {workers}, or train.batch_size"
-            raise WorkerEnded(f"{what}: {remedy}") from error
         finally:
-            # Left to the garbage collector, they would live as long as a traceback does.
-            if arrivals is not None:
-                wait([coming] if coming else [], _PATIENCE)
-                arrivals._shutdown_workers()
-                end()
-                atexit.unregister(end)
-                # Or it may be the last to hold them, and the interpreter end while it tidies up.
-                watch.join(_PATIENCE)
+            wait([coming], _PATIENCE)
+
+
+@contextmanager
+def _noticing_ends(workers: int) -> Iterator[None]:
+    """Raises WorkerEnded for what torch and multiprocessing raise where a process is gone."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Of the latter two, those raised in a loading process are faults of reading.
+        known, text = isinstance(error, RuntimeError), str(error)
+        if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
+            raise
+        why = text if known else "while it started or handed over a batch"
+        end = f"a loading process ended ({why}), perhaps for lack of memory"
+        remedy = f"lower data.workers, now {workers}, or train.batch_size"
+        raise WorkerEnded(f"{end}: {remedy}") from error
+
+
+@contextmanager
+def _started(
+    read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int
+) -> Iterator[Any]:
+    """torch's iterator over what loading processes answer; they end with the context."""
+    arrivals = _start(read, tasks, workers)
+    end = partial(_let_go, arrivals)
+    atexit.register(end)  # for a generator that nobody closes: SIGTERM is blocked in them
+    watch = threading.Thread(target=_watch, args=(arrivals,), daemon=True)
+    watch.start()
+    try:
+        yield arrivals
+    finally:
+        # Left to the garbage collector, they would live as long as a traceback does.
+        arrivals._shutdown_workers()
+        end()
+        atexit.unregister(end)
+        # Or it may be the last to hold them, and the interpreter end while it tidies up.
+        watch.join(_PATIENCE)
 
 
 def _watch(arrivals: Any) -> None:
