@@ -19,11 +19,15 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from mocokit import chance
-from mocokit.data import batch as batch_module, workers as workers_module
+from mocokit.data import (
+    batch as batch_module,
+    sharing as sharing_module,
+    workers as workers_module,
+)
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.loader import Loader, read_batches
+from mocokit.data.sharing import Packed
 from mocokit.data.source import ArraySource, FolderSource, open_data
-from mocokit.data.workers import Packed
 from mocokit.errors import MocokitError, UserError
 
 BAD = (3, 4, 11)
@@ -492,7 +496,7 @@ def test_without_shared_memory_batches_come_through_a_pipe(
     monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: info)
     answers = workers_module._Answers(Packed(_first_three))
     plain = answers[folder]
-    for module in (workers_module, batch_module):
+    for module in (sharing_module, batch_module):
         monkeypatch.setattr(module, "free_shared_memory", lambda: 100)
     piped = answers[folder]
     assert isinstance(plain, Batch) and isinstance(piped, workers_module._Piped)

@@ -1,4 +1,4 @@
-"""Loading processes: how they start, and how large things reach them and come back."""
+"""Loading processes: how they start, what they answer, and what happens when one ends."""
 
 import atexit
 import logging
@@ -7,7 +7,6 @@ import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -15,17 +14,18 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from multiprocessing.context import BaseContext
 from types import ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from mocokit.data.batch import Batch, free_shared_memory
+from mocokit.data.batch import Batch
+from mocokit.data.sharing import Packed
 from mocokit.errors import MocokitError, UserError
 from mocokit.memory import keep_freed_memory
 
@@ -33,7 +33,6 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-_ALIGNMENT = 64
 _PATIENCE = 5  # s for a batch that is about to arrive when no more are wanted
 _IN_WORKER = "in DataLoader worker process"  # what torch writes before an error of such a process
 
@@ -79,7 +78,7 @@ def read_in_workers(
 
 
 def _read_once(
-    read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int, pin: bool
+    read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int, pin: bool
 ) -> Generator[Batch, None, None]:
     """The same, but WorkerEnded is raised at once."""
     # Whoever waits for a loading process hears no signal meanwhile, and pinning takes time.
@@ -111,9 +110,7 @@ def _noticing_ends(workers: int) -> Iterator[None]:
 
 
 @contextmanager
-def _started(
-    read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int
-) -> Iterator[Any]:
+def _started(read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int) -> Iterator[Any]:
     """torch's iterator over what loading processes answer; they end with the context."""
     arrivals = _start(read, tasks, workers)
     end = partial(_let_go, arrivals)
@@ -158,7 +155,7 @@ def _on_device(pin: bool) -> tuple[Any, ...]:
     return (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())
 
 
-def _start(read: "Packed[Callable[[T], Batch]]", tasks: Iterable[T], workers: int) -> Any:
+def _start(read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int) -> Any:
     prepare_workers()  # again, if what starts them has ended
     hidden = nullcontext() if read.needs_main else _without_main()
     with warnings.catch_warnings(), hidden:
@@ -257,7 +254,7 @@ class _Piped(NamedTuple):
 class _Answers(Dataset[Any]):
     """What a loading process holds: it answers a task with a batch, or with what went wrong."""
 
-    def __init__(self, read: "Packed[Callable[[Any], Batch]]") -> None:
+    def __init__(self, read: Packed[Callable[[Any], Batch]]) -> None:
         self.read = read
 
     def __getitem__(self, task: Any) -> Batch | _Piped | UserError:
@@ -283,33 +280,3 @@ def _receive(arrivals: Iterator[Any], pin: bool) -> Batch | None:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-class Packed(Generic[T]):
-    """An object to send to many processes, which then share the memory of its arrays.
-
-    A million file names are 50 MB: too much for a copy in each of 16 processes.
-    """
-
-    def __init__(self, content: T) -> None:
-        buffers: list[pickle.PickleBuffer] = []
-        self._body = pickle.dumps(content, protocol=5, buffer_callback=buffers.append)
-        sizes = [buffer.raw().nbytes for buffer in buffers]
-        starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]).tolist()
-        self._parts = [(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-        self._memory = torch.empty(starts[-1], dtype=torch.uint8)
-        for (first, last), buffer in zip(self._parts, buffers, strict=True):
-            self._memory.numpy()[first:last] = np.frombuffer(buffer.raw(), np.uint8)
-        if 0 < 2 * self._memory.nbytes < free_shared_memory():
-            self._memory.share_memory_()  # type: ignore[no-untyped-call]
-
-    @property
-    def needs_main(self) -> bool:
-        """Whether the user's script defines a class of the content."""
-        return b"__main__" in self._body
-
-    @cached_property
-    def content(self) -> T:
-        memory = memoryview(self._memory.numpy())  # type: ignore[arg-type]
-        content: T = pickle.loads(self._body, buffers=[memory[a:b] for a, b in self._parts])
-        return content
