@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import nn
 
+from mocokit.nets import batchnorm
 from mocokit.nets.batchnorm import (
     GroupedBatchNorm2d,
     calibrate,
@@ -156,3 +157,44 @@ def test_bfloat16_inputs_keep_float32_statistics():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = layer(torch.randn(4, 3, 2, 2).bfloat16())
     assert outputs.dtype == torch.bfloat16 and layer.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(24, 5, 4, 3), (24, 6)])
+@pytest.mark.parametrize("layout", ["planes", "channels last"])
+def test_equal_groups_at_once_are_the_loop_over_groups(shape, layout, monkeypatch):
+    """Outputs, gradients and buffers, in float64; a GPU takes the one way, a CPU the other."""
+    torch.manual_seed(0)
+    inputs = 3 * torch.randn(shape, dtype=torch.float64) + 1
+    if layout == "channels last" and len(shape) == 4:
+        inputs = inputs.to(memory_format=torch.channels_last)
+    gradient = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for at_once in (False, True):
+        monkeypatch.setattr(batchnorm, "_at_once", lambda inputs, sizes, at_once=at_once: at_once)
+        torch.manual_seed(1)
+        norm = GroupedBatchNorm2d(shape[1], 6, momentum=0.3).double()
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            torch.nn.init.uniform_(tensor, 0.5, 2)
+        given = inputs.clone().requires_grad_()
+        outputs = norm(given)
+        torch.relu_(outputs).backward(gradient)  # in place, as a ResNet's activations are
+        assert given.grad is not None and norm.weight.grad is not None
+        found.append(
+            [outputs, given.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()],
+        )
+    for of_loop, of_all in zip(*found, strict=True):
+        assert of_loop.stride() == of_all.stride()
+        torch.testing.assert_close(of_all, of_loop, rtol=1e-12, atol=1e-12)
+
+
+def test_groups_go_at_once_on_a_gpu_alone_and_only_if_equal():
+    class OnGpu:
+        is_cuda, shape = True, (8, 3, 1, 1)
+
+        def numel(self):
+            return 24
+
+    assert batchnorm._at_once(OnGpu(), [4, 4])
+    assert not batchnorm._at_once(OnGpu(), [5, 3])
+    assert not batchnorm._at_once(OnGpu(), [1] * 8)  # torch's own error is the better one
+    assert not batchnorm._at_once(torch.zeros(8, 3, 1, 1), [4, 4])
