@@ -25,10 +25,12 @@ from mocokit.errors import UserError
 from mocokit.evaluate.health import HealthMonitor
 from mocokit.evaluate.monitor import KnnMonitor
 from mocokit.methods.method import Method
+from mocokit.methods.processes import rank_and_world
 from mocokit.nets.batchnorm import group_sizes, share_of_groups
 from mocokit.nets.heads import Encoder
 from mocokit.settings import get, replace
 from mocokit.sizes import InEffect, count_shares
+from mocokit.views.fused import can_compile
 from mocokit.views.params import ViewSpec, canvas_bound
 
 MAX_WORKERS = 8
@@ -50,13 +52,15 @@ def settle(settings: Settings, device: torch.device, stored: Settings | None) ->
     defaults: dict[str, Callable[[], Any]] = {
         "engine.precision": lambda: default_precision(device),
         "engine.memory_format": lambda: "channels_last",
-        "engine.compile": lambda: device.type == "cuda",
+        "engine.compile": lambda: device.type == "cuda" and can_compile(),
         "engine.threads": default_threads,
+        "engine.cuda_graphs": lambda: device.type == "cuda" and rank_and_world()[1] == 1,
     }
     changes = {}
     for path, default in defaults.items():
         if get(settings, path) == "auto":
-            changes[path] = default() if stored is None else get(stored, path)
+            before = "auto" if stored is None else get(stored, path)
+            changes[path] = default() if before == "auto" else before  # 0.1 stored fewer settings
     return replace(settings, changes)
 
 
@@ -87,10 +91,13 @@ def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> P
     if settings.engine.memory_format == "channels_last":
         method = method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if settings.engine.compile:
+        # Both encoders share one count of graphs: with and without gradient, a partial last batch.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        graphs = device.type == "cuda" and settings.engine.cuda_graphs is True
         for part in method.children():
             if isinstance(part, Encoder):
                 # Shapes learnt on the way would make a kernel depend on what was seen before.
-                part.compile(dynamic=False)
+                part.compile(dynamic=False, options={"triton.cudagraphs": graphs})
     optimizer = build_optimizer(
         optim.name, method.trained(), effect.lr, optim.momentum, optim.weight_decay, optim.trust
     )

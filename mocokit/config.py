@@ -233,6 +233,9 @@ class Engine(Section):
         "auto", "layout of images in memory; auto is channels_last"
     )
     compile: Literal["auto"] | bool = setting("auto", "torch.compile the encoders; auto: on CUDA")
+    cuda_graphs: Literal["auto"] | bool = place(
+        "auto", "replay the compiled encoders as CUDA graphs; auto: on one GPU"
+    )
     deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
     threads: Positive | Literal["auto"] = place("auto", "CPU threads of each process")
     compare_steps: int = place(

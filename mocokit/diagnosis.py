@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
+
 from mocokit import build
 from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
@@ -32,6 +34,14 @@ def diagnose(
     The images are those of the steps to come, which the queue does not hold yet. Nothing that
     training reads is changed.
     """
+    # Without gradients, and in evaluation, each encoder would be another graph to compile.
+    with torch.compiler.set_stance("force_eager"):
+        return _diagnose(job, loader, make_views, monitor, stop)
+
+
+def _diagnose(
+    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
+) -> dict[str, Any]:
     method, settings = job.parts.method, job.settings
     precision = partial(autocast, job.device, settings.engine.precision)
     found: dict[str, Any] = {}

@@ -172,6 +172,7 @@ def test_a_run_on_held_images_is_the_same_run(toy_npz, tmp_path, monkeypatch, fo
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(pack):
     source, cuda = open_data(pack).train, torch.device("cuda")
     held, index = hold(source, None, cuda), np.array([3, 1, 0])

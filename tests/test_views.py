@@ -5,6 +5,7 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
+from gpus import waiting_is_an_error
 from PIL import Image
 from reference_views import (
     cifar,
@@ -361,12 +362,8 @@ def no_waiting():
 
     def twice(run):
         run()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             return run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     return twice
 
@@ -455,3 +452,29 @@ def test_views_on_demand_are_the_views(sizes):
     order = draw.permutation(len(sizes))
     for rows in (slice(1, 4), slice(None), order, order[:1]):
         torch.testing.assert_close(lazily[rows], whole[rows], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("half", [False, True])
+def test_views_keep_their_precision_inside_autocast(kind, half, monkeypatch):
+    """The caller's autocast is for its network; `half` is what a GPU does."""
+    resample = separable._resample
+    monkeypatch.setattr(separable, "_resample", lambda *parts: resample(*parts[:4], half))
+    force(monkeypatch, "gathered")
+    spec = spec_of(size=24, resize=28, order=("crop", "flip", "jitter"), interpolation=kind)
+    canvases = photos()
+    table, (pixels, heights, widths) = table_of(spec, canvases), flat(canvases)
+
+    def made():
+        everything = ViewsOnDemand(spec, table, pixels, heights, widths, "cpu")
+        return (
+            make_views(spec, table, pixels, heights, widths, "cpu"),
+            everything[:],
+            evaluation_views(spec, pixels, heights, widths, "cpu"),
+        )
+
+    outside = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = made()
+    for one, other in zip(outside, inside, strict=True):
+        assert torch.equal(one, other)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from mocokit.data.arrays import ArraySource
 from mocokit.data.decode import BadImage
 from mocokit.data.protocol import Source
+from mocokit.data.unread import Unread
 from mocokit.errors import UserError
 
 _SHARED_MEMORY = "/dev/shm"
@@ -69,6 +70,10 @@ def read_batch(
         images = source.gather(indices)  # (n, H, W, 3)
         heights, widths = (np.full(len(indices), images.shape[axis], np.int64) for axis in (1, 2))
         return Batch(indices, torch.from_numpy(images.reshape(-1)), heights, widths)
+    if isinstance(source, Unread) and not (source.bad or avoid):
+        # Nothing to read and nothing to replace: a GPU that trains in 10 ms would wait for a loop.
+        empty = torch.empty(0, dtype=torch.uint8)
+        return Batch(indices, empty, source.heights[indices], source.widths[indices])
     read: list[tuple[int, NDArray[np.uint8]]] = []
     bad: list[tuple[int, str, str]] = []
     for index in indices.tolist():

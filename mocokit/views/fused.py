@@ -8,9 +8,11 @@ operation reads its images once.
 import math
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,9 +57,14 @@ def _run(images: Tensor, kinds: list[str], numbers: list[NDArray[np.float64]]) -
 
 @cache
 def can_compile() -> bool:
-    """Whether torch.compile can make CUDA kernels here: it needs Triton and a C compiler."""
+    """Whether torch.compile can make CUDA kernels here.
+
+    It needs Triton, which builds its launchers with a C compiler and Python's headers.
+    """
     compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    return find_spec("triton") is not None and any(map(shutil.which, compilers))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    found = find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return found and headers.is_file()
 
 
 @cache

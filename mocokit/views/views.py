@@ -7,6 +7,8 @@ The flip is done with the crop, wherever the settings put it: it commutes with a
 for colours are changed pixel by pixel and the blur is symmetric; RandAugment comes after it.
 """
 
+from contextlib import AbstractContextManager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -41,6 +43,11 @@ def make_views(
 
 @torch.no_grad()
 def _views(spec: ViewSpec, table: Table, canvases: Canvases) -> Tensor:
+    with _own_precision(canvases.device):
+        return _make(spec, table, canvases)
+
+
+def _make(spec: ViewSpec, table: Table, canvases: Canvases) -> Tensor:
     out = _empty(spec, canvases)
     for part in canvases.parts(table.boxes[:, 2], table.boxes[:, 3], spec.size):
         rows = table.rows(part)
@@ -91,10 +98,16 @@ def evaluation_views(
     # Python's round and rint agree, and torchvision's CenterCrop rounds.
     corner = np.rint((resized - spec.size) / 2).astype(np.int64)
     out = _empty(spec, canvases)
-    for part in canvases.parts(heights, widths, spec.size):
-        images = canvases.resize(part, resized[part], corner[part], spec)
-        _put(out[part], _normalise(spec, images))
+    with _own_precision(canvases.device):
+        for part in canvases.parts(heights, widths, spec.size):
+            images = canvases.resize(part, resized[part], corner[part], spec)
+            _put(out[part], _normalise(spec, images))
     return out
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Outside the caller's autocast, which would take the products in a coarser precision."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _short_side(heights: Sizes, widths: Sizes, resize: int) -> Sizes:
