@@ -22,8 +22,8 @@ from mocokit.engine.runtime import (
 )
 from mocokit.engine.world import World
 from mocokit.errors import UserError
-from mocokit.evaluate.health import HealthMonitor
-from mocokit.evaluate.monitor import KnnMonitor
+from mocokit.health.knn_monitor import KnnMonitor
+from mocokit.health.measures import HealthMonitor
 from mocokit.methods.method import Method
 from mocokit.nets.batchnorm import group_sizes, share_of_groups
 from mocokit.nets.heads import Encoder

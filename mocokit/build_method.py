@@ -9,7 +9,6 @@ from mocokit.chance import Slot
 from mocokit.config import Settings
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
-from mocokit.evaluate.features import evaluating
 from mocokit.methods.losses import LOSSES, InfoNCE
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.method import Method
@@ -18,6 +17,7 @@ from mocokit.methods.simclr import SimCLR
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import use_groups, use_whole
 from mocokit.nets.heads import Encoder, build_head
+from mocokit.nets.modes import evaluating
 from mocokit.sizes import InEffect, count_groups
 
 

@@ -47,7 +47,7 @@ class Slot(IntEnum):
     ENQUEUE = 201  # which view's keys join the queue, where those of one do
     BANK_NEGATIVES = 202  # which entries of a memory bank are compared with
 
-    # Detection (evaluate/voc_*.py) owns 120-129.
+    # Detection (detection/) owns 120-129.
     DETECTION_ORDER = 120  # the order of its training images
     DETECTION_SIDE = 121  # which short side an image is resized to
     DETECTION_FLIP = 122

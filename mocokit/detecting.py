@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from mocokit.chance import Slot
+from mocokit.detection.c4 import Detector
+from mocokit.detection.open import Data, open_boxes
+from mocokit.detection.protocol import Plan, plan_for
+from mocokit.detection.train import Trainer
+from mocokit.detection.trial import DetectionTrial
 from mocokit.detection_report import Detected, DetectionReport
-from mocokit.detection_trial import DetectionTrial
 from mocokit.engine.folder import ROOT, RunFolder
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import (
@@ -24,10 +28,6 @@ from mocokit.engine.runtime import (
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
-from mocokit.evaluate.voc_c4 import Detector
-from mocokit.evaluate.voc_open import Data, open_boxes
-from mocokit.evaluate.voc_plan import Plan, plan_for
-from mocokit.evaluate.voc_train import Trainer
 from mocokit.subjects import Opened, open_subject
 
 MAX_THREADS = 8
@@ -55,9 +55,9 @@ def evaluate_voc(
     """Fine-tune a Faster R-CNN C4 from a backbone and measure its AP: the papers' second measure.
 
     `run` is as in `evaluate_knn`; `data` is VOCdevkit/, one folder of VOC's layout, or COCO's.
-    Trials have the seeds seed, seed + 1, ...; `settings` changes any value of voc_plan.Plan; every
-    `every` steps a test is made on the way. The same call goes on with what was begun in `out`.
-    Raises UserError, Interrupted once saved, and NonFiniteLoss.
+    Trials have the seeds seed, seed + 1, ...; `settings` changes any value of
+    detection.protocol.Plan; every `every` steps a test is made on the way. The same call goes on
+    with what was begun in `out`. Raises UserError, Interrupted once saved, and NonFiniteLoss.
     """
     if trials < 1 or every < 0 or pictures < 0:
         raise UserError("trials are counted from 1; every and pictures from 0")

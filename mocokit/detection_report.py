@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mocokit import evaluations, paper
-from mocokit.detection_trial import COLUMNS
+from mocokit.detection.open import Data
+from mocokit.detection.protocol import Plan, plan_for
+from mocokit.detection.trial import COLUMNS
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import peak_memory
-from mocokit.evaluate.voc_open import Data
-from mocokit.evaluate.voc_plan import Plan, plan_for
 from mocokit.subjects import Opened
 
 MAX_NAMED = 20  # problems with annotations, before training; all are counted

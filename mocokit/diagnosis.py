@@ -9,10 +9,9 @@ from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.engine.runtime import autocast
 from mocokit.engine.stop import Stopped, StopSignals
-from mocokit.evaluate.geometry import positives_in_queue
-from mocokit.evaluate.health import HealthMonitor
-from mocokit.evaluate.leak import Step, contrast_by_grouping, has_groups
-from mocokit.evaluate.monitor import KnnMonitor
+from mocokit.health.bn_leak import Step, contrast_by_grouping, has_groups
+from mocokit.health.knn_monitor import KnnMonitor
+from mocokit.health.measures import HealthMonitor, positives_in_queue
 from mocokit.job import Job
 from mocokit.methods.method import Draw
 from mocokit.methods.processes import to_device

@@ -10,10 +10,10 @@ import torch
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.evaluate import finetune, linear_paper, linear_quick
-from mocokit.evaluate.knn import knn_grid_of
-from mocokit.evaluate.table import CENTRE, Transform
 from mocokit.evaluations import Evaluation
+from mocokit.protocols import finetune, linear_paper, linear_quick
+from mocokit.protocols.knn import knn_grid_of
+from mocokit.protocols.table import CENTRE, Transform
 from mocokit.trial import PIXELS, Options, Trial
 
 PERCENTS = (1.0, 10.0, 100.0)

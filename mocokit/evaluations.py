@@ -16,7 +16,7 @@ import torch
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Speaker, clock, read_metrics
 from mocokit.errors import UserError
-from mocokit.evaluate.scores import Scores
+from mocokit.protocols.scores import Scores
 
 HEADING = "## Evaluations"
 SHOWN_CLASSES = 20  # of a confusion matrix; of more, only the commonest mistakes

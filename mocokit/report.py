@@ -18,9 +18,9 @@ from mocokit.data.pack import is_pack
 from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import default_threads, on_first, peak_memory
-from mocokit.evaluate.advice import advise
-from mocokit.evaluate.verdict import verdict
 from mocokit.export import write_backbone
+from mocokit.health.advice import advise
+from mocokit.health.verdict import verdict
 from mocokit.job import Job
 from mocokit.methods.method import Output
 from mocokit.recipes import RECIPES

@@ -22,9 +22,9 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
-from mocokit.evaluate.subject import Layer, Subject
 from mocokit.nets.backbones import build_backbone
 from mocokit.views.params import ViewSpec
+from mocokit.weights.subject import Layer, Subject
 
 RANDOM = "random"
 DEFAULT_RANDOM = "resnet50"

@@ -11,11 +11,12 @@ from shapes import SMALL, tiny_network, write_shapes
 from test_cli import call
 
 import mocokit
-from mocokit import detection_trial, evaluate_voc, paper
+from mocokit import evaluate_voc, paper
+from mocokit.detection import trial
+from mocokit.detection.protocol import plan_for
 from mocokit.detection_report import DetectionReport
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
-from mocokit.evaluate.voc_plan import plan_for
 
 RUN = f"random:{tiny_network()}"
 FEW = SMALL | {"precise_bn": 2}
@@ -71,7 +72,7 @@ def test_a_result_with_all_that_belongs_to_it(straight):
 
 def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
     """SIGTERM in the third step saves and says 75; the same call ends as if nothing had been."""
-    steps = detection_trial.DetectionTrial._show
+    steps = trial.DetectionTrial._show
     at = iter(range(100))
 
     def interrupted(self, losses, step, total):
@@ -79,7 +80,7 @@ def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypat
         if next(at) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(detection_trial.DetectionTrial, "_show", interrupted)
+    monkeypatch.setattr(trial.DetectionTrial, "_show", interrupted)
     out = tmp_path / "out"
     with pytest.raises(Interrupted, match="stopped after step 3 and saved") as stop:
         evaluate(root, out)
@@ -95,7 +96,7 @@ def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypat
 
 def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
     """What was done after the last checkpoint is done again, the same."""
-    steps = detection_trial.DetectionTrial._show
+    steps = trial.DetectionTrial._show
     at = iter(range(100))
 
     def killed(self, losses, step, total):
@@ -103,7 +104,7 @@ def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatc
         if next(at) == 2:
             raise KeyboardInterrupt  # between a checkpoint and the next, nothing is saved
 
-    monkeypatch.setattr(detection_trial.DetectionTrial, "_show", killed)
+    monkeypatch.setattr(trial.DetectionTrial, "_show", killed)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(root, out)
@@ -113,7 +114,7 @@ def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatc
 
 
 def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypatch):
-    out, real = tmp_path / "out", detection_trial.detect_in
+    out, real = tmp_path / "out", trial.detect_in
 
     def interrupted(trainer, data, tell):
         if trainer.step == 4 and not (out / "seen").exists():
@@ -121,7 +122,7 @@ def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
         return real(trainer, data, tell)
 
-    monkeypatch.setattr(detection_trial, "detect_in", interrupted)
+    monkeypatch.setattr(trial, "detect_in", interrupted)
     with pytest.raises(Interrupted):
         evaluate(root, out)
     found = evaluate(root, out)
@@ -136,7 +137,7 @@ def test_trials_have_seeds_and_are_not_made_twice(straight, root, monkeypatch):
     assert both.mean["AP50"] == pytest.approx(mean)
     first, second = (weights(straight[1] / f"trial-{seed}")["detector"] for seed in (0, 1))
     assert not torch.equal(first["body.0.weight"], second["body.0.weight"])
-    monkeypatch.setattr(detection_trial.DetectionTrial, "_train", None)  # would fail if called
+    monkeypatch.setattr(trial.DetectionTrial, "_train", None)  # would fail if called
     again = evaluate(root, straight[1], trials=2)
     assert again.trials == both.trials
 
@@ -240,7 +241,7 @@ def test_broken_images_are_named_and_left_out_of_training_and_test(root, tmp_pat
 
 
 def test_boxes_of_coco_are_judged_by_coco(tmp_path):
-    from test_voc_data import box, coco
+    from test_detection_data import box, coco
 
     coco(tmp_path, "train", [box(1, 7, [5, 6, 30, 22]), box(2, 7, [1, 2, 30, 24])])
     coco(tmp_path, "val", [box(1, 7, [5, 6, 30, 22])])

@@ -14,11 +14,11 @@ import mocokit
 from mocokit import cli
 from mocokit.data.arrays import ArraySource
 from mocokit.errors import UserError
-from mocokit.evaluate.finetune import Classifier, Plan, block_of, parameter_groups
-from mocokit.evaluate.subject import weights_hash
-from mocokit.evaluate.task import task_of
 from mocokit.nets.backbones import build_backbone
+from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
+from mocokit.protocols.task import task_of
 from mocokit.subjects import folder_of, open_subject, timm_spec
+from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
 
@@ -149,7 +149,7 @@ def test_the_two_linear_protocols_are_never_confused(run, command):
 
 
 def test_finetune_with_shares_of_the_labels(run, command, monkeypatch):
-    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 4)
+    monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 4)
     before = (run / "backbone.safetensors").read_bytes()
     code, said = command("finetune", run, "--percent", 10, "--percent", 100, "--epochs", 2)
     assert code == 0 and "trained backbone, labels 10 %" in said

@@ -14,8 +14,8 @@ from mocokit import evaluations, recipes, subjects
 from mocokit.data.source import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
-from mocokit.evaluate import monitor
-from mocokit.evaluate.finetune import Plan
+from mocokit.health import knn_monitor
+from mocokit.protocols.finetune import Plan
 from mocokit.trial import Options, Trial
 
 CPU = torch.device("cpu")
@@ -218,15 +218,15 @@ def test_fine_tuning_says_ahead_what_it_will_do():
 def test_random_weights_are_calibrated_on_images_of_all_classes(monkeypatch):
     """Files of a folder come class by class: the first ones are of one class."""
     seen = []
-    monkeypatch.setattr(monitor, "CALIBRATION", 1)
-    monkeypatch.setattr(monitor, "BATCH", 10)
-    monkeypatch.setattr(monitor, "calibrate", lambda network, batches: seen.extend(batches))
+    monkeypatch.setattr(knn_monitor, "CALIBRATION", 1)
+    monkeypatch.setattr(knn_monitor, "BATCH", 10)
+    monkeypatch.setattr(knn_monitor, "calibrate", lambda network, batches: seen.extend(batches))
     monkeypatch.setattr(
-        monitor,
+        knn_monitor,
         "evaluation_batches",
         lambda source, numbers, *rest: [(None, int(number)) for number in numbers],
     )
-    monitor.calibrated(None, range(95), None, None)
+    knn_monitor.calibrated(None, range(95), None, None)
     assert seen == [0, 9, 19, 28, 38, 47, 57, 66, 76, 85]
 
 
@@ -265,7 +265,7 @@ def test_unreadable_images_are_counted_on_both_sides(tmp_path):
 
 
 def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
-    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 1)
+    monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 1)
     for number in range(8):
         save(tmp_path / f"pets/train/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
     for side in ("cat", "dog"):

@@ -13,10 +13,10 @@ from torch import Tensor
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.decode import BadImage, decode
+from mocokit.detection.c4 import Images, Target
+from mocokit.detection.dataset import Sample
+from mocokit.detection.protocol import Plan
 from mocokit.errors import UserError
-from mocokit.evaluate.voc_c4 import Images, Target
-from mocokit.evaluate.voc_data import Sample
-from mocokit.evaluate.voc_plan import Plan
 
 T = TypeVar("T")
 PAIR = 2  # images padded to one size: what each of the authors' 8 GPUs held of 16

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.decode import BadImage
+from mocokit.detection.c4 import Detector, Found
+from mocokit.detection.dataset import Boxes
+from mocokit.detection.protocol import Plan
+from mocokit.detection.views import Training, View, ahead, pairs, view
 from mocokit.engine.health import FiniteWatch, check_weights
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import NonFiniteLoss
-from mocokit.evaluate.voc_ap import (
+from mocokit.nets.batchnorm import GroupedBatchNorm2d
+from mocokit.protocols.voc_ap import (
     Box,
     Detection,
     Metric,
@@ -28,11 +33,6 @@ from mocokit.evaluate.voc_ap import (
     as_written,
     precisions,
 )
-from mocokit.evaluate.voc_c4 import Detector, Found
-from mocokit.evaluate.voc_data import Boxes
-from mocokit.evaluate.voc_plan import Plan
-from mocokit.evaluate.voc_views import Training, View, ahead, pairs, view
-from mocokit.nets.batchnorm import GroupedBatchNorm2d
 
 
 @dataclass

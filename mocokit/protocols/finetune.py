@@ -19,11 +19,12 @@ from mocokit.chance import Slot
 from mocokit.engine.health import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.evaluate.features import evaluating, evaluation_batches, probe_spec
-from mocokit.evaluate.linear_paper import TellEpoch, training_views
-from mocokit.evaluate.subject import Subject
-from mocokit.evaluate.table import CENTRE
-from mocokit.evaluate.task import Task
+from mocokit.nets.modes import evaluating
+from mocokit.protocols.features import evaluation_batches, probe_spec
+from mocokit.protocols.linear_paper import TellEpoch, training_views
+from mocokit.protocols.table import CENTRE
+from mocokit.protocols.task import Task
+from mocokit.weights.subject import Subject
 
 LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to this many steps
 

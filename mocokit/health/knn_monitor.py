@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.source import Source
-from mocokit.evaluate.features import (
-    BATCH,
-    compute_features,
-    evaluating,
-    evaluation_batches,
-)
-from mocokit.evaluate.knn import knn_accuracy
 from mocokit.nets.batchnorm import calibrate
 from mocokit.nets.heads import Encoder
+from mocokit.nets.modes import evaluating
+from mocokit.protocols.features import BATCH, compute_features, evaluation_batches
+from mocokit.protocols.knn import knn_accuracy
 from mocokit.views.params import ViewSpec
 
 PIXEL_LIMIT = 64  # pixels a side; above, raw pixels are no baseline worth their memory

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from shapes import write_shapes, write_voc, xml
 
+from mocokit.detection import annotations
+from mocokit.detection.annotations import BadAnnotation, read_xml
+from mocokit.detection.open import open_boxes
 from mocokit.errors import UserError
-from mocokit.evaluate import voc_xml
-from mocokit.evaluate.voc_open import open_boxes
-from mocokit.evaluate.voc_xml import BadAnnotation, read_xml
 
 
 @contextmanager
@@ -130,8 +130,8 @@ FILE = '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]>'
     ],
 )
 def test_hostile_xml_is_refused(tmp_path, monkeypatch, text, reason):
-    monkeypatch.setattr(voc_xml, "MAX_BYTES", 3000)
-    monkeypatch.setattr(voc_xml, "MAX_OBJECTS", 10)
+    monkeypatch.setattr(annotations, "MAX_BYTES", 3000)
+    monkeypatch.setattr(annotations, "MAX_OBJECTS", 10)
     path = tmp_path / "a.xml"
     path.write_text(text)
     with pytest.raises(BadAnnotation, match=reason):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from mocokit.chance import Slot
 from mocokit.data.source import Source
 from mocokit.errors import UserError
-from mocokit.evaluate.split import hold_out, stratified
+from mocokit.protocols.split import hold_out, stratified
 
 TEST_SHARE = 0.2  # of the labelled images, where there are no others to test on
 

@@ -22,12 +22,13 @@ from mocokit.chance import Slot
 from mocokit.data.loader import read_batches
 from mocokit.engine.health import FiniteWatch
 from mocokit.errors import NonFiniteLoss
-from mocokit.evaluate.features import evaluating, probe_spec
-from mocokit.evaluate.subject import Subject
-from mocokit.evaluate.table import CENTRE, Table
-from mocokit.evaluate.task import Task
+from mocokit.nets.modes import evaluating
+from mocokit.protocols.features import probe_spec
+from mocokit.protocols.table import CENTRE, Table
+from mocokit.protocols.task import Task
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import make_views
+from mocokit.weights.subject import Subject
 
 LR, MOMENTUM, EPOCHS, BATCH = 30.0, 0.9, 100, 256
 DROPS = (0.6, 0.8)  # epochs 60 and 80 of 100

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.models.detection._utils import Matcher
 from torchvision.ops import roi_align
 
-from mocokit.evaluate.voc_boxes import (
+from mocokit.detection.anchors import (
     Size,
     anchor_cells,
     anchors_of,
@@ -24,8 +24,8 @@ from mocokit.evaluate.voc_boxes import (
     propose,
     select,
 )
-from mocokit.evaluate.voc_joint import cut_resnet, joint, whole_norm
-from mocokit.evaluate.voc_plan import Plan
+from mocokit.detection.joint_norm import cut_resnet, joint, whole_norm
+from mocokit.detection.protocol import Plan
 
 
 class Images(NamedTuple):

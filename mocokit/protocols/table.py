@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mocokit.data.source import Source
 from mocokit.errors import MocokitError, UserError
-from mocokit.evaluate.features import BATCH, CROP_AREA, evaluating, evaluation_batches
-from mocokit.evaluate.subject import Subject
+from mocokit.nets.modes import evaluating
+from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches
 from mocokit.views.params import ViewSpec
+from mocokit.weights.subject import Subject
 
 FORMAT = 2
 LIMIT_GIB = 20.0  # of finished tables; past it the longest unused go

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from mocokit.detection import pictures
+from mocokit.detection.dataset import Boxes
+from mocokit.detection.train import Trainer, detect_in
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder, held
 from mocokit.engine.record import Meter, Metrics, Speaker, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
-from mocokit.evaluate import voc_pictures
-from mocokit.evaluate.voc_ap import Precisions
-from mocokit.evaluate.voc_data import Boxes
-from mocokit.evaluate.voc_train import Trainer, detect_in
+from mocokit.protocols.voc_ap import Precisions
 
 SAVE_SECONDS = 600.0  # between checkpoints; when one is written changes no number
 LOG_STEPS = 20
@@ -147,9 +147,9 @@ class DetectionTrial:
         tested, main, scores = self._test(trainer)
         metric, first = next(iter(scores.items()))
         if self.pictures:
-            sheet = voc_pictures.sheet(self.test_data, tested, self.pictures)
+            sheet = pictures.sheet(self.test_data, tested, self.pictures)
             sheet.save(self.folder.path / "predictions.png")
-            bars = voc_pictures.bars(first, f"{self.test_data.name}, {metric}")
+            bars = pictures.bars(first, f"{self.test_data.name}, {metric}")
             bars.save(self.folder.path / "classes.png")
         curve = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
         return {

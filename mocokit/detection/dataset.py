@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mocokit.data.names import printable
+from mocokit.detection.annotations import Annotated, BadAnnotation, read_xml
 from mocokit.errors import UserError
-from mocokit.evaluate.voc_xml import Annotated, BadAnnotation, read_xml
 
 Style = Literal["voc", "coco"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

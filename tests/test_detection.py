@@ -10,20 +10,20 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from shapes import SMALL, shapes, tiny_network, write_shapes
-from test_voc_data import opened
+from test_detection_data import opened
 
+from mocokit.detection.anchors import anchor_cells, anchors_of, draw, propose, select
+from mocokit.detection.c4 import Detector, Images, Target
+from mocokit.detection.dataset import Sample
+from mocokit.detection.joint_norm import cut_resnet, joint, whole_norm
+from mocokit.detection.protocol import Plan, plan_for
+from mocokit.detection.train import Outcome, Trainer, detect_in, parameter_groups
+from mocokit.detection.views import Training, pairs, resized, view
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
-from mocokit.evaluate.voc_ap import Detection
-from mocokit.evaluate.voc_boxes import anchor_cells, anchors_of, draw, propose, select
-from mocokit.evaluate.voc_c4 import Detector, Images, Target
-from mocokit.evaluate.voc_data import Sample
-from mocokit.evaluate.voc_joint import cut_resnet, joint, whole_norm
-from mocokit.evaluate.voc_plan import Plan, plan_for
-from mocokit.evaluate.voc_train import Outcome, Trainer, detect_in, parameter_groups
-from mocokit.evaluate.voc_views import Training, pairs, resized, view
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
+from mocokit.protocols.voc_ap import Detection
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from mocokit.data.batch import Batch
 from mocokit.data.loader import read_batches
@@ -18,19 +17,6 @@ from mocokit.views.views import evaluation_views, make_views
 
 BATCH = 256
 CROP_AREA = (0.08, 1.0)  # of a probe's random crops: torchvision's RandomResizedCrop
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule's own mode comes back afterwards."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 def evaluation_batches(

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss
-from mocokit.evaluate.linear_paper import Fitted
-from mocokit.evaluate.split import hold_out, stratified
-from mocokit.evaluate.subject import Subject
-from mocokit.evaluate.table import CENTRE, Table, Transform
-from mocokit.evaluate.task import Task
+from mocokit.protocols.linear_paper import Fitted
+from mocokit.protocols.split import hold_out, stratified
+from mocokit.protocols.table import CENTRE, Table, Transform
+from mocokit.protocols.task import Task
+from mocokit.weights.subject import Subject
 
 PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
 CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty

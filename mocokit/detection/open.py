@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from mocokit.data.decode import BadImage, read_file
 from mocokit.data.names import printable
-from mocokit.errors import UserError
-from mocokit.evaluate.voc_data import (
+from mocokit.detection.annotations import Annotated, BadAnnotation
+from mocokit.detection.dataset import (
     LISTS,
     Advance,
     Boxes,
@@ -21,7 +21,7 @@ from mocokit.evaluate.voc_data import (
     inside,
     read_voc,
 )
-from mocokit.evaluate.voc_xml import Annotated, BadAnnotation
+from mocokit.errors import UserError
 
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 SPLITS = {

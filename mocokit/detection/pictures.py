@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mocokit.data.decode import decode
-from mocokit.evaluate.voc_ap import Precisions
-from mocokit.evaluate.voc_data import Boxes
-from mocokit.evaluate.voc_train import Outcome
+from mocokit.detection.dataset import Boxes
+from mocokit.detection.train import Outcome
+from mocokit.protocols.voc_ap import Precisions
 
 SHOWN_SCORE = 0.5
 _CELL, _GAP, _LINE, _FONT = 360, 8, 18, 12
