@@ -9,22 +9,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mocokit.detecting import evaluate_voc
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
-    from mocokit.evaluating import evaluate_finetune, evaluate_knn, evaluate_linear
-    from mocokit.export import load
+    from mocokit.evaluate.api import evaluate_finetune, evaluate_knn, evaluate_linear
+    from mocokit.evaluate.voc import evaluate_voc
     from mocokit.pretrain import Run, pretrain
+    from mocokit.weights.resolve import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "pretrain": "mocokit.pretrain",
     "Run": "mocokit.pretrain",
-    "load": "mocokit.export",
-    "evaluate_knn": "mocokit.evaluating",
-    "evaluate_linear": "mocokit.evaluating",
-    "evaluate_finetune": "mocokit.evaluating",
-    "evaluate_voc": "mocokit.detecting",
+    "load": "mocokit.weights.resolve",
+    "evaluate_knn": "mocokit.evaluate.api",
+    "evaluate_linear": "mocokit.evaluate.api",
+    "evaluate_finetune": "mocokit.evaluate.api",
+    "evaluate_voc": "mocokit.evaluate.voc",
     "MocokitError": "mocokit.errors",
     "UserError": "mocokit.errors",
     "NonFiniteLoss": "mocokit.errors",

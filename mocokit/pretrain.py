@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mocokit import build, recipes, report
 from mocokit.data.batch import Batch
 from mocokit.data.source import open_data
-from mocokit.diagnosis import diagnose
 from mocokit.engine.average import GradientAverage
 from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
@@ -25,10 +23,12 @@ from mocokit.engine.replicas import compare_replicas
 from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.job import Job, begun, open_job
 from mocokit.methods.method import Draw, Output, Views
 from mocokit.methods.processes import to_device
-from mocokit.start import calibrate_on_first_group
+from mocokit.run import build, command, messages, recording
+from mocokit.run.diagnosis import diagnose
+from mocokit.run.open import begun, calibrate_on_first_group, open_job
+from mocokit.run.state import Job
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 
@@ -67,8 +67,8 @@ def pretrain(
         "engine.device": device,
         "seed": seed,
     }
-    changes = recipes.merge(flags, settings or {})
-    asked, stated = recipes.asked(recipe, None if data is None else str(data), changes)
+    changes = command.merge(flags, settings or {})
+    asked, stated = command.asked(recipe, None if data is None else str(data), changes)
     with StopSignals() as stop, joined_world(asked.engine.device) as world:
         with stop.before_the_first_step():
             speaker, where = Speaker(world.writes), asked.data
@@ -77,18 +77,18 @@ def pretrain(
         result = on_first(world, job.folder.result)
         if result is None:
             with begun(job):
-                report.start(job)
+                messages.start(job)
                 try:
                     train(job, stop)
                     with stop.giving_way():
-                        result = report.finish(job)
+                        result = recording.finish(job)
                 except NonFiniteLoss as error:
                     raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
                 except torch.OutOfMemoryError:
                     raise UserError(job.out_of_memory()) from None
                 except Stopped:
                     raise stop.error(job.step, job.folder.path) from None
-        report.result(job, result)
+        messages.result(job, result)
     return Run(job.folder.path, result)
 
 
@@ -109,11 +109,11 @@ def train(job: Job, stop: StopSignals) -> None:
     watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
 
     def score() -> None:
-        scored = monitor if due.monitor(job.step) else None  # the last: by report.finish
+        scored = monitor if due.monitor(job.step) else None  # the last: by recording.finish
         with job.between_steps():
             record.scores(diagnose(job, loader, make_batch_views, scored, stop))
 
-    with report.recording(job) as record:
+    with recording.recording(job) as record:
         if due.health(job.step) and record.unscored():  # a stop came before they were finished
             score()
         for step, batch in record.waiting(loader):

@@ -17,7 +17,7 @@ from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
 from mocokit.protocols.task import task_of
-from mocokit.subjects import folder_of, open_subject, timm_spec
+from mocokit.weights.resolve import folder_of, open_subject, timm_spec
 from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def test_a_run_that_cannot_be_written_is_judged_all_the_same(run, command, monke
     def full(folder, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mocokit.evaluations.append", full)
+    monkeypatch.setattr("mocokit.run.readme.append", full)
     code, said = command("knn", run, "--no-baseline")
     assert code == 0 and "cannot add this to" in said and "No space left" in said
 

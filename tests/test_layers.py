@@ -13,22 +13,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From top to bottom; a module imports only from rows below its own, or from its own room.
 LAYERS = [
     {"cli"},
-    {"cli_evaluate"},
-    {"evaluating", "detecting"},
-    {"trial", "detection_report"},
-    {"subjects"},
+    {"evaluate"},
     {"check", "pack"},
     {"pretrain"},
-    {"launch"},
-    {"start"},
-    {"diagnosis"},
-    {"report"},
-    {"evaluations"},
-    {"job", "export", "foreign"},
-    {"deciding"},
-    {"build", "resident"},
-    {"build_method"},
-    {"evaluate"},
+    {"run"},
     {"health", "detection"},
     {"protocols"},
     {"weights"},
@@ -40,8 +28,7 @@ LAYERS = [
     {"settings"},
     {"config"},
     {"places"},
-    {"slurm"},
-    {"errors", "chance", "memory", "paper"},
+    {"errors", "chance", "files", "paper"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 # Below the builders: constructors take plain values.
@@ -94,7 +81,7 @@ def test_rooms_below_the_builders_see_no_settings():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_sizes(path):
     text = path.read_text()
-    limit = 200 if path.name == "pretrain.py" else 300
+    limit = 200 if path.name == "pretrain.py" else 400
     assert text.count("\n") <= limit
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):

@@ -6,6 +6,7 @@ import pytest
 
 from mocokit import recipes
 from mocokit.errors import UserError
+from mocokit.run import command
 from mocokit.settings import difference, get
 
 V1_TO_V2 = {
@@ -121,33 +122,33 @@ def test_an_unknown_recipe_suggests_the_nearest():
 
 class TestAsked:
     def test_nothing_is_the_demo(self):
-        settings, stated = recipes.asked(None, None, {})
+        settings, stated = command.asked(None, None, {})
         assert settings == recipes.demo() and not stated
 
     def test_a_path_alone_is_the_data_of_mocov2(self, tmp_path):
-        settings, stated = recipes.asked(str(tmp_path), None, {"seed": 3})
+        settings, stated = command.asked(str(tmp_path), None, {"seed": 3})
         assert settings.recipe == "mocov2" and settings.data.path == str(tmp_path)
         assert settings.seed == 3 and stated == {"seed"}
 
     def test_a_recipe_without_data_is_refused(self):
         with pytest.raises(UserError, match="mocov1 needs images: name a folder"):
-            recipes.asked("mocov1", None, {})
-        assert recipes.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
+            command.asked("mocov1", None, {})
+        assert command.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
 
     @pytest.mark.parametrize("arguments", [("none/", None), ("mocov2", "none"), ("a.jpg", None)])
     def test_a_missing_path_is_named(self, arguments):
         with pytest.raises(UserError, match="there is no file or folder (none|a.jpg)"):
-            recipes.asked(*arguments, {})
+            command.asked(*arguments, {})
 
     def test_a_misspelt_recipe_is_no_path(self):
         with pytest.raises(UserError, match="did you mean mocov2"):
-            recipes.asked("mocv2", None, {})
+            command.asked("mocv2", None, {})
 
     def test_a_file_states_what_it_holds(self, tmp_path):
         (tmp_path / "c.yaml").write_text(
             f"method: {{queue_size: 99}}\ndata: {{path: {tmp_path}}}\n"
         )
-        settings, stated = recipes.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
+        settings, stated = command.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
         assert settings.method.queue_size == 99
         assert stated == {"method.queue_size", "data.path", "seed"}
 

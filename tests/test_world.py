@@ -13,11 +13,11 @@ import torch
 from forks import free_port
 
 import mocokit
-from mocokit import build
 from mocokit.engine import checkpoint
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.moco import MoCo
 from mocokit.methods.simclr import SimCLR
+from mocokit.run import build
 
 SETTINGS = {
     "engine.threads": 1,

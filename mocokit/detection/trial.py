@@ -1,11 +1,9 @@
 """One trial of detection in its folder: trained, saved, stopped, gone on with, tested."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +16,7 @@ from mocokit.engine.folder import RunFolder, held
 from mocokit.engine.record import Meter, Metrics, Speaker, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
+from mocokit.files import write_text
 from mocokit.protocols.voc_ap import Precisions
 
 SAVE_SECONDS = 600.0  # between checkpoints; when one is written changes no number
@@ -71,7 +70,7 @@ class DetectionTrial:
                 self._status.close()
                 self._status = None
                 metrics.close()
-            _write(self.result_path, json.dumps(result, indent=1) + "\n")
+            write_text(self.result_path, json.dumps(result, indent=1) + "\n")
         return result
 
     def _train(self, trainer: Trainer, metrics: Metrics) -> None:
@@ -172,10 +171,3 @@ class DetectionTrial:
             "test_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_gib": round(peak_memory(trainer.device), 2),
         }
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,1 +1,1 @@
-"""Weights that a user names: what they are, and what goes with them."""
+"""What a user names, read: weights, the network they are of, the views it expects; and written."""

@@ -10,13 +10,16 @@ import torch
 from PIL import Image
 
 import mocokit
-from mocokit import evaluations, recipes, subjects
+from mocokit import recipes
 from mocokit.data.source import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
+from mocokit.evaluate import results
+from mocokit.evaluate.session import Options, Trial
 from mocokit.health import knn_monitor
 from mocokit.protocols.finetune import Plan
-from mocokit.trial import Options, Trial
+from mocokit.run import command
+from mocokit.weights import resolve
 
 CPU = torch.device("cpu")
 
@@ -63,12 +66,12 @@ def test_a_missing_connection_is_one_sentence(fetched, toy_npz, caplog):
 
 
 def test_a_place_for_json(tmp_path):
-    evaluations.check_writable(tmp_path / "new.json")
+    results.check_writable(tmp_path / "new.json")
     (tmp_path / "old.json").touch()
-    evaluations.check_writable(tmp_path / "old.json")
+    results.check_writable(tmp_path / "old.json")
     for place in (tmp_path, tmp_path / "none/x.json", tmp_path / "old.json/x.json"):
         with pytest.raises(UserError, match="choose another place with --json"):
-            evaluations.check_writable(place)
+            results.check_writable(place)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +87,14 @@ def test_a_place_for_json(tmp_path):
 )
 def test_what_is_missing_is_named(recipe, data, said):
     with pytest.raises(UserError) as caught:
-        recipes.asked(recipe, data, {})
+        command.asked(recipe, data, {})
     assert said in str(caught.value) and "endtoend" not in str(caught.value)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
     RunFolder(tmp_path / "run").create(recipes.demo(), {})
     with pytest.raises(UserError, match=r"ended before its first checkpoint.*config\.yaml --out"):
-        subjects.open_subject(tmp_path / "run", CPU)
+        resolve.open_subject(tmp_path / "run", CPU)
     with pytest.raises(UserError, match="no weights yet"):
         mocokit.load(tmp_path / "run")
 
@@ -100,7 +103,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.make()
     with pytest.raises(UserError, match="was killed before it began"):
-        subjects.open_subject(folder.path, CPU)
+        resolve.open_subject(folder.path, CPU)
     settings = {"engine.threads": 1}
     mocokit.pretrain("demo", toy_npz, folder.path, epochs=1, batch_size=32, settings=settings)
     assert folder.result() is not None
@@ -190,7 +193,7 @@ def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeyp
     """Its data.root, and folders as classes where it was told so."""
     seen, plain = [], open_data
     monkeypatch.setattr(
-        "mocokit.trial.open_data", lambda *words: seen.append(words) or plain(toy_npz)
+        "mocokit.evaluate.session.open_data", lambda *words: seen.append(words) or plain(toy_npz)
     )
     run = tmp_path / "run"
     changes = {"engine.threads": 1, "data.root": str(tmp_path)}
@@ -201,10 +204,10 @@ def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeyp
 
 def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
     data = arrays(tmp_path / "x.npz", [0, 1] * 4)
-    monkeypatch.setattr("mocokit.trial.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 8 - 1)
+    monkeypatch.setattr("mocokit.evaluate.session.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 8 - 1)
     found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and "over 2 GiB" in found.notes[0]
-    monkeypatch.setattr("mocokit.trial.PIXEL_LIMIT", 15)
+    monkeypatch.setattr("mocokit.evaluate.session.PIXEL_LIMIT", 15)
     found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and found.notes == ()
 
@@ -238,10 +241,10 @@ def test_what_a_network_cannot_look_at_is_told(monkeypatch):
             assert images.shape[-1] == 224, "Input height (100) doesn't match model (224)."
             return images
 
-    monkeypatch.setattr(subjects, "_random_backbone", lambda model, seed: Choosy(4, 4))
-    assert subjects.open_subject("random:resnet18", CPU, size=224).subject.width == 4
+    monkeypatch.setattr(resolve, "_random_backbone", lambda model, seed: Choosy(4, 4))
+    assert resolve.open_subject("random:resnet18", CPU, size=224).subject.width == 4
     with pytest.raises(UserError, match=r"size 100: .* such views \(Input height .*--size out"):
-        subjects.open_subject("random:resnet18", CPU, size=100)
+        resolve.open_subject("random:resnet18", CPU, size=100)
 
 
 def test_unreadable_images_are_counted_on_both_sides(tmp_path):

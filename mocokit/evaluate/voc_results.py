@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from mocokit import evaluations, paper
+from mocokit import paper
 from mocokit.detection.open import Data
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.trial import COLUMNS
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import peak_memory
-from mocokit.subjects import Opened
+from mocokit.evaluate.results import circumstances, keep
+from mocokit.weights.resolve import Opened
 
 MAX_NAMED = 20  # problems with annotations, before training; all are counted
 
@@ -124,9 +125,9 @@ class DetectionReport:
             "seconds": round(seconds, 1),
             "peak_memory_gib": round(peak_memory(self.device), 2),
             "pictures": self._pictures(results),
-            **evaluations.circumstances(),
+            **circumstances(),
         }
-        evaluations.keep(record, speaker, self.opened.folder, path)
+        keep(record, speaker, self.opened.folder, path)
         return Detected(self.folder, mean, std, tuple(results), protocol, tuple(notes))
 
     def _protocol(self, results: list[dict[str, Any]]) -> str:

@@ -10,11 +10,11 @@ import torch
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.evaluations import Evaluation
+from mocokit.evaluate.results import Evaluation
+from mocokit.evaluate.session import PIXELS, Options, Trial
 from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.knn import knn_grid_of
 from mocokit.protocols.table import CENTRE, Transform
-from mocokit.trial import PIXELS, Options, Trial
 
 PERCENTS = (1.0, 10.0, 100.0)
 

@@ -1,10 +1,8 @@
-"""A run about to go: settings decided, folder opened, parts built, newest checkpoint taken up."""
+"""A run with everything it needs, and what is saved of it."""
 
 import contextlib
-import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,28 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit import build, settings as settings_, sizes
-from mocokit.build import Parts
+from mocokit import settings as settings_, sizes
 from mocokit.config import Settings
-from mocokit.data.batch import Batch, look
-from mocokit.data.packed import lacking
-from mocokit.data.source import Source, Splits, renumbered, save_index
-from mocokit.deciding import Asking, decide
+from mocokit.data.batch import Batch
+from mocokit.data.source import Source, Splits
 from mocokit.engine import checkpoint
 from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.folder import RunFolder, claim_folder, held
+from mocokit.engine.folder import RunFolder
 from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
-from mocokit.engine.runtime import choose_device, on_first, prepare
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
-from mocokit.errors import UserError
-from mocokit.resident import Resident, hold
-from mocokit.views.params import canvas_bound
-from mocokit.views.sheet import contact_sheet
-
-SHEET_IMAGES = 8
+from mocokit.run import build
+from mocokit.run.build import Parts
+from mocokit.run.resident import Resident
 
 
 @dataclass
@@ -148,88 +139,3 @@ class Job:
         if self.world.size > 1:
             share = build.share_of_process(self.settings, self.world, images)
             average_statistics(self.parts.method, share)
-
-
-def open_job(
-    asked: Settings,
-    stated: Collection[str],
-    splits: Splits,
-    out: str | Path | None,
-    resume: bool,
-    world: World,
-) -> Job:
-    """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
-    speaker = Speaker(world.writes)
-    device = choose_device(asked.engine.device, world)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    asking = Asking(asked, stated, splits, device, restarted)
-    decision = on_first(world, lambda: decide(asking, out, resume))
-    folder, settings, notices = decision.folder, decision.settings, decision.notices
-    found = renumbered(splits.train, decision.images(splits.train))
-    if found is None:
-        raise UserError("a process sees other images than the first: give all of them the same")
-    splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
-    effect = sizes.in_effect(settings, len(splits.train))
-    prepare(device, int(settings.engine.threads), settings.engine.deterministic)
-    for notice in notices:
-        speaker.note(notice)
-    parts = build.build_parts(settings, effect, device)
-    if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
-        folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
-    share, spe = settings.data.bad_share, effect.steps_per_epoch
-    bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
-    bound = canvas_bound(parts.spec)
-    for lack in lacking(splits.train, bound):
-        speaker.note(lack)
-    upload = Upload(device)
-    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, upload)
-
-
-@contextlib.contextmanager
-def begun(job: Job) -> Iterator[None]:
-    """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
-    with held(job.folder) if job.world.writes else contextlib.nullcontext():
-        if job.world.writes:
-            _write_start(job)
-        note = job.speaker.note
-        state = _newest(job)
-        if state is not None:
-            job.load(state)
-            if (before := state["processes"]) != job.world.size:
-                now = "is 1" if job.world.size == 1 else f"are {job.world.size}"
-                note(
-                    f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
-                    f"there {now}: the same computation, up to the order of sums"
-                )
-            del state  # or it would live as long as the run
-        job.bad.check()
-        job.resident = hold(job.splits.train, canvas_bound(job.parts.spec), job.device)
-        yield
-
-
-def _newest(job: Job) -> dict[str, Any] | None:
-    """The newest good checkpoint, which the first process chooses: a disk may show others less."""
-    state: dict[str, Any] | None = None
-
-    def choose() -> int | None:
-        nonlocal state
-        state = checkpoint.load_newest(job.folder.checkpoints, tell=job.speaker.note)
-        return None if state is None else int(state["step"])
-
-    step = on_first(job.world, choose)
-    if step is not None and state is None:
-        return checkpoint.load(job.folder.checkpoints / checkpoint.name_of(step))
-    return state
-
-
-def _write_start(job: Job) -> None:
-    """config.yaml, images.idx and views.png, before the first step."""
-    job.folder.create(job.settings, job.effect.as_dict())
-    if job.folder.index.is_file():
-        return
-    save_index(job.splits.train.index(), job.folder.index)
-    spec = job.parts.spec
-    canvases, _ = look(job.splits.train, SHEET_IMAGES, canvas_bound(spec))
-    if canvases:
-        seed, path = job.settings.seed, job.folder.sheet
-        contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)

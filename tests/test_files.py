@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from mocokit.memory import keep_freed_memory
+from mocokit.files import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

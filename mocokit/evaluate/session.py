@@ -15,14 +15,14 @@ from mocokit.data.source import Labels, Source, Splits, open_data
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
 from mocokit.errors import UserError
-from mocokit.evaluations import Evaluation, Result, check_writable, publish
+from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.protocols.task import Task, task_of
-from mocokit.subjects import Opened, is_ours, open_subject
+from mocokit.weights.resolve import Opened, is_ours, open_subject
 from mocokit.weights.subject import Layer, Pixels, Subject
 
 MAX_WORKERS = 8

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from mocokit.errors import UserError
-from mocokit.subjects import open_subject
+from mocokit.weights.resolve import open_subject
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mocokit import cli_evaluate, launch, recipes, settings as settings_, sizes, slurm
+from mocokit import recipes, settings as settings_, sizes
+from mocokit.cli import evaluate, launch, slurm
 from mocokit.config import Settings
 from mocokit.errors import MocokitError, UserError
+from mocokit.run import command
 
 app = typer.Typer(
     add_completion=False,
@@ -20,7 +22,7 @@ app = typer.Typer(
     help="Turn a folder of unlabelled images into a visual backbone by momentum contrast.",
 )
 
-app.add_typer(cli_evaluate.app, name="evaluate")
+app.add_typer(evaluate.app, name="evaluate")
 
 
 @app.callback()
@@ -77,8 +79,8 @@ def pretrain(
         "seed": seed,
         "engine.deterministic": deterministic,
     }
-    changes = recipes.merge(flags, changes)
-    asked, stated = recipes.asked(recipe, data, changes, needs_data=not show)
+    changes = command.merge(flags, changes)
+    asked, stated = command.asked(recipe, data, changes, needs_data=not show)
     if show:
         _show(asked, stated)
         return
@@ -116,7 +118,7 @@ def check_data(
 ) -> None:
     """Say what a data set holds, and draw a sheet of the views that the network will see."""
     changes = settings_.parse_assignments(assignments or [])
-    recipes.asked(recipe, data, changes)  # mistakes come before heavy imports
+    command.asked(recipe, data, changes)  # mistakes come before heavy imports
     from mocokit.check import check
 
     check(recipe, data, out, changes, quick=quick)
@@ -138,7 +140,7 @@ def pack_data(
 ) -> None:
     """Put all images, no larger than training needs, into one file that is faster to read."""
     changes = settings_.parse_assignments(assignments or [])
-    recipes.asked(recipe, data, changes)
+    command.asked(recipe, data, changes)
     from mocokit.pack import pack
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it has something to say at its end
@@ -173,7 +175,7 @@ def write_slurm(
     """Write a batch file for SLURM that trains, saves before its limit, and goes on by itself."""
     changes = settings_.parse_assignments(assignments or [])
     flags = {"train.epochs": epochs, "train.batch_size": batch_size, "seed": seed}
-    asked, _ = recipes.asked(recipe, data, recipes.merge(flags, changes))
+    asked, _ = command.asked(recipe, data, command.merge(flags, changes))
     if out is None:
         raise UserError("name the run folder with --out: a job that goes on must find it again")
     shares = sizes.count_shares(asked, asked.train.batch_size)
@@ -220,10 +222,11 @@ def list_recipes() -> None:
 
 def _show(asked: Settings, stated: frozenset[str]) -> None:
     """Every setting as it would run here, with its meaning; what differs; the augmentation."""
-    from mocokit import build
     from mocokit.data.source import open_data
     from mocokit.engine.runtime import choose_device
+    from mocokit.run import build
     from mocokit.views.params import describe
+    from mocokit.weights.encoder import view_spec
 
     base = recipes.RECIPES.get(asked.recipe, recipes.mocov2)()
     settled, effect = asked, None
@@ -252,7 +255,7 @@ def _show(asked: Settings, stated: frozenset[str]) -> None:
                 f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}"
             )
     typer.echo("\nAugmentation of both views, in order:")
-    rows = [("operation", "probability", "parameters"), *describe(build.view_spec(settled))]
+    rows = [("operation", "probability", "parameters"), *describe(view_spec(settled))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for operation, probability, parameters in rows:
         typer.echo(f"  {operation:{widths[0]}}  {probability:{widths[1]}}  {parameters}")

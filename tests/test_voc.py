@@ -14,9 +14,9 @@ import mocokit
 from mocokit import evaluate_voc, paper
 from mocokit.detection import trial
 from mocokit.detection.protocol import plan_for
-from mocokit.detection_report import DetectionReport
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
+from mocokit.evaluate.voc_results import DetectionReport
 
 RUN = f"random:{tiny_network()}"
 FEW = SMALL | {"precise_bn": 2}

@@ -65,7 +65,7 @@ def knn(
 
     Without validation images each image is left out of its own vote.
     """
-    from mocokit.evaluating import evaluate_knn
+    from mocokit.evaluate.api import evaluate_knn
 
     options: dict[str, Any] = {"layer": layer, "cache": cache}
     options |= _shared(size, device, precision, seed, baseline, per_class, confusion, json)
@@ -98,7 +98,7 @@ def linear(
     json: Json = None,
 ) -> None:
     """A linear classifier on frozen features."""
-    from mocokit.evaluating import evaluate_linear
+    from mocokit.evaluate.api import evaluate_linear
 
     options: dict[str, Any] = {"layer": layer, "cache": cache, "protocol": protocol}
     options["train_views"] = train_views
@@ -128,7 +128,7 @@ def finetune(
     json: Json = None,
 ) -> None:
     """Train all layers on a share of the labels, beside the same from random weights."""
-    from mocokit.evaluating import evaluate_finetune
+    from mocokit.evaluate.api import evaluate_finetune
 
     options = _shared(size, device, precision, seed, baseline, per_class, confusion, json)
     evaluate_finetune(
@@ -174,7 +174,7 @@ def voc(
     from mocokit.settings import parse_assignments
 
     settings = parse_assignments(assignments or [])
-    from mocokit.detecting import evaluate_voc
+    from mocokit.evaluate.voc import evaluate_voc
 
     evaluate_voc(
         run, data, split=split, trials=trials, seed=seed, iterations=iterations,

@@ -1,4 +1,4 @@
-"""What can be judged: a run folder, a checkpoint, an exported file, a timm name, or `random`."""
+"""What a user names: a run folder, a checkpoint, an exported file, a timm name, or `random`."""
 
 import dataclasses
 import difflib
@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mocokit import build, export, foreign, recipes
-from mocokit.build_method import build_encoder
+from mocokit import recipes, settings as settings_
 from mocokit.chance import Slot
 from mocokit.config import Settings
 from mocokit.engine import checkpoint
@@ -24,6 +23,8 @@ from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.views.params import ViewSpec
+from mocokit.weights.encoder import build_encoder, view_spec
+from mocokit.weights.layouts import SUFFIXES, read_resnet
 from mocokit.weights.subject import Layer, Subject
 
 RANDOM = "random"
@@ -79,7 +80,7 @@ def open_subject(
     if name == RANDOM or name.startswith(f"{RANDOM}:"):
         model = _random_model(name)
         _check_random(model)
-        spec = build.view_spec(recipes.mocov2())
+        spec = view_spec(recipes.mocov2())
         network = _random_backbone(model, seed)
         return Opened(place(f"random {model}", network, spec, model), None, None, None)
     return _open_timm(name, place, seed)
@@ -118,17 +119,17 @@ def _subject(
 
 
 def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
-    if path.suffix in foreign.SUFFIXES and path.is_file():
+    if path.suffix in SUFFIXES and path.is_file():
         return _open_foreign(path, place, layer, seed)
     folder = folder_of(path)
     if RunFolder(path).is_begun:
         raise UserError(f"the run in {path} was killed before it began; start it again with --out")
     if path.is_dir() and folder is None:
         raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
-    settings, state = export.read(_head_file(path) if layer == "head" else path)
+    settings, state = read(_head_file(path) if layer == "head" else path)
     net = settings.net
     architecture = f"{net.backbone} stem={net.stem} head={net.head}"
-    spec = build.view_spec(settings)
+    spec = view_spec(settings)
 
     def of(encoder: Any, name: str) -> Subject:
         network, width = (encoder, net.dim) if layer == "head" else (encoder.backbone, None)
@@ -192,8 +193,8 @@ def _open_foreign(path: Path, place: Callable[..., Subject], layer: Layer, seed:
     """A ResNet of the authors' or of torchvision, with the views of ImageNet."""
     if layer == "head":
         raise UserError(f"{path} is judged by its backbone; only our own runs have a head")
-    model, state = foreign.read_resnet(path)
-    spec = build.view_spec(recipes.mocov2())
+    model, state = read_resnet(path)
+    spec = view_spec(recipes.mocov2())
     network = build_backbone(model)
     try:
         network.load_state_dict(state)
@@ -264,10 +265,61 @@ def timm_spec(config: dict[str, Any]) -> ViewSpec:
     """The evaluation view that a timm model was published with."""
     size = int(config["input_size"][-1])
     return dataclasses.replace(
-        build.view_spec(recipes.mocov2()),
+        view_spec(recipes.mocov2()),
         size=size,
         resize=max(size, round(size / config["crop_pct"])),
         interpolation="bicubic" if config["interpolation"] == "bicubic" else "bilinear",
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
     )
+
+
+def load(path: str | Path) -> nn.Module:
+    """The backbone of a run folder, a checkpoint or a backbone.safetensors, in eval mode.
+
+    On the CPU. (N, 3, H, W), normalised as in the run's settings, -> (N, .num_features). Of a run
+    folder, the finished backbone or else the newest checkpoint's. Raises UserError where there is
+    none.
+    """
+    settings, state = read(path)
+    net = settings.net
+    backbone = build_backbone(net.backbone, net.stem, settings.method.group_size)
+    backbone.load_state_dict(state)
+    return backbone.eval()
+
+
+def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
+    """The settings of what `load` loads, and the backbone's weights. Raises UserError."""
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
+            what = f"the run in {path} ended before its first checkpoint, so it has no weights yet"
+            remedy = f"go on with it: mocokit pretrain {path}/config.yaml --out {path}"
+            raise UserError(f"{what}; {remedy}")
+        finished = path / "backbone.safetensors"
+        path = finished if finished.is_file() else path / "last.pt"
+    if not path.is_file():
+        raise UserError(f"there is no backbone at {path}; give a run folder or a checkpoint")
+    return _read_safe(path) if path.suffix == ".safetensors" else _read_run(path)
+
+
+def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if "mocokit" not in metadata:
+        raise UserError(f"{path} was not written by mocokit: its metadata holds no settings")
+    return settings_.from_yaml(metadata["mocokit"], str(path)), state
+
+
+def _read_run(path: Path) -> tuple[Settings, dict[str, Tensor]]:
+    state = checkpoint.load(path)
+    prefix = "encoder.backbone."
+    method = cast(dict[str, Tensor], state["method"])
+    weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
+    return settings_.from_yaml(state["settings"], str(path)), weights

@@ -1,4 +1,7 @@
-"""How the C library gives memory back."""
+"""Files that are written whole, and memory that is kept."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 
@@ -13,3 +16,10 @@ def keep_freed_memory() -> None:
     is the largest such block that was ever freed, up to 32 MiB: so one is taken and freed.
     """
     np.empty(_LARGEST, np.uint8)
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mocokit.build_method import build_method
 from mocokit.config import Settings
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
@@ -24,12 +23,17 @@ from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor
+from mocokit.methods.losses import LOSSES, InfoNCE
+from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.method import Method
-from mocokit.nets.batchnorm import group_sizes, share_of_groups
-from mocokit.nets.heads import Encoder
+from mocokit.methods.moco import MoCo
+from mocokit.methods.simclr import SimCLR
+from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use_whole
+from mocokit.nets.heads import Encoder, build_head
 from mocokit.settings import get, replace
-from mocokit.sizes import InEffect, count_shares
+from mocokit.sizes import InEffect, count_groups, count_shares
 from mocokit.views.params import ViewSpec, canvas_bound
+from mocokit.weights.encoder import build_encoder, view_spec
 
 MAX_WORKERS = 8
 
@@ -58,10 +62,6 @@ def settle(settings: Settings, device: torch.device, stored: Settings | None) ->
         if get(settings, path) == "auto":
             changes[path] = default() if stored is None else get(stored, path)
     return replace(settings, changes)
-
-
-def view_spec(settings: Settings) -> ViewSpec:
-    return ViewSpec(**settings.views.model_dump())
 
 
 def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
@@ -202,4 +202,71 @@ def build_health(settings: Settings, splits: Splits, device: torch.device) -> He
         seed=settings.seed,
         workers=count_workers(settings, device),
         precision=partial(autocast, device, settings.engine.precision),
+    )
+
+
+def build_method(settings: Settings, effect: InEffect) -> Method:
+    """The mechanism that the settings name, on the CPU."""
+    build = {"moco": _moco, "simclr": _simclr, "memorybank": _memorybank}[settings.method.name]
+    method = build(settings, effect)
+    if settings.method.batch_norm == "whole":
+        use_whole(method)
+    return method
+
+
+def _moco(settings: Settings, effect: InEffect) -> Method:
+    method, net = settings.method, settings.net
+    encoder = build_encoder(settings)
+    predictor = None
+    if net.predictor:
+        width = net.hidden or encoder.num_features
+        predictor = use_groups(build_head("mlp_bn", net.dim, width, net.dim), method.group_size)
+    assert method.queue_size is not None and effect.key_momentum is not None
+    return MoCo(
+        encoder,
+        loss=LOSSES[method.loss](method.temperature),
+        dim=net.dim,
+        queue_size=method.queue_size,
+        momentum=effect.key_momentum,
+        momentum_to_one=method.momentum_schedule == "cosine",
+        count_groups=partial(count_groups, settings),
+        predictor=predictor,
+        whole=method.batch_norm == "whole",
+        shuffle=method.shuffle,
+        symmetric=method.symmetric,
+        enqueue=method.enqueue,
+        micro_batch=settings.train.micro_batch,
+        chunk=method.chunk,
+    )
+
+
+def _simclr(settings: Settings, effect: InEffect) -> Method:
+    method = settings.method
+    return SimCLR(
+        build_encoder(settings),
+        loss=LOSSES[method.loss](method.temperature),
+        count_groups=partial(count_groups, settings),
+        batch_size=settings.train.batch_size,
+        whole=method.batch_norm == "whole",
+        shuffle=method.shuffle,
+        symmetric=method.symmetric,
+        micro_batch=settings.train.micro_batch,
+        chunk=method.chunk,
+    )
+
+
+def _memorybank(settings: Settings, effect: InEffect) -> Method:
+    method = settings.method
+    return MemoryBank(
+        build_encoder(settings),
+        loss=LOSSES.get(method.loss, InfoNCE)(method.temperature),
+        images=effect.images,
+        dim=settings.net.dim,
+        negatives=method.bank_negatives,
+        momentum=method.bank_momentum,
+        count_groups=partial(count_groups, settings),
+        noise=method.loss == "nce",
+        whole=method.batch_norm == "whole",
+        micro_batch=settings.train.micro_batch,
+        chunk=method.chunk,
     )

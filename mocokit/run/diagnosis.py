@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from mocokit import build
 from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.engine.runtime import autocast
@@ -12,9 +11,10 @@ from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.health.bn_leak import Step, contrast_by_grouping, has_groups
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor, positives_in_queue
-from mocokit.job import Job
 from mocokit.methods.method import Draw
 from mocokit.methods.processes import to_device
+from mocokit.run import build
+from mocokit.run.state import Job
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 

@@ -16,7 +16,6 @@ from mocokit.detection.open import Data, open_boxes
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.train import Trainer
 from mocokit.detection.trial import DetectionTrial
-from mocokit.detection_report import Detected, DetectionReport
 from mocokit.engine.folder import ROOT, RunFolder
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import (
@@ -28,7 +27,8 @@ from mocokit.engine.runtime import (
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
-from mocokit.subjects import Opened, open_subject
+from mocokit.evaluate.voc_results import Detected, DetectionReport
+from mocokit.weights.resolve import Opened, open_subject
 
 MAX_THREADS = 8
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import Speaker, clock, read_metrics
+from mocokit.engine.record import Speaker, clock
 from mocokit.errors import UserError
+from mocokit.files import write_text
 from mocokit.protocols.scores import Scores
+from mocokit.run import readme
+from mocokit.run.readme import label_of
 
-HEADING = "## Evaluations"
 SHOWN_CLASSES = 20  # of a confusion matrix; of more, only the commonest mistakes
 
 
@@ -119,7 +121,7 @@ def keep(
     """Write a result to `path` if there is one, and append it to the run's report."""
     if path is not None:
         try:
-            _write(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
+            write_text(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
         except OSError as error:
             why = f"cannot write {path} ({error.strerror})"
             raise UserError(f"{why}; choose another place with --json") from None
@@ -129,7 +131,7 @@ def keep(
             speaker.say("no run folder keeps this; --json FILE writes it down")
     else:
         try:
-            append(folder, record)
+            readme.append(folder, record)
             speaker.say(f"added to {folder.readme} and {folder.evaluations.name}")
         except OSError as error:  # another's run, say: the result stands all the same
             reason = f"cannot add this to {folder.path} ({error.strerror})"
@@ -152,54 +154,8 @@ def check_writable(path: str | Path) -> None:
     raise UserError(f"cannot write {path} ({why}); choose another place with --json")
 
 
-def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add a line to evaluations.jsonl, and bring the run's README up to date. Raises OSError."""
-    with open(folder.evaluations, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
-    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
-    _write(folder.readme, f"{before}\n{section(folder)}")
-
-
-def section(folder: RunFolder) -> str:
-    """What the run's README says of its evaluations; nothing where there were none."""
-    lines = []
-    for record in read_metrics(folder.evaluations):
-        columns, rows = _table(record)
-        lines += [
-            f"### {record['kind']} on {record['data']}, {record['date'][:10]}",
-            "",
-            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
-            "",
-            f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
-            *(f"Note: {note}." for note in record["notes"]),
-            *(f"\n![{Path(path).stem}]({path})" for path in record.get("pictures", ())),
-            "",
-        ]
-    return "\n".join(["", HEADING, "", *lines]) if lines else ""
-
-
-def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows; a record with other scores than accuracies has its own."""
-    if "table" in record:
-        columns, *rows = record["table"]
-        return columns, rows
-    return ["features", "accuracy"], [
-        [_label_of(result), f"{result['accuracy']:.1%}"]
-        for result in record["results"]
-        if result["accuracy"] is not None
-    ]
-
-
 def _label(result: Result) -> str:
-    return _label_of({"features": result.features, **result.setting})
-
-
-def _label_of(result: Mapping[str, Any]) -> str:
-    """Features with the settings that tell this line from others."""
-    names = {"k": "k", "temperature": "temperature", "labels": "labels"}
-    shown = [f"{text} {result[name]}" for name, text in names.items() if name in result]
-    return ", ".join([result["features"], *shown])
+    return label_of({"features": result.features, **result.setting})
 
 
 def _show_classes(evaluation: Evaluation, speaker: Speaker) -> None:
@@ -235,13 +191,6 @@ def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
         if wrong.flat[at]
     ]
     speaker.table("the commonest mistakes", ["mistake", "images"], rows)
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _hardware() -> str:

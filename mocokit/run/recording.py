@@ -1,4 +1,4 @@
-"""What a run tells its user: before, while, and after it trains."""
+"""What is recorded of a run: a line every few steps, scores, and the result."""
 
 import shlex
 import time
@@ -11,51 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocokit import build, evaluations, settings as settings_
-from mocokit.build_method import build_encoder
 from mocokit.data.batch import Batch
 from mocokit.data.pack import is_pack
 from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import default_threads, on_first, peak_memory
-from mocokit.export import write_backbone
 from mocokit.health.advice import advise
 from mocokit.health.verdict import verdict
-from mocokit.job import Job
 from mocokit.methods.method import Output
-from mocokit.recipes import RECIPES
-
-
-def start(job: Job) -> None:
-    """What runs, how it differs from its recipe, and what to expect of the loss."""
-    say, settings, effect = job.speaker.say, job.settings, job.effect
-    images, classes = len(job.splits.train), len(job.splits.train.classes)
-    say(
-        f"{settings.recipe}: {images:,} images" + (f", {classes} classes" if classes else ""),
-        "bold",
-    )
-    if settings.data.path is None:
-        say("A procedural demonstration on embedded textures, not a benchmark.")
-    shown = f"{settings.engine.precision} on {job.device}"
-    say(
-        f"{effect.total_steps:,} steps of {settings.train.batch_size} images in {effect.groups} "
-        f"batch-norm group{'s' if effect.groups > 1 else ''}, lr {effect.lr:.3g}, "
-        + (f"key momentum {effect.key_momentum:.6g}, " if effect.key_momentum is not None else "")
-        + shown
-    )
-    if settings.recipe in RECIPES:
-        changed = settings_.difference(RECIPES[settings.recipe](), settings)
-        own = {k: v for k, v in changed.items() if not k.startswith(("engine.", "data.path"))}
-        for path, (before, after) in own.items():
-            say(f"  {path}: {before} in the recipe -> {after}")
-    if job.step:
-        say(f"resumed after step {job.step} of {effect.total_steps}")
-    else:
-        say(f"What to expect: {job.parts.method.expectation}")
-    say(f"run folder: {job.folder.path}")
-    if job.world.writes:
-        job.folder.readme.write_text(_readme(job, {}), encoding="utf-8")
-
+from mocokit.run import build, readme
+from mocokit.run.state import Job
+from mocokit.weights.encoder import build_encoder
+from mocokit.weights.write import write_backbone
 
 WAIT_LIMIT = 0.1  # share of the time spent waiting for images that calls for advice
 WAITS = 5  # records over which it is taken
@@ -209,88 +176,8 @@ def finish(job: Job) -> dict[str, Any]:
     if (found is None or found.healthy) and (advice := advise(lines)):
         result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
-    job.folder.readme.write_text(_readme(job, result), encoding="utf-8")
+    job.folder.readme.write_text(readme.text(job, result), encoding="utf-8")
     metrics = Metrics(job.folder.metrics, job.step)
     metrics.write(result)
     metrics.close()
     return job.folder.result() or result  # with the digits that are kept
-
-
-NAMES = {
-    "knn_raw_pixels": "raw pixels, centred",
-    "knn_random_weights": "random weights, calibrated batch norm",
-    "knn_head": "trained, head's output",
-    "knn_backbone": "trained backbone",
-}
-JUDGED = ("verdict", "advice")
-
-
-def result(job: Job, result: dict[str, Any]) -> None:
-    """The closing table, and where everything is."""
-    rows = [(text, f"{result[name]:.1%}") for name, text in NAMES.items() if name in result]
-    if rows:
-        job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
-        job.speaker.say(result["protocol"])
-    for name in JUDGED:
-        if name in result:
-            job.speaker.say(result[name])
-    if job.settings.data.path is None:
-        job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
-    job.speaker.say(f"finished: {job.folder.path}")
-
-
-def _command(job: Job) -> str:
-    """The command that goes on with this run, wherever it was started from."""
-    path = job.folder.path.resolve()
-    return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
-
-
-def _readme(job: Job, result: dict[str, Any]) -> str:
-    """README.md of the run folder: what it holds and how to go on; no result: not finished."""
-    path, settings = job.folder.path.resolve(), job.settings
-    rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
-    table = (
-        ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
-    )
-    going = ["Not finished. Go on with:", "", "```sh", _command(job), "```", ""]
-    lines = [
-        f"# {path.name}",
-        "",
-        f"{settings.recipe}, seed {settings.seed}, {len(job.splits.train):,} images of "
-        f"{job.splits.train.name}, {settings.train.epochs} epochs, "
-        f"{job.effect.total_steps:,} steps.",
-        "",
-        *(table if result else going),
-        *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
-        "",
-        "The backbone, in Python:",
-        "",
-        "```python",
-        "import mocokit",
-        "",
-        f"backbone = mocokit.load({str(path)!r})  # eval mode; (N, 3, H, W) -> "
-        f"(N, {job.parts.method.encoder.num_features})",
-        "```",
-        "",
-        f"Pixels are divided by 255, then normalised by mean {settings.views.mean} and std "
-        f"{settings.views.std}.",
-        "",
-        "The same run again:",
-        "",
-        "```sh",
-        shlex.join(["mocokit", "pretrain", f"{path}/config.yaml"]),
-        "```",
-        "",
-        "| file | what it holds |",
-        "| --- | --- |",
-        "| config.yaml | every setting, and what followed from them |",
-        "| metrics.jsonl | a line of health every few steps; the last line is the result |",
-        "| backbone.safetensors | the trained backbone, its settings in the metadata |",
-        "| last.pt, checkpoints/ | everything, to go on from |",
-        "| views.png | what the network saw |",
-        "| images.idx | which images, by number |",
-        "| bad_images.txt | images that could not be read, if there were any |",
-        "| evaluations.jsonl | what `mocokit evaluate` found, if it was asked |",
-        "",
-    ]
-    return "\n".join(lines) + evaluations.section(job.folder)

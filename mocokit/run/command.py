@@ -1,53 +1,15 @@
 """From a command's words to settings: which recipe or file, which data, what was stated."""
 
-import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mocokit import places
 from mocokit.config import Settings
 from mocokit.errors import UserError
-from mocokit.recipes import imagenet, mechanisms, small
+from mocokit.recipes import RECIPES, by_name
 from mocokit.settings import load, replace, stated_in
-
-RECIPES: dict[str, Callable[[], Settings]] = {
-    function.__name__: function
-    for function in (
-        small.demo,
-        imagenet.mocov1,
-        imagenet.mocov2,
-        imagenet.mocov2_800,
-        imagenet.mocov2_symmetric,
-        imagenet.mocov2plus,
-        imagenet.ablation_a,
-        imagenet.ablation_b,
-        imagenet.ablation_c,
-        mechanisms.endtoend,
-        mechanisms.endtoend_4096,
-        mechanisms.endtoend_v1,
-        mechanisms.simclr,
-        mechanisms.simclr_256,
-        mechanisms.memorybank,
-        mechanisms.memorybank_softmax,
-        small.mocov2_cifar10,
-        small.mocov2_cifar10_symmetric,
-        small.endtoend_cifar10,
-        small.simclr_cifar10,
-        small.memorybank_cifar10,
-        small.memorybank_softmax_cifar10,
-    )
-}
-
-
-def by_name(name: str) -> Settings:
-    """The recipe of that name; raises UserError with the nearest known one."""
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(RECIPES)}"
-        raise UserError(f"there is neither a recipe nor a file or folder named {name!r}; {hint}")
-    return RECIPES[name]()
 
 
 def asked(
