@@ -4,22 +4,20 @@ The public names load what they need on first use, so that importing the package
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
     from mocokit.evaluate.api import evaluate_finetune, evaluate_knn, evaluate_linear
     from mocokit.evaluate.voc import evaluate_voc
-    from mocokit.pretrain import Run, pretrain
+    from mocokit.train import Run, pretrain
     from mocokit.weights.resolve import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "pretrain": "mocokit.pretrain",
-    "Run": "mocokit.pretrain",
+    "pretrain": "mocokit.train",
+    "Run": "mocokit.train",
     "load": "mocokit.weights.resolve",
     "evaluate_knn": "mocokit.evaluate.api",
     "evaluate_linear": "mocokit.evaluate.api",
@@ -55,15 +53,3 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"mocokit.{name}")
     raise AttributeError(f"module 'mocokit' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """Keeps `mocokit.pretrain` the function when the module of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "pretrain" and isinstance(value, ModuleType):
-            value = value.pretrain
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -54,7 +54,7 @@ class Slot(IntEnum):
     DETECTION_WEIGHTS = 123  # the new layers' first weights
     DETECTION_DRAW = 124  # which anchors and proposals a step learns from
 
-    # Procedural images (data/patterns.py) own 300-399.
+    # Procedural images (data/sources/patterns.py) own 300-399.
     PATTERN = 300
     # Library generators (initialisation, dropout) are re-seeded from these.
     LIBRARY = 400

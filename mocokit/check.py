@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit import sizes
 from mocokit.data.batch import look
 from mocokit.data.examine import Examined, examine
 from mocokit.data.names import show
-from mocokit.data.packed import lacking
-from mocokit.data.source import Source, open_data
+from mocokit.data.open import open_data
+from mocokit.data.source import Source
+from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
 from mocokit.run import command
+from mocokit.settings import sizes
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 from mocokit.weights.encoder import view_spec

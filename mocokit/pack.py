@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from mocokit.data.names import show
-from mocokit.data.pack import write_pack
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.pack import write_pack
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import mocokit
-from mocokit.data.source import load_index, open_data
+from mocokit.data.index import load_index
+from mocokit.data.open import open_data
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.run import build as mocokit_build

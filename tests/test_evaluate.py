@@ -12,7 +12,7 @@ from torch import nn
 
 import mocokit
 from mocokit import cli
-from mocokit.data.arrays import ArraySource
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups

@@ -24,7 +24,7 @@ from mocokit.methods.similarity import Negatives
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
 from mocokit.run.build import build_method
 from mocokit.settings import replace
-from mocokit.sizes import fit, in_effect
+from mocokit.settings.sizes import fit, in_effect
 
 BATCH, GROUPS, QUEUE = 12, 3, 30
 

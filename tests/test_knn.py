@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head

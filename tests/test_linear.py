@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols import linear_paper, linear_quick

@@ -11,7 +11,7 @@ from mocokit import recipes
 from mocokit.engine.optim import build_optimizer, set_lr
 from mocokit.run.build import build_parts, build_schedule
 from mocokit.settings import replace
-from mocokit.sizes import in_effect
+from mocokit.settings.sizes import in_effect
 
 
 def schedule(recipe, images=None, **changes):

@@ -213,7 +213,7 @@ def test_simclr_has_its_papers_settings(path, value):
 
 
 def test_simclrs_learning_rate_is_the_published_one():
-    from mocokit.sizes import in_effect
+    from mocokit.settings.sizes import in_effect
 
     assert in_effect(recipes.simclr(), 1_281_167).lr == pytest.approx(4.8)
     assert in_effect(recipes.simclr_cifar10(), 50_000).lr == pytest.approx(2.0)
@@ -264,7 +264,7 @@ def test_mechanisms_that_cannot_be_are_refused(changes, sentence):
 
 def test_a_batch_with_one_set_of_statistics_is_not_cut():
     from mocokit.settings import replace
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     settings = replace(recipes.simclr_256(), {"train.micro_batch": 64})
     with pytest.raises(UserError, match="one .*batch_norm=whole.*recipe endtoend"):
@@ -272,14 +272,14 @@ def test_a_batch_with_one_set_of_statistics_is_not_cut():
 
 
 def test_the_memory_bank_states_its_size_beforehand():
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     _, notices = fit(recipes.memorybank(), 1_281_167)
     assert any("1,281,167 x 128 float32: 626 MiB" in notice for notice in notices)
 
 
 def test_a_bank_smaller_than_its_negatives_is_taken_whole():
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     settings, notices = fit(recipes.memorybank_softmax(), 5000)
     assert settings.method.bank_negatives is None
@@ -288,7 +288,7 @@ def test_a_bank_smaller_than_its_negatives_is_taken_whole():
 
 def test_a_short_run_has_a_short_warm_up():
     from mocokit.settings import replace
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     short = replace(recipes.simclr_256(), {"train.epochs": 5})
     settings, notices = fit(short, 10**6)

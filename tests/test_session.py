@@ -11,7 +11,7 @@ from PIL import Image
 
 import mocokit
 from mocokit import recipes
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
 from mocokit.evaluate import results

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import MocokitError, UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.pack import pack

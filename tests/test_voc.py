@@ -11,7 +11,7 @@ from shapes import SMALL, tiny_network, write_shapes
 from test_cli import call
 
 import mocokit
-from mocokit import evaluate_voc, paper
+from mocokit import evaluate_voc, published
 from mocokit.detection import trial
 from mocokit.detection.protocol import plan_for
 from mocokit.engine import checkpoint
@@ -224,7 +224,7 @@ def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):
     ]
     few = report(tmp_path, plan_for("07+12"), images=(220, 110)).differences()
     assert few == ["220 -> 110 images, not VOC's own"]
-    assert len(paper.VOC["07"]) == 2
+    assert len(published.VOC["07"]) == 2
 
 
 def test_broken_images_are_named_and_left_out_of_training_and_test(root, tmp_path):

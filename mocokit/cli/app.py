@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mocokit import recipes, settings as settings_, sizes
+from mocokit import recipes, settings as settings_
 from mocokit.cli import evaluate, launch, slurm
-from mocokit.config import Settings
 from mocokit.errors import MocokitError, UserError
 from mocokit.run import command
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -99,7 +100,7 @@ def pretrain(
         if number is not None:
             launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
             return
-    from mocokit.pretrain import pretrain as run
+    from mocokit.train import pretrain as run
 
     run(recipe, data, out, resume=resume, settings=changes)
 
@@ -222,7 +223,7 @@ def list_recipes() -> None:
 
 def _show(asked: Settings, stated: frozenset[str]) -> None:
     """Every setting as it would run here, with its meaning; what differs; the augmentation."""
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
     from mocokit.engine.runtime import choose_device
     from mocokit.run import build
     from mocokit.views.params import describe

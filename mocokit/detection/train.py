@@ -20,7 +20,7 @@ from mocokit.detection.c4 import Detector, Found
 from mocokit.detection.dataset import Boxes
 from mocokit.detection.protocol import Plan
 from mocokit.detection.views import Training, View, ahead, pairs, view
-from mocokit.engine.health import FiniteWatch, check_weights
+from mocokit.engine.finite import FiniteWatch, check_weights
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.batchnorm import GroupedBatchNorm2d

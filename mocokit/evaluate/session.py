@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mocokit import places
-from mocokit.config import Settings
-from mocokit.data.source import Labels, Source, Splits, open_data
+from mocokit.data import locations
+from mocokit.data.open import Labels, open_data
+from mocokit.data.source import Source, Splits
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
 from mocokit.errors import UserError
@@ -22,6 +22,7 @@ from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.protocols.task import Task, task_of
+from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_subject
 from mocokit.weights.subject import Layer, Pixels, Subject
 
@@ -207,7 +208,7 @@ def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
             raise UserError("name the images to score on: only a run knows its own")
         path, root = settings.data.path, settings.data.root
         labels = "folders" if settings.data.labels == "folders" else "auto"
-        if path is not None and not places.exist(path):
+        if path is not None and not locations.exist(path):
             where = f"the images that it was trained on are not at {path}"
             raise UserError(f"{where}; name them, or others, after it")
     if path is not None and (Path(path).expanduser() / "config.yaml").is_file():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mocokit import paper
+from mocokit import published
 from mocokit.detection.open import Data
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.trial import COLUMNS
@@ -77,7 +77,7 @@ class DetectionReport:
         if name != "resnet50":
             found.append(f"{name}, not resnet50")
         sizes = len(self.data.train.samples), len(self.data.test.samples)
-        if not self.data.devkit or sizes != paper.VOC_IMAGES[self.split]:
+        if not self.data.devkit or sizes != published.VOC_IMAGES[self.split]:
             found.append(f"{sizes[0]:,} -> {sizes[1]:,} images, not VOC's own")
         theirs, ours = plan_for(self.split).model_dump(), self.plan.model_dump()
         changed = [name for name in ours if ours[name] != theirs[name]]
@@ -101,8 +101,8 @@ class DetectionReport:
         rows += self._published()
         protocol, notes = self._protocol(results), self._notes(results)
         if self.data.devkit:
-            spread = " / ".join(map(str, paper.VOC_DEVIATIONS))
-            source = paper.VOC_SOURCE[self.split]
+            spread = " / ".join(map(str, published.VOC_DEVIATIONS))
+            source = published.VOC_SOURCE[self.split]
             notes.append(f"published: {source}; its authors expect deviations of {spread}")
         title = f"{self.run}: detection, {results[0]['metric']}"
         speaker.table(title, ["trial", *COLUMNS], rows)
@@ -181,7 +181,7 @@ class DetectionReport:
         other = " (another protocol)" if self.differences() else ""
         return [
             (f"paper: {row.name}{other}", f"{row.ap50:.1f}", f"{row.ap:.1f}", f"{row.ap75:.1f}")
-            for row in paper.VOC[self.split]
+            for row in published.VOC[self.split]
         ]
 
     def _pictures(self, results: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mocokit import chance
 from mocokit.chance import Slot
-from mocokit.engine.health import FiniteWatch
+from mocokit.engine.finite import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating

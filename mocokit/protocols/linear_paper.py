@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.loader import read_batches
-from mocokit.engine.health import FiniteWatch
+from mocokit.engine.finite import FiniteWatch
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import probe_spec

@@ -7,7 +7,6 @@ have not run the recipe to its end ourselves.
 import difflib
 from collections.abc import Callable
 
-from mocokit.config import Settings
 from mocokit.errors import UserError
 from mocokit.recipes.imagenet import (
     ablation_a,
@@ -37,6 +36,7 @@ from mocokit.recipes.small import (
     mocov2_cifar10_symmetric,
     simclr_cifar10,
 )
+from mocokit.settings.schema import Settings
 
 __all__ = [
     "RECIPES",

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mocokit.config import Settings
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
 from mocokit.engine.due import Due
@@ -31,7 +30,8 @@ from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use_whole
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.settings import get, replace
-from mocokit.sizes import InEffect, count_groups, count_shares
+from mocokit.settings.schema import Settings
+from mocokit.settings.sizes import InEffect, count_groups, count_shares
 from mocokit.views.params import ViewSpec, canvas_bound
 from mocokit.weights.encoder import build_encoder, view_spec
 

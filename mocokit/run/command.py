@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mocokit import places
-from mocokit.config import Settings
+from mocokit.data import locations
 from mocokit.errors import UserError
 from mocokit.recipes import RECIPES, by_name
 from mocokit.settings import load, replace, stated_in
+from mocokit.settings.schema import Settings
 
 
 def asked(
@@ -22,10 +22,10 @@ def asked(
     what does not exist.
     """
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
-        if data is None and places.exist(recipe):
+        if data is None and locations.exist(recipe):
             recipe, data = "mocov2", recipe
         elif data is None and any(mark in recipe for mark in "/.:{*"):
-            raise UserError(places.lacking(recipe))
+            raise UserError(locations.lacking(recipe))
     stated = set(changes)
     if recipe is not None and recipe.endswith((".yaml", ".yml")):
         base = load(Path(recipe))
@@ -50,10 +50,10 @@ def asked(
             f"{settings.recipe} needs images: name a folder of them after it; only the recipe demo "
             "has images of its own"
         )
-    if path is not None and not places.exist(path):
-        raise UserError(places.lacking(path))
+    if path is not None and not locations.exist(path):
+        raise UserError(locations.lacking(path))
     if path is not None:  # a run must find them again from anywhere
-        settings = replace(settings, {"data.path": places.absolute(path)})
+        settings = replace(settings, {"data.path": locations.absolute(path)})
     return settings, frozenset(stated)
 
 

@@ -12,9 +12,9 @@ from mocokit.health.bn_leak import Step, contrast_by_grouping, has_groups
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor, positives_in_queue
 from mocokit.methods.method import Draw
-from mocokit.methods.processes import to_device
 from mocokit.run import build
 from mocokit.run.state import Job
+from mocokit.transfer import to_device
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mocokit import sizes
-from mocokit.config import Settings
 from mocokit.data.batch import look
-from mocokit.data.packed import lacking
-from mocokit.data.source import Index, Source, Splits, load_index, renumbered, save_index
+from mocokit.data.index import Index, load_index, save_index
+from mocokit.data.source import Source, Splits
+from mocokit.data.sources.packed import lacking
+from mocokit.data.sources.several import renumbered
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
@@ -28,6 +28,8 @@ from mocokit.run import build
 from mocokit.run.diagnosis import MakeViews
 from mocokit.run.resident import hold
 from mocokit.run.state import Job
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocokit.data.batch import Batch
-from mocokit.data.pack import is_pack
+from mocokit.data.sources.pack import is_pack
 from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import default_threads, on_first, peak_memory

@@ -5,12 +5,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import read_batch
 from mocokit.data.decode import BadImage
-from mocokit.data.packed import PackedSource
-from mocokit.data.protocol import Source
-from mocokit.data.unread import Unread
+from mocokit.data.source import Source
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.packed import PackedSource
+from mocokit.data.sources.unread import Unread
 
 SHARE = 0.25  # of the free memory; the rest is for activations, which come later
 PIECE = 2**26  # bytes read at a time: a file mapped from disk need not fit into memory

@@ -10,21 +10,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit import settings as settings_, sizes
-from mocokit.config import Settings
+from mocokit import settings as settings_
 from mocokit.data.batch import Batch
 from mocokit.data.source import Source, Splits
 from mocokit.engine import checkpoint
 from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import BadImages
+from mocokit.engine.finite import check_weights
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.health import check_weights
 from mocokit.engine.record import Speaker
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.run import build
 from mocokit.run.build import Parts
 from mocokit.run.resident import Resident
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
 
 
 @dataclass

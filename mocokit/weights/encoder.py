@@ -3,13 +3,13 @@
 import torch
 
 from mocokit.chance import Slot
-from mocokit.config import Settings
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import use_groups
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.nets.modes import evaluating
+from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 
 

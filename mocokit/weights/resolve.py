@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from mocokit import recipes, settings as settings_
 from mocokit.chance import Slot
-from mocokit.config import Settings
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
+from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.layouts import SUFFIXES, read_resnet

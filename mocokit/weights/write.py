@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mocokit.config import Settings
+from mocokit.settings.schema import Settings
 
 
 def write_backbone(path: Path, backbone: nn.Module, settings: Settings) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mocokit.config import Settings
 from mocokit.errors import UserError
-from mocokit.settings import replace
+from mocokit.settings.edit import replace
+from mocokit.settings.schema import Settings
 
 SMALLEST = 64  # images; below, two groups of 32 cannot be filled
 

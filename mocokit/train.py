@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 from mocokit.data.batch import Batch
-from mocokit.data.source import open_data
-from mocokit.engine.average import GradientAverage
-from mocokit.engine.health import FiniteWatch, gradient_norm
+from mocokit.data.open import open_data
+from mocokit.engine.average import GradientAverage, compare_replicas
+from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.record import Speaker
-from mocokit.engine.replicas import compare_replicas
 from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.methods.method import Draw, Output, Views
-from mocokit.methods.processes import to_device
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.open import begun, calibrate_on_first_group, open_job
 from mocokit.run.state import Job
+from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 

@@ -9,14 +9,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from mocokit.config import Settings
 from mocokit.errors import UserError
+from mocokit.settings.schema import Settings
 
 LABELS = frozenset({"recipe"})  # names, not settings: a difference never lists them
 
 
 def fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted path, its declaration), in the order of config.py."""
+    """Every setting as (dotted path, its declaration), in the order of schema.py."""
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, printable, short_name
-from mocokit.data.protocol import Source, extended
+from mocokit.data.source import Source, extended
 
 
 class SeveralSource:

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from reference_views import simclr, spec_of, v3
 
-from mocokit.config import Settings
-from mocokit.settings import replace
-from mocokit.view_settings import (
+from mocokit.recipes.views import (
     INFOMIN_VIEWS,
     MOCOV3_VIEWS,
     MOCOV3_VIT_VIEWS,
@@ -16,6 +14,8 @@ from mocokit.view_settings import (
     SIMCLR_CIFAR_VIEWS,
     simclr_views,
 )
+from mocokit.settings import replace
+from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec, draw_table
 
 

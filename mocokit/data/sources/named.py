@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mocokit.data.arrays import ArraySource
 from mocokit.data.cache import alone, cache_folder
-from mocokit.data.folder import FolderSource, Labels, open_folder
 from mocokit.data.names import show
-from mocokit.data.protocol import Splits
+from mocokit.data.source import Splits
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.folder import FolderSource, Labels, open_folder
 from mocokit.errors import UserError
 
 _PATIENCE = 30.0  # s without an answer, after which a download is given up

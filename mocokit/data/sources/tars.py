@@ -12,8 +12,8 @@ from typing import IO, Any, NamedTuple
 
 from mocokit.data.cache import Watch
 from mocokit.data.decode import MAX_BYTES
-from mocokit.data.folder import IMAGES, split_names
 from mocokit.data.names import show
+from mocokit.data.sources.folder import IMAGES, split_names
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
 

@@ -15,7 +15,7 @@ from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
-from mocokit.data.protocol import extended
+from mocokit.data.source import extended
 from mocokit.data.walk import Closed, Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
 

@@ -28,7 +28,7 @@ from PIL import Image
 from mocokit.data.decode import BadImage, look_at
 from mocokit.data.index import Arrays, to_arrays
 from mocokit.data.names import show
-from mocokit.data.protocol import Source, Splits
+from mocokit.data.source import Source, Splits
 from mocokit.errors import UserError
 
 MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mocokit.data.folder import IMAGES, FolderSource, Labels
 from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.sources.folder import IMAGES, FolderSource, Labels
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import chance
-from mocokit.data.arrays import ArraySource
+from mocokit.data.sources.arrays import ArraySource
 
 SIDE = 32
 TRAIN, TEST = 6000, 1200

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.arrays import numbered
 from mocokit.data.names import printable, show
-from mocokit.data.protocol import extended
+from mocokit.data.source import extended
+from mocokit.data.sources.arrays import numbered
 from mocokit.errors import UserError
 
 _CLASSES = ("label", "labels", "fine_label", "class")  # usual names

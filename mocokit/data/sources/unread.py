@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
-from mocokit.data.protocol import Source
+from mocokit.data.source import Source
 
 
 class Unread:

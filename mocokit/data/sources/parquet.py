@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit import places
+from mocokit.data import locations
 from mocokit.data.cache import Watch, alone, cache_folder, forget_unused
-from mocokit.data.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.decode import BadImage, decode
-from mocokit.data.folder import Labels
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, printable, short_name, show
-from mocokit.data.pack import write_pack
-from mocokit.data.packed import open_pack
-from mocokit.data.protocol import Splits
-from mocokit.data.shards import split_by_words, split_word
+from mocokit.data.source import Splits
+from mocokit.data.sources.columns import Columns, load_pyarrow, missing, opened, reading
+from mocokit.data.sources.folder import Labels
+from mocokit.data.sources.pack import write_pack
+from mocokit.data.sources.packed import open_pack
+from mocokit.data.sources.shards import split_by_words, split_word
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
 
@@ -198,7 +198,7 @@ def open_hub(text: str, labels: Labels, counting: Counting | None = None) -> Spl
 
     A set of several configurations is named with one: `hub:owner/name/configuration`.
     """
-    path, _, revision = text.removeprefix(places.HUB).partition("@")
+    path, _, revision = text.removeprefix(locations.HUB).partition("@")
     owner, name, wanted = [*path.split("/", 2), "", ""][:3]
     load_pyarrow()  # what is missing is told before anything is downloaded
     # Where a set is kept as scripts or loose files, the hub itself makes parquet files of it.
@@ -239,7 +239,7 @@ def _configuration(text: str, folder: Path, files: list[Path], wanted: str) -> l
         return [file for file in files if tops[file] == wanted]
     if wanted or len(set(tops.values())) > 1:
         known = ", ".join(map(printable, sorted(set(tops.values()) - {""})))
-        form = f"{places.HUB}OWNER/NAME/CONFIGURATION"
+        form = f"{locations.HUB}OWNER/NAME/CONFIGURATION"
         raise UserError(f"{text} names no configuration of that set: give {form}, one of {known}")
     return files
 
