@@ -33,7 +33,7 @@ BASE = "torchvision ImageFolder + DataLoader"
 
 def ours(place: Path, workers: int) -> Iterator[int]:
     from mocokit.data.loader import Loader
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
 
     loader = Loader(
         open_data(place, "none").train,
@@ -50,7 +50,7 @@ def ours(place: Path, workers: int) -> Iterator[int]:
 def our_threads(place: Path, workers: int) -> Iterator[int]:
     """What threads would give instead of processes: the same reader, two batches ahead each."""
     from mocokit.data.loader import Loader
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
 
     loader = Loader(
         open_data(place, "none").train,
@@ -168,8 +168,8 @@ def prepare(source: Path, folder: Path, large: bool) -> Path:
     """A copy of the images, and the same in the other forms."""
     from PIL import Image
 
-    from mocokit.data.pack import write_pack
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
+    from mocokit.data.sources.pack import write_pack
 
     place = folder / "images"
     for path in sorted((source / "train").rglob("*.jpg")):

@@ -22,16 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mocokit import build, recipes
-from mocokit.engine.health import FiniteWatch, gradient_norm
+from mocokit import recipes
+from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.runtime import autocast, prepare, seed_libraries
 from mocokit.methods.method import Draw
-from mocokit.methods.processes import to_device
 from mocokit.nets import batchnorm
-from mocokit.pretrain import stepped
+from mocokit.run import build
 from mocokit.settings import replace
-from mocokit.sizes import in_effect
+from mocokit.settings.sizes import in_effect
+from mocokit.train import stepped
+from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
 
@@ -485,12 +486,12 @@ def weights():
 
     `cat` makes one of them again.
     """
-    from mocokit import export
+    from mocokit.weights import resolve, write
 
     finished = Path(ARGS.name, "backbone.safetensors")
     if not finished.is_file():
-        settings, _ = export.read(ARGS.name)
-        export.write_backbone(finished, export.load(ARGS.name), settings)
+        settings, _ = resolve.read(ARGS.name)
+        write.write_backbone(finished, resolve.load(ARGS.name), settings)
     data, size = finished.read_bytes(), 15 * 2**20
     for number, start in enumerate(range(0, len(data), size)):
         (Path(ARGS.out) / f"backbone.{number}").write_bytes(data[start : start + size])

@@ -64,7 +64,7 @@ if torch.cuda.is_available():
         for _ in range(n): f()
         e.record(); torch.cuda.synchronize(); return s.elapsed_time(e)/n/1e3
     tell("  bf16 product TFLOP/s", round(2*8192**3/t(lambda: a@a)/1e12), " copy TB/s", round(8*2**30/t(lambda: b.copy_(c))/1e12, 2))
-import mocokit, mocokit.pretrain, timm
+import mocokit, mocokit.train, timm
 tell("  mocokit", mocokit.__version__, "imports", "default precision", __import__("mocokit.engine.runtime", fromlist=["x"]).default_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 from mocokit.views.fused import can_compile
 tell("  can_compile", can_compile())

@@ -17,10 +17,10 @@ import time
 import torch
 
 from mocokit import recipes
-from mocokit.build_method import build_method
 from mocokit.methods.method import Draw
+from mocokit.run.build import build_method
 from mocokit.settings import replace
-from mocokit.sizes import in_effect
+from mocokit.settings.sizes import in_effect
 
 
 def measure(arguments, batch, micro_batch):

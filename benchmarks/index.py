@@ -53,7 +53,7 @@ def timed(text: str, started: float) -> None:
 def workers_memory(root: Path, workers: int) -> float:
     """MiB of its own that each loading process has, the mean."""
     from mocokit.data.loader import Loader
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
 
     options = {"seed": 0, "batch_size": 32, "epochs": 1, "bound": 64, "workers": workers}
     batches = iter(Loader(open_data(root).train, last="drop", **options))  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def main() -> None:
         make(root, asked.images)
         timed("made the tree", started)
     os.environ["MOCOKIT_CACHE"] = tempfile.mkdtemp()
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
 
     started = time.perf_counter()
     names = sum(len(files) for _, _, files in os.walk(root))

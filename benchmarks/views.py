@@ -32,8 +32,8 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from mocokit.config import Views
-from mocokit.memory import keep_freed_memory
+from mocokit.files import keep_freed_memory
+from mocokit.settings.schema import Views
 from mocokit.views.params import ViewSpec, draw_table
 from mocokit.views.views import make_views
 

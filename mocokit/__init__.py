@@ -4,27 +4,25 @@ The public names load what they need on first use, so that importing the package
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mocokit.detecting import evaluate_voc
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
-    from mocokit.evaluating import evaluate_finetune, evaluate_knn, evaluate_linear
-    from mocokit.export import load
-    from mocokit.pretrain import Run, pretrain
+    from mocokit.evaluate.api import evaluate_finetune, evaluate_knn, evaluate_linear
+    from mocokit.evaluate.voc import evaluate_voc
+    from mocokit.train import Run, pretrain
+    from mocokit.weights.resolve import load
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "pretrain": "mocokit.pretrain",
-    "Run": "mocokit.pretrain",
-    "load": "mocokit.export",
-    "evaluate_knn": "mocokit.evaluating",
-    "evaluate_linear": "mocokit.evaluating",
-    "evaluate_finetune": "mocokit.evaluating",
-    "evaluate_voc": "mocokit.detecting",
+    "pretrain": "mocokit.train",
+    "Run": "mocokit.train",
+    "load": "mocokit.weights.resolve",
+    "evaluate_knn": "mocokit.evaluate.api",
+    "evaluate_linear": "mocokit.evaluate.api",
+    "evaluate_finetune": "mocokit.evaluate.api",
+    "evaluate_voc": "mocokit.evaluate.voc",
     "MocokitError": "mocokit.errors",
     "UserError": "mocokit.errors",
     "NonFiniteLoss": "mocokit.errors",
@@ -55,15 +53,3 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"mocokit.{name}")
     raise AttributeError(f"module 'mocokit' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """Keeps `mocokit.pretrain` the function when the module of that name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "pretrain" and isinstance(value, ModuleType):
-            value = value.pretrain
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -47,14 +47,14 @@ class Slot(IntEnum):
     ENQUEUE = 201  # which view's keys join the queue, where those of one do
     BANK_NEGATIVES = 202  # which entries of a memory bank are compared with
 
-    # Detection (evaluate/voc_*.py) owns 120-129.
+    # Detection (detection/) owns 120-129.
     DETECTION_ORDER = 120  # the order of its training images
     DETECTION_SIDE = 121  # which short side an image is resized to
     DETECTION_FLIP = 122
     DETECTION_WEIGHTS = 123  # the new layers' first weights
     DETECTION_DRAW = 124  # which anchors and proposals a step learns from
 
-    # Procedural images (data/patterns.py) own 300-399.
+    # Procedural images (data/sources/patterns.py) own 300-399.
     PATTERN = 300
     # Library generators (initialisation, dropout) are re-seeded from these.
     LIBRARY = 400

@@ -7,17 +7,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit import build, recipes, sizes
 from mocokit.data.batch import look
 from mocokit.data.examine import Examined, examine
 from mocokit.data.names import show
-from mocokit.data.packed import lacking
-from mocokit.data.source import Source, open_data
+from mocokit.data.open import open_data
+from mocokit.data.source import Source
+from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
+from mocokit.run import command
+from mocokit.settings import sizes
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
+from mocokit.weights.encoder import view_spec
 
 QUICK = 200  # images that a quick look decodes
 SHOWN = 10  # groups of equal images that are named
@@ -38,11 +41,11 @@ def check(
     of them, with every parameter drawn.
     """
     speaker, path = Speaker(), Path(out)
-    asked, stated = recipes.asked(recipe, None if data is None else str(data), settings or {})
+    asked, stated = command.asked(recipe, None if data is None else str(data), settings or {})
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
     for note in splits.train.notes:
         speaker.say(f"note: {note}", "yellow")
-    spec = build.view_spec(asked)
+    spec = view_spec(asked)
     bound = canvas_bound(spec)
     for lack in lacking(splits.train, bound):
         speaker.say(f"note: {lack}", "yellow")

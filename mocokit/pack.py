@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mocokit import build, recipes
 from mocokit.data.names import show
-from mocokit.data.pack import write_pack
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.pack import write_pack
 from mocokit.engine.record import Speaker
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError
+from mocokit.run import command
 from mocokit.views.params import canvas_bound
+from mocokit.weights.encoder import view_spec
 
 
 def pack(
@@ -29,13 +30,13 @@ def pack(
     gone on with.
     """
     speaker, target = Speaker(), Path(file)
-    asked, _ = recipes.asked(recipe, str(data), settings or {})
+    asked, _ = command.asked(recipe, str(data), settings or {})
     if target.exists():
         raise UserError(f"{show(target)} is there already: choose another file, or delete it")
     if not target.resolve().parent.is_dir():
         raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
-    bound = canvas_bound(build.view_spec(asked))
+    bound = canvas_bound(view_spec(asked))
     for note in splits.train.notes:
         speaker.say(f"note: {note}", "yellow")
     count = sum(len(source) for source in splits if source is not None)

@@ -85,6 +85,6 @@ def _child(call, arguments, log):
 
 
 if __name__ == "__main__":
-    importlib.import_module("mocokit.pretrain")
+    importlib.import_module("mocokit.train")
     importlib.import_module("timm")
     serve()

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.ndimage import correlate1d
 from torch import Tensor
 
-from mocokit.config import Views
+from mocokit.settings.schema import Views
 from mocokit.views.params import Table, ViewSpec
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mocokit.evaluate.advice import advise, curve
+from mocokit.health.advice import advise, curve
 
 TRACES = Path(__file__).parent / "traces"
 

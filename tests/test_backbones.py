@@ -8,11 +8,11 @@ import torchvision
 from torch import nn
 
 from mocokit import recipes
-from mocokit.build_method import build_encoder
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head, calibrate_head
 from mocokit.settings import replace
+from mocokit.weights.encoder import build_encoder
 
 
 def count(module):

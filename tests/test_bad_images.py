@@ -11,7 +11,8 @@ from PIL import Image
 from mocokit.data.batch import Batch
 from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
-from mocokit.data.source import FolderSource, open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.folder import FolderSource
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.world import World
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mocokit.data import cache, walk
 from mocokit.data.index import read_arrays, write_arrays
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
 
 LONG_AGO = 10**18
 

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import mocokit
-from mocokit import build as mocokit_build
-from mocokit.data.source import load_index, open_data
+from mocokit.data.index import load_index
+from mocokit.data.open import open_data
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
-from mocokit.job import Job
+from mocokit.run import build as mocokit_build
+from mocokit.run.state import Job
 
 SETTINGS = {
     "engine.threads": 1,

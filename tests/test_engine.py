@@ -11,8 +11,8 @@ import torch
 from mocokit import recipes
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
+from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
-from mocokit.engine.health import FiniteWatch, gradient_norm
 from mocokit.engine.record import Metrics, Progress, Speaker, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals, break_off_point

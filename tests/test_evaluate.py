@@ -12,13 +12,13 @@ from torch import nn
 
 import mocokit
 from mocokit import cli
-from mocokit.data.arrays import ArraySource
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
-from mocokit.evaluate.finetune import Classifier, Plan, block_of, parameter_groups
-from mocokit.evaluate.subject import weights_hash
-from mocokit.evaluate.task import task_of
 from mocokit.nets.backbones import build_backbone
-from mocokit.subjects import folder_of, open_subject, timm_spec
+from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
+from mocokit.protocols.task import task_of
+from mocokit.weights.resolve import folder_of, open_subject, timm_spec
+from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
 
@@ -131,7 +131,7 @@ def test_a_run_that_cannot_be_written_is_judged_all_the_same(run, command, monke
     def full(folder, record):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mocokit.evaluations.append", full)
+    monkeypatch.setattr("mocokit.run.readme.append", full)
     code, said = command("knn", run, "--no-baseline")
     assert code == 0 and "cannot add this to" in said and "No space left" in said
 
@@ -149,7 +149,7 @@ def test_the_two_linear_protocols_are_never_confused(run, command):
 
 
 def test_finetune_with_shares_of_the_labels(run, command, monkeypatch):
-    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 4)
+    monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 4)
     before = (run / "backbone.safetensors").read_bytes()
     code, said = command("finetune", run, "--percent", 10, "--percent", 100, "--epochs", 2)
     assert code == 0 and "trained backbone, labels 10 %" in said

@@ -9,7 +9,7 @@ from PIL import Image
 
 import mocokit.check
 from mocokit.data.examine import examine
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
 
 
 def photo(path: Path, seed: int, kind: str = "JPEG", size: tuple[int, int] = (20, 30)) -> None:

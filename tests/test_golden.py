@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from mocokit import recipes
-from mocokit.build import build_schedule
 from mocokit.methods.losses import info_nce, nt_xent
 from mocokit.methods.parts import follow
-from mocokit.sizes import in_effect
+from mocokit.run.build import build_schedule
+from mocokit.settings.sizes import in_effect
 
 PINNED = json.loads(Path(__file__).with_name("golden.json").read_text())
 

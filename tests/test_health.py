@@ -8,8 +8,8 @@ from nets import small_encoder
 
 import mocokit
 from mocokit.engine import checkpoint
-from mocokit.evaluate.leak import contrast_by_grouping, has_groups
-from mocokit.evaluate.verdict import verdict
+from mocokit.health.bn_leak import contrast_by_grouping, has_groups
+from mocokit.health.verdict import verdict
 from mocokit.methods.losses import InfoNCE
 from mocokit.methods.method import Draw
 from mocokit.methods.moco import MoCo

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from mocokit import recipes
-from mocokit.build_method import build_method
 from mocokit.engine.average import GradientAverage, average_statistics
 from mocokit.engine.optim import build_optimizer
 from mocokit.methods.losses import LOSSES, InfoNCE
@@ -23,8 +22,9 @@ from mocokit.methods.parts import Queue, follow
 from mocokit.methods.simclr import SimCLR
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
+from mocokit.run.build import build_method
 from mocokit.settings import replace
-from mocokit.sizes import fit, in_effect
+from mocokit.settings.sizes import fit, in_effect
 
 BATCH, GROUPS, QUEUE = 12, 3, 30
 

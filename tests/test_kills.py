@@ -26,7 +26,7 @@ KILLS = 10
 # Prints the exit status of every run; a run that is killed gives 9.
 FORKING = """
 import json, os, random, signal, sys, time
-import mocokit, mocokit.pretrain, timm  # loaded by a run when it builds its network
+import mocokit, mocokit.train, timm  # loaded by a run when it builds its network
 from mocokit.engine import checkpoint
 
 data, straight, killed, kills, moment, settings = sys.argv[1:]

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
-from mocokit.data.source import open_data
-from mocokit.evaluate import knn
-from mocokit.evaluate.knn import knn_accuracy, knn_grid, knn_scores, nearest, vote
-from mocokit.evaluate.monitor import KnnMonitor
+from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
+from mocokit.protocols import knn
+from mocokit.protocols.knn import knn_accuracy, knn_grid, knn_scores, nearest, vote
 from mocokit.views.params import ViewSpec
 
 

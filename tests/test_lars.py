@@ -5,7 +5,7 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from mocokit.engine.lars import LARS
+from mocokit.engine.optim import LARS
 
 
 def net(seed=0):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mocokit
-from mocokit import launch
+from mocokit.cli import launch
 from mocokit.engine import checkpoint
 from mocokit.engine.runtime import default_threads
 from mocokit.engine.world import World, announced, first_host

@@ -10,15 +10,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.evaluate import linear_paper, linear_quick
-from mocokit.evaluate.linear_quick import Data, fit_quick, moments, ridge, solve
-from mocokit.evaluate.subject import Subject, weights_hash
-from mocokit.evaluate.table import Table, features_of
-from mocokit.evaluate.task import task_of
 from mocokit.nets.backbones import build_backbone
+from mocokit.protocols import linear_paper, linear_quick
+from mocokit.protocols.linear_quick import Data, fit_quick, moments, ridge, solve
+from mocokit.protocols.table import Table, features_of
+from mocokit.protocols.task import task_of
 from mocokit.views.params import ViewSpec
+from mocokit.weights.subject import Subject, weights_hash
 
 CPU = torch.device("cpu")
 
@@ -217,7 +217,7 @@ def test_the_papers_own_numbers():
 def test_training_views_are_random_crops_and_flips_and_orders_differ():
     judged, train = subject(), source(64, 0)
     task = task_of(train, source(8, 1), seed=0)
-    from mocokit.evaluate.features import probe_spec
+    from mocokit.protocols.features import probe_spec
 
     random = probe_spec(judged.spec)
     assert random.crop_area == (0.08, 1.0) and random.order == ("crop", "flip")

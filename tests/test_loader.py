@@ -26,8 +26,10 @@ from mocokit.data import (
 )
 from mocokit.data.batch import Batch, read_batch
 from mocokit.data.loader import Loader, read_batches
+from mocokit.data.open import open_data
 from mocokit.data.sharing import Packed
-from mocokit.data.source import ArraySource, FolderSource, open_data
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.folder import FolderSource
 from mocokit.errors import MocokitError, UserError
 
 BAD = (3, 4, 11)
@@ -399,7 +401,7 @@ def test_loading_processes_do_not_see_what_asks_a_run_to_stop(folder: FolderSour
     In a process that has started no other before.
     """
     script = (
-        "import os, signal, threading, time\nfrom mocokit.data.source import open_data\n"
+        "import os, signal, threading, time\nfrom mocokit.data.open import open_data\n"
         "from mocokit.data.loader import *\n"
         f"source = open_data({str(folder.root)!r}).train\n"
         "numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)\n"
@@ -428,7 +430,7 @@ def test_loading_processes_do_not_see_what_asks_a_run_to_stop(folder: FolderSour
 @linux
 def test_workers_end_when_the_training_process_is_killed(folder: FolderSource) -> None:
     script = (
-        "import sys\nfrom mocokit.data.source import open_data\nfrom mocokit.data.loader import *\n"
+        "import sys\nfrom mocokit.data.open import open_data\nfrom mocokit.data.loader import *\n"
         f"source = open_data({str(folder.root)!r}).train\n"
         "made = iter(Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None,"
         " workers=1))\n"
@@ -450,7 +452,7 @@ def test_workers_end_when_the_training_process_is_killed(folder: FolderSource) -
 @linux
 def test_a_script_ends_that_leaves_a_pass_open(folder: FolderSource) -> None:
     script = (
-        "from mocokit.data.source import open_data\nfrom mocokit.data.loader import *\n"
+        "from mocokit.data.open import open_data\nfrom mocokit.data.loader import *\n"
         f"source = open_data({str(folder.root)!r}).train\n"
         "made = iter(Loader(source, seed=0, batch_size=4, epochs=9, last='keep', bound=None,"
         " workers=2))\n"
@@ -464,7 +466,7 @@ def test_a_script_ends_that_leaves_a_pass_open(folder: FolderSource) -> None:
 def test_a_script_without_a_guard_is_not_run_again(folder: FolderSource, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(
-        "print('once')\nfrom mocokit.data.source import open_data\n"
+        "print('once')\nfrom mocokit.data.open import open_data\n"
         "from mocokit.data.loader import Loader\n"
         f"source = open_data({str(folder.root)!r}).train\n"
         "steps = Loader(source, seed=0, batch_size=4, epochs=1, last='keep', bound=None,"

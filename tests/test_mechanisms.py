@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mocokit
+from mocokit import train
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.methods.memorybank import MemoryBank
@@ -94,10 +95,8 @@ def test_a_whole_batch_in_pieces_is_refused_before_anything_is_written(toy_npz, 
 
 
 def test_views_made_on_demand_give_the_same_run(toy_npz, tmp_path, monkeypatch):
-    import sys
 
-    assert mocokit.pretrain
-    loop = sys.modules["mocokit.pretrain"]
+    loop = train
     changes = ENDTOEND | {"train.micro_batch": 32, "engine.precision": "float32"}
     held = run(toy_npz, tmp_path / "held", changes, epochs=1).folder
     made = []

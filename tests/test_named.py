@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocokit.data import named
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources import named
 from mocokit.errors import UserError
 
 torchvision_sets = pytest.importorskip("torchvision.datasets")

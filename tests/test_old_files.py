@@ -31,13 +31,13 @@ RENAMED: dict[str, dict[str, str | None]] = {"mocov2": {}, "simclr": {}, "memory
 
 def save_anew(old: Path, new: Path) -> None:
     """Load the run in `old` as a resume does, and save it in `new` as a run does now."""
-    from mocokit import recipes
-    from mocokit.data.source import open_data
+    from mocokit.data.open import open_data
     from mocokit.engine.folder import RunFolder
     from mocokit.engine.runtime import joined_world
-    from mocokit.job import begun, open_job
+    from mocokit.run.command import asked as settle
+    from mocokit.run.open import begun, open_job
 
-    asked, stated = recipes.asked(str(old / "config.yaml"), None, {})
+    asked, stated = settle(str(old / "config.yaml"), None, {})
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root)
     with joined_world("cpu") as world:
         job = open_job(asked, stated, splits, old, False, world)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from mocokit import recipes
-from mocokit.build import build_parts, build_schedule
 from mocokit.engine.optim import build_optimizer, set_lr
+from mocokit.run.build import build_parts, build_schedule
 from mocokit.settings import replace
-from mocokit.sizes import in_effect
+from mocokit.settings.sizes import in_effect
 
 
 def schedule(recipe, images=None, **changes):

@@ -16,14 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from mocokit import build, recipes
 from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
-from mocokit.data.pack import HEAD, TRAILER, write_pack
-from mocokit.data.packed import lacking
-from mocokit.data.source import PackedSource, RenumberedSource, Splits, open_data
+from mocokit.data.open import open_data
+from mocokit.data.source import Splits
+from mocokit.data.sources.pack import HEAD, TRAILER, write_pack
+from mocokit.data.sources.packed import PackedSource, lacking
+from mocokit.data.sources.several import RenumberedSource
 from mocokit.errors import UserError
+from mocokit.run.command import asked
 from mocokit.views.params import canvas_bound
+from mocokit.weights.encoder import view_spec
 
 BOUND = 40
 
@@ -232,7 +235,7 @@ def test_only_one_process_writes_a_pack(folder: Path, tmp_path: Path) -> None:
 
 SLOWLY = """
 import sys, time
-import mocokit.data.pack as pack
+import mocokit.data.sources.pack as pack
 from mocokit.cli import main
 
 record, pack._CHUNK = pack._record, 2
@@ -254,7 +257,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder: Path, tmp_path: Path)
     assert process.returncode == 130 and not target.exists()
     assert said.splitlines()[-1] == "mocokit: stopped; the same command goes on where it ended"
     counts: list[int] = []
-    bound = canvas_bound(build.view_spec(recipes.asked("mocov2", str(folder), {})[0]))
+    bound = canvas_bound(view_spec(asked("mocov2", str(folder), {})[0]))
     write_pack(open_data(folder), target, bound, False, 1, counts.append)
     assert 0 < counts[0] < 31 == sum(counts)
 

@@ -11,9 +11,9 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from mocokit.chance import Slot, uniform
-from mocokit.config import Settings, Views
 from mocokit.errors import UserError
 from mocokit.settings import from_yaml, replace, to_yaml
+from mocokit.settings.schema import Settings, Views
 from mocokit.views.colour import LUMA
 from mocokit.views.params import RANDOM_OPERATIONS, ViewSpec, canvas_bound, describe, draw_table
 

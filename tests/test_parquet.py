@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocokit.data import parquet
 from mocokit.data.decode import BadImage
-from mocokit.data.source import PackedSource, open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources import parquet
+from mocokit.data.sources.packed import PackedSource
 from mocokit.errors import UserError
 
 pyarrow = pytest.importorskip("pyarrow")

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mocokit.data import patterns
-from mocokit.data.source import ArraySource, open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources import patterns
+from mocokit.data.sources.arrays import ArraySource
 
 
 @pytest.fixture(scope="module")

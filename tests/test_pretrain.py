@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import mocokit
-from mocokit import build, build_method, recipes
+from mocokit import recipes
 from mocokit.engine import checkpoint
 from mocokit.engine.due import Due
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.methods.moco import MoCo
+from mocokit.run import build
+from mocokit.weights import encoder
 
 FAST = {"log.every_steps": 5, "optim.warmup_epochs": 1.0, "engine.threads": 1}
 
@@ -361,9 +363,9 @@ def test_a_skipped_float16_step_leaves_keys_and_queue(toy_npz, tmp_path, monkeyp
 
 def test_library_randomness_is_resumed_too(toy_npz, tmp_path, monkeypatch):
     """Dropout in the head: its masks follow from the step, not from a carried state."""
-    build_head = build_method.build_head
+    build_head = encoder.build_head
     monkeypatch.setattr(
-        build_method,
+        encoder,
         "build_head",
         lambda *a: torch.nn.Sequential(*build_head(*a), torch.nn.Dropout(0.5)),
     )
@@ -407,7 +409,7 @@ def test_advice_when_the_device_waits_for_images(
     monkeypatch.setattr(
         "mocokit.engine.record.Meter.read", lambda self: {"images_per_s": 1.0, "data_wait": wait}
     )
-    monkeypatch.setattr("mocokit.report.default_threads", lambda: 4)
+    monkeypatch.setattr("mocokit.run.recording.default_threads", lambda: 4)
     changes = {"data.workers": 1, "log.every_steps": 1}
     run(photos, tmp_path / "run", 5, **{k.replace(".", "__"): v for k, v in changes.items()})
     said = capsys.readouterr().err

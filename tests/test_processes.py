@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from test_world import free_port
 from torch.nn import functional as F
 
-from mocokit.engine.replicas import compare_replicas, fingerprint
+from mocokit.engine.average import compare_replicas, fingerprint
 from mocokit.errors import MocokitError
 from mocokit.methods.losses import InfoNCE, nt_xent
 from mocokit.methods.processes import exchange, gather_with_gradient, sum_over_processes
@@ -104,7 +104,7 @@ def test_a_fingerprint_sees_a_bit_and_its_place(seed, dtype):
 def test_a_fingerprint_is_the_same_in_chunks(monkeypatch):
     tensor = torch.randn(1000)
     whole = int(fingerprint(tensor))
-    monkeypatch.setattr("mocokit.engine.replicas.CHUNK", 7)
+    monkeypatch.setattr("mocokit.engine.average.CHUNK", 7)
     assert int(fingerprint(tensor)) == whole
 
 

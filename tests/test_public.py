@@ -8,8 +8,8 @@ import pytest
 import mocokit
 
 NAMES = {
-    "mocokit.pretrain.pretrain": ("recipe data out epochs batch_size device seed resume settings"),
-    "mocokit.export.load": "path",
+    "mocokit.train.pretrain": ("recipe data out epochs batch_size device seed resume settings"),
+    "mocokit.weights.resolve.load": "path",
     "mocokit.settings.difference": "a b",
     "mocokit.chance.uniform": "seed epoch index view slot",
     "mocokit.views.separable.crop_resize": "images boxes size flip",

@@ -65,7 +65,7 @@ def run(line, monkeypatch):
 def test_every_mocokit_command_in_order(photos, toy_npz, tmp_path, monkeypatch):
     """In one folder, as a reader would paste them; the run to --resume is made unfinished first."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mocokit.evaluate.finetune.LEAST_STEPS", 4)
+    monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 4)
     shutil.copytree(photos, tmp_path / "PHOTOS")
     shutil.copy(toy_npz, tmp_path / "CIFAR10.npz")
     ran = 0

@@ -6,6 +6,7 @@ import pytest
 
 from mocokit import recipes
 from mocokit.errors import UserError
+from mocokit.run import command
 from mocokit.settings import difference, get
 
 V1_TO_V2 = {
@@ -121,33 +122,33 @@ def test_an_unknown_recipe_suggests_the_nearest():
 
 class TestAsked:
     def test_nothing_is_the_demo(self):
-        settings, stated = recipes.asked(None, None, {})
+        settings, stated = command.asked(None, None, {})
         assert settings == recipes.demo() and not stated
 
     def test_a_path_alone_is_the_data_of_mocov2(self, tmp_path):
-        settings, stated = recipes.asked(str(tmp_path), None, {"seed": 3})
+        settings, stated = command.asked(str(tmp_path), None, {"seed": 3})
         assert settings.recipe == "mocov2" and settings.data.path == str(tmp_path)
         assert settings.seed == 3 and stated == {"seed"}
 
     def test_a_recipe_without_data_is_refused(self):
         with pytest.raises(UserError, match="mocov1 needs images: name a folder"):
-            recipes.asked("mocov1", None, {})
-        assert recipes.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
+            command.asked("mocov1", None, {})
+        assert command.asked("mocov1", None, {}, needs_data=False)[0].recipe == "mocov1"
 
     @pytest.mark.parametrize("arguments", [("none/", None), ("mocov2", "none"), ("a.jpg", None)])
     def test_a_missing_path_is_named(self, arguments):
         with pytest.raises(UserError, match="there is no file or folder (none|a.jpg)"):
-            recipes.asked(*arguments, {})
+            command.asked(*arguments, {})
 
     def test_a_misspelt_recipe_is_no_path(self):
         with pytest.raises(UserError, match="did you mean mocov2"):
-            recipes.asked("mocv2", None, {})
+            command.asked("mocv2", None, {})
 
     def test_a_file_states_what_it_holds(self, tmp_path):
         (tmp_path / "c.yaml").write_text(
             f"method: {{queue_size: 99}}\ndata: {{path: {tmp_path}}}\n"
         )
-        settings, stated = recipes.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
+        settings, stated = command.asked(str(tmp_path / "c.yaml"), None, {"seed": 1})
         assert settings.method.queue_size == 99
         assert stated == {"method.queue_size", "data.path", "seed"}
 
@@ -212,7 +213,7 @@ def test_simclr_has_its_papers_settings(path, value):
 
 
 def test_simclrs_learning_rate_is_the_published_one():
-    from mocokit.sizes import in_effect
+    from mocokit.settings.sizes import in_effect
 
     assert in_effect(recipes.simclr(), 1_281_167).lr == pytest.approx(4.8)
     assert in_effect(recipes.simclr_cifar10(), 50_000).lr == pytest.approx(2.0)
@@ -263,7 +264,7 @@ def test_mechanisms_that_cannot_be_are_refused(changes, sentence):
 
 def test_a_batch_with_one_set_of_statistics_is_not_cut():
     from mocokit.settings import replace
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     settings = replace(recipes.simclr_256(), {"train.micro_batch": 64})
     with pytest.raises(UserError, match="one .*batch_norm=whole.*recipe endtoend"):
@@ -271,14 +272,14 @@ def test_a_batch_with_one_set_of_statistics_is_not_cut():
 
 
 def test_the_memory_bank_states_its_size_beforehand():
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     _, notices = fit(recipes.memorybank(), 1_281_167)
     assert any("1,281,167 x 128 float32: 626 MiB" in notice for notice in notices)
 
 
 def test_a_bank_smaller_than_its_negatives_is_taken_whole():
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     settings, notices = fit(recipes.memorybank_softmax(), 5000)
     assert settings.method.bank_negatives is None
@@ -287,7 +288,7 @@ def test_a_bank_smaller_than_its_negatives_is_taken_whole():
 
 def test_a_short_run_has_a_short_warm_up():
     from mocokit.settings import replace
-    from mocokit.sizes import fit
+    from mocokit.settings.sizes import fit
 
     short = replace(recipes.simclr_256(), {"train.epochs": 5})
     settings, notices = fit(short, 10**6)

@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 
 import mocokit
-from mocokit import resident
-from mocokit.config import Views
-from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import read_batch
 from mocokit.data.loader import Loader
-from mocokit.data.pack import HEAD, write_pack
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.pack import HEAD, write_pack
 from mocokit.engine import checkpoint
-from mocokit.resident import Resident, hold
+from mocokit.run import resident
+from mocokit.run.resident import Resident, hold
+from mocokit.settings.schema import Views
 from mocokit.views.params import ViewSpec, draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
 

@@ -13,7 +13,7 @@ import mocokit
 from mocokit.data.loader import Loader
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
-from mocokit.evaluate.monitor import KnnMonitor
+from mocokit.health.knn_monitor import KnnMonitor
 
 SETTINGS = {
     "engine.threads": 1,

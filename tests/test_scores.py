@@ -5,8 +5,8 @@ import pytest
 from sklearn import metrics
 
 from mocokit.chance import Slot
-from mocokit.evaluate.scores import Scores
-from mocokit.evaluate.split import hold_out, stratified
+from mocokit.protocols.scores import Scores
+from mocokit.protocols.split import hold_out, stratified
 
 
 def some(seed=0, count=300, classes=7):

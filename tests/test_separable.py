@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from reference_views import crop_exact, crop_levels, gaussian, picture
 
 from mocokit.views import separable
-from mocokit.views.enlarged import enlarge_boxes, enlarges
+from mocokit.views.canvases import enlarge_boxes, enlarges
 from mocokit.views.separable import crop_boxes, crop_resize, gaussian_blur, resize_window
 
 LEVEL = 1 / 255

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from mocokit import recipes, settings
-from mocokit.config import Settings
 from mocokit.errors import UserError
+from mocokit.settings.schema import Settings
 
 EVERY = dict(settings.fields())
 

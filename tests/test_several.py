@@ -11,13 +11,9 @@ import pytest
 from PIL import Image
 
 from mocokit.data.decode import BadImage
-from mocokit.data.source import (
-    RenumberedSource,
-    load_index,
-    open_data,
-    renumbered,
-    save_index,
-)
+from mocokit.data.index import load_index, save_index
+from mocokit.data.open import open_data
+from mocokit.data.sources.several import RenumberedSource, renumbered
 from mocokit.errors import UserError
 
 

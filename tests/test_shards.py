@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from mocokit.data.decode import BadImage
-from mocokit.data.source import ShardSource, load_index, open_data, save_index
+from mocokit.data.index import load_index, save_index
+from mocokit.data.open import open_data
+from mocokit.data.sources.shards import ShardSource
 from mocokit.errors import UserError
 
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from mocokit import recipes
-from mocokit.config import Settings
 from mocokit.errors import UserError
 from mocokit.settings import replace
-from mocokit.sizes import count_groups, fit, in_effect
+from mocokit.settings.schema import Settings
+from mocokit.settings.sizes import count_groups, fit, in_effect
 
 
 def test_published_sizes_stay_on_the_published_data():

@@ -8,8 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from mocokit import cli, recipes, slurm
+from mocokit.cli import app, slurm
 from mocokit.errors import UserError
+from mocokit.run.command import asked
 from mocokit.settings import parse_assignments
 
 SIZES = {"name": "mocokit-mocov2", "nodes": 2, "gpus": 4, "cpus": 8, "time": "24:00:00"}
@@ -102,7 +103,7 @@ def test_the_job_finds_everything_from_another_folder(tmp_path, monkeypatch, wor
     (here / "mine.yaml").write_text("data: {path: photos}\n")
     monkeypatch.chdir(here)
     given = [assignment] if assignment else []
-    cli.write_slurm(recipe, data, "out/run", gpus=2, file="job", assignments=given, batch_size=256)
+    app.write_slurm(recipe, data, "out/run", gpus=2, file="job", assignments=given, batch_size=256)
     monkeypatch.chdir(there)
     line = next(line for line in (here / "job").read_text().splitlines() if line.startswith("srun"))
     command = shlex.split(line)[8:]
@@ -112,5 +113,5 @@ def test_the_job_finds_everything_from_another_folder(tmp_path, monkeypatch, wor
     changes = parse_assignments([b for a, b in pairwise(command) if a == "--set"])
     if assignment == "data.root=sets":
         assert changes["data.root"] == f"{here}/sets"
-    asked, _ = recipes.asked(*command[:2], changes)
-    assert asked.data.path == expected[1]
+    settings, _ = asked(*command[:2], changes)
+    assert settings.data.path == expected[1]

@@ -13,16 +13,12 @@ import pytest
 from PIL import Image
 
 from mocokit.data.decode import BadImage
-from mocokit.data.folder import EXTENSIONS
+from mocokit.data.index import load_index, save_index
 from mocokit.data.names import Names
-from mocokit.data.source import (
-    ArraySource,
-    FolderSource,
-    Splits,
-    load_index,
-    open_data,
-    save_index,
-)
+from mocokit.data.open import open_data
+from mocokit.data.source import Splits
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.folder import EXTENSIONS, FolderSource
 from mocokit.errors import UserError
 
 unix = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="changes its own rights")

@@ -10,21 +10,21 @@ import torch
 from PIL import Image
 
 from mocokit import recipes
-from mocokit.data.arrays import ArraySource
-from mocokit.data.source import open_data
+from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import MocokitError, UserError
-from mocokit.evaluate import table as table_
-from mocokit.evaluate.subject import Subject, weights_hash
-from mocokit.evaluate.table import CENTRE, Transform, cache_folder, features_of, key_of, prune
 from mocokit.nets.backbones import build_backbone
 from mocokit.pack import pack
+from mocokit.protocols import table as table_
+from mocokit.protocols.table import CENTRE, Transform, cache_folder, features_of, key_of, prune
 from mocokit.views.params import ViewSpec
+from mocokit.weights.subject import Subject, weights_hash
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
     monkeypatch.setattr(table_, "BATCH", 16)
-    monkeypatch.setattr("mocokit.evaluate.features.BATCH", 16)
+    monkeypatch.setattr("mocokit.protocols.features.BATCH", 16)
 
 
 def spec():

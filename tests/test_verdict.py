@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mocokit.evaluate.verdict import verdict
+from mocokit.health.verdict import verdict
 
 TRACES = Path(__file__).parent / "traces"
 

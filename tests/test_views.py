@@ -436,11 +436,12 @@ def test_cuda_and_the_cpus_ways_agree_on_crops(kind, most, monkeypatch):
 @pytest.mark.parametrize("sizes", [[(32, 32)] * 6, [(40, 31), (90, 70), (33, 80), (50, 50)] * 2])
 def test_views_on_demand_are_the_views(sizes):
     """Rows in any order, made alone or together, are those of the whole batch."""
-    from mocokit import build, recipes
+    from mocokit import recipes
     from mocokit.settings import replace
+    from mocokit.weights.encoder import view_spec
 
     small = {"views.size": 24, "views.resize": 24}
-    spec = build.view_spec(replace(recipes.mocov2(), small))
+    spec = view_spec(replace(recipes.mocov2(), small))
     draw = np.random.default_rng(0)
     heights, widths = np.array(sizes, np.int64).T
     count = int((heights * widths).sum()) * 3

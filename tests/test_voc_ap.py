@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from mocokit.evaluate.voc_ap import (
+from mocokit.protocols.voc_ap import (
     THRESHOLDS,
     Detection,
     Truth,

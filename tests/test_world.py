@@ -13,11 +13,12 @@ import torch
 from forks import free_port
 
 import mocokit
-from mocokit import build
+from mocokit import train
 from mocokit.engine import checkpoint
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.moco import MoCo
 from mocokit.methods.simclr import SimCLR
+from mocokit.run import build
 
 SETTINGS = {
     "engine.threads": 1,
@@ -48,8 +49,7 @@ def pretrain_recorded(data, out, settings, dtype="float64", patch=setattr):
 
     Leaves each process's memory, its queue or bank or else its weights, beside its folder.
     """
-    assert mocokit.pretrain
-    loop = sys.modules["mocokit.pretrain"]  # the module; the package's name is the function
+    loop = train
     build_parts, views = build.build_parts, loop.make_batch_views
     number = getattr(torch, dtype)
 

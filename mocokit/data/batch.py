@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mocokit.data.arrays import ArraySource
 from mocokit.data.decode import BadImage
-from mocokit.data.protocol import Source
-from mocokit.data.unread import Unread
+from mocokit.data.source import Source
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.unread import Unread
 from mocokit.errors import UserError
 
 _SHARED_MEMORY = "/dev/shm"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, look_at
-from mocokit.data.protocol import Source
+from mocokit.data.source import Source
 
 _CHUNK = 256
 _BYTES = 16  # of a digest; by chance two of a billion images agree once in 10^20

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit import chance
-from mocokit.data.arrays import ArraySource
 from mocokit.data.batch import Batch, read_batch
-from mocokit.data.protocol import Source
-from mocokit.data.unread import Unread
+from mocokit.data.source import Source
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.data.sources.unread import Unread
 from mocokit.data.workers import log, prepare_workers, read_in_workers
 from mocokit.errors import UserError
 

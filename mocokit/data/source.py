@@ -1,151 +1,84 @@
-"""The way from a text that names images to the images."""
+"""What a run asks of images, wherever they come from."""
 
-from collections.abc import Iterator
-from itertools import groupby
-from pathlib import Path
-from typing import Literal
+from typing import NamedTuple, Protocol
 
-from mocokit import places
-from mocokit.data.arrays import ArraySource, open_arrays
-from mocokit.data.folder import FolderSource, NoImages, open_folder
-from mocokit.data.index import Index, load_index, save_index
-from mocokit.data.listing import ENDINGS as LISTS, open_listing
-from mocokit.data.named import open_named
-from mocokit.data.names import short_name, show
-from mocokit.data.pack import is_pack
-from mocokit.data.packed import PackedSource, open_pack
-from mocokit.data.parquet import Counting, open_hub, open_parquet, open_parquet_below
-from mocokit.data.protocol import Source, Splits
-from mocokit.data.several import RenumberedSource, SeveralSource, renumbered, unlabelled
-from mocokit.data.shards import ShardSource, open_shards, open_shards_below
+import numpy as np
+from numpy.typing import NDArray
+
+from mocokit.data.index import Index
 from mocokit.errors import UserError
 
-__all__ = [
-    "ArraySource",
-    "FolderSource",
-    "Index",
-    "PackedSource",
-    "RenumberedSource",
-    "SeveralSource",
-    "ShardSource",
-    "Source",
-    "Splits",
-    "load_index",
-    "open_data",
-    "renumbered",
-    "save_index",
-]
 
-Labels = Literal["auto", "folders", "none"]
+class Source(Protocol):
+    """Images with stable numbers 0 .. len - 1.
 
-
-def open_data(
-    path: str | Path | None,
-    labels: Labels = "auto",
-    root: str | Path | None = None,
-    counting: Counting | None = None,
-) -> Splits:
-    """The images at a place, or at several; None is the embedded demo set.
-
-    A place is a folder, archives, a list, arrays, a pack, parquet files, or the name of a known
-    set, which lies below `root` or is downloaded there. `counting(done, total)` is shown what takes
-    long.
+    `name` is short and fits into a folder's name; the same content has the same `fingerprint`;
+    `notes` are sentences that the images' owner should read.
     """
-    if path is None:
-        return _open_demo(labels)
-    found = places.split(str(path))
-    if not found:
-        raise UserError(f"there are no images at {show(path)}: the pattern matches no file")
-    opened = list(_open_each(found, labels, root, counting))
-    if len(opened) == 1:
-        return opened[0]
-    train = SeveralSource([one.train for one in opened])
-    held = [one.validation for one in opened if one.validation is not None]
-    if not held:
-        return Splits(train, None)
-    validation = SeveralSource(held)
-    train.notes += tuple(f"to validate on: {note}" for note in unlabelled(held))
-    if train.labels is not None and validation.labels is not None:
-        validation.relabel(train.classes)
-    else:
-        validation.labels, validation.classes = None, ()
-    return Splits(train, validation)
+
+    name: str
+    labels: NDArray[np.int64] | None
+    classes: tuple[str, ...]
+    fingerprint: str
+    notes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image; raises BadImage."""
+        ...
+
+    def content(self, index: int) -> bytes | None:
+        """An image as an encoded file; None where bare pixels are stored. Raises BadImage."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """What a person calls the image: one printable line."""
+        ...
+
+    def stamp(self) -> str:
+        """What another set of pixels never shares, as far as files' sizes and times tell.
+
+        The fingerprint says whether it is the same data by name, and holds for a copy; what is
+        computed from pixels is kept under this.
+        """
+        ...
+
+    def index(self) -> Index:
+        """What tells these images from others, for `save_index`."""
+        ...
 
 
-def _open_each(
-    found: list[str], labels: Labels, root: str | Path | None, counting: Counting | None
-) -> Iterator[Splits]:
-    """Neighbouring archives are one source, and so are neighbouring parquet files."""
-    for kind, group in groupby(found, _kind):
-        if kind == "elsewhere":
-            for text in group:
-                if text.startswith(places.HUB):
-                    yield open_hub(text, labels, counting)
-                else:
-                    yield open_named(text, labels, root)
-            continue
-        here = [_existing(text) for text in group]
-        if kind == "tar":
-            yield Splits(*open_shards(here, labels))
-        elif kind == "parquet":
-            yield open_parquet(here, labels, counting)
-        elif kind == "folder":
-            yield from (_open_folder(place, labels, counting) for place in here)
-        else:
-            yield from (_open_file(place, labels) for place in here)
+class Splits(NamedTuple):
+    """Images to train on, and others to validate on."""
+
+    train: Source
+    validation: Source | None
+
+    def check_classes(self) -> None:
+        """Raises UserError for a class to validate on that no training image has.
+
+        Sources number such classes after those of training. A run that lost a class since it began
+        goes on all the same, so this is asked where something begins.
+        """
+        train, other = self
+        if other is None or train.labels is None or other.labels is None:
+            return
+        for name in other.classes:
+            if name not in train.classes:
+                what = f"{other.name} has a class {name} to validate on that no training image has"
+                raise UserError(f"{what}: remove or rename it, or set data.labels=none")
+
+    def numbered_by(self, classes: tuple[str, ...]) -> "Splits":
+        """The same, with validation's labels numbered by these names; others come after them."""
+        other = self.validation
+        if other is not None and other.labels is not None and other.classes != classes:
+            every = extended(classes, other.classes)
+            numbers = np.array([every.index(name) for name in other.classes], np.int64)
+            other.labels, other.classes = numbers[other.labels], every
+        return self
 
 
-def _kind(text: str) -> str:
-    if places.is_elsewhere(text):
-        return "elsewhere"
-    place = Path(text).expanduser()
-    if place.is_dir():
-        return "folder"
-    return next((kind for kind in ("tar", "parquet") if place.suffix.lower() == f".{kind}"), "file")
-
-
-def _open_file(place: Path, labels: Labels) -> Splits:
-    ending = place.suffix.lower()
-    if ending in (".npz", ".npy"):
-        return Splits(*open_arrays(place, short_name(place.stem), labels))
-    if is_pack(place):
-        return Splits(*open_pack(place, labels))
-    if ending in LISTS:
-        return Splits(open_listing(place, labels), None)
-    if ending in (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar"):
-        remedy = "unpack it, or make it a plain .tar"
-        raise UserError(f"{show(place)} is compressed, so it cannot be read at random: {remedy}")
-    remedy = "give a folder of images, .tar archives, a .txt that lists them, an .npz or an .npy"
-    raise UserError(f"{show(place)} is a file of another kind: {remedy}")
-
-
-def _open_folder(place: Path, labels: Labels, counting: Counting | None) -> Splits:
-    try:
-        return Splits(*open_folder(place, labels))
-    except NoImages:
-        if shards := open_shards_below(place, labels):
-            return Splits(*shards)
-        if tables := open_parquet_below(place, labels, counting):
-            return tables
-        raise
-
-
-def _existing(text: str) -> Path:
-    place = Path(text).expanduser()
-    try:
-        place.stat()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"there are no images at {show(place)} ({why}): {places.remedy(text)}"
-        ) from error
-    return place
-
-
-def _open_demo(labels: Labels) -> Splits:
-    from mocokit.data.patterns import demo
-
-    if labels == "folders":
-        remedy = "set auto or none, or give a folder of images"
-        raise UserError(f"data.labels=folders needs a folder, not the embedded demo set: {remedy}")
-    return Splits(*demo(labelled=labels != "none"))
+def extended(classes: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of both, the first ones first."""
+    return tuple(dict.fromkeys((*classes, *more)))

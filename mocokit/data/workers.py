@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from mocokit.data.batch import Batch
 from mocokit.data.sharing import Packed
 from mocokit.errors import MocokitError, UserError
-from mocokit.memory import keep_freed_memory
+from mocokit.files import keep_freed_memory
 
 T = TypeVar("T")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mocokit import settings as settings_
-from mocokit.config import Settings
 from mocokit.engine.record import read_metrics
 from mocokit.errors import UserError
+from mocokit.settings.schema import Settings
 
 ROOT = Path("runs")
 

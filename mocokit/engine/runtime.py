@@ -15,7 +15,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 from mocokit.chance import Slot, library_seed
 from mocokit.engine.world import World, announced
 from mocokit.errors import Interrupted, UserError
-from mocokit.memory import keep_freed_memory
+from mocokit.files import keep_freed_memory
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -1,1 +1,1 @@
-"""How good a backbone is. Evaluation reads weights; it never touches training state."""
+"""What `mocokit evaluate` does; how a backbone is judged is in protocols/."""

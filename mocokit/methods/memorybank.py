@@ -18,9 +18,10 @@ from mocokit.methods.losses import Loss, dots, nce
 from mocokit.methods.method import Draw, Method, Output, Views
 from mocokit.methods.parts import Bank
 from mocokit.methods.pieces import Encoding, GroupPlan
-from mocokit.methods.processes import gather, sum_over_processes, to_device
+from mocokit.methods.processes import gather, sum_over_processes
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.transfer import to_device
 
 # Of queries (n, C) and the numbers of their images (n,): the loss, and NCE's constant.
 Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -21,9 +21,10 @@ from mocokit.methods.losses import Loss
 from mocokit.methods.method import Draw, Method, Output, Views
 from mocokit.methods.parts import Queue, follow
 from mocokit.methods.pieces import Encoding, GroupPlan, taken
-from mocokit.methods.processes import gather, to_device
+from mocokit.methods.processes import gather
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.transfer import to_device
 
 
 class MoCo(Method):

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.methods.method import Draw, Views, as_float
-from mocokit.methods.processes import exchange, rank_and_world, to_device
+from mocokit.methods.processes import exchange, rank_and_world
 from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_of_groups
+from mocokit.transfer import to_device
 
 
 class Piece(NamedTuple):

@@ -1,7 +1,6 @@
-"""What crosses processes: rows gathered with and without gradient, numbers brought to a device."""
+"""What crosses processes: rows gathered with and without gradient."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,18 +8,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import to_device
+
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are; (0, 1) on its own."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def to_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
-    """Numbers of the host on the device, without waiting for what the device is doing."""
-    tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()

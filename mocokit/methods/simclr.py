@@ -15,9 +15,10 @@ from mocokit.methods.gradients import loss_in_pieces
 from mocokit.methods.losses import Loss
 from mocokit.methods.method import Draw, Method, Output, Views
 from mocokit.methods.pieces import Encoding, GroupPlan, taken
-from mocokit.methods.processes import gather, gather_with_gradient, to_device
+from mocokit.methods.processes import gather, gather_with_gradient
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.transfer import to_device
 
 
 class SimCLR(Method):

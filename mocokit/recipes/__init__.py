@@ -4,7 +4,10 @@ Published values are quoted from the paper named beside them. "Not measured" mea
 have not run the recipe to its end ourselves.
 """
 
-from mocokit.recipes.asked import RECIPES, asked, by_name, merge
+import difflib
+from collections.abc import Callable
+
+from mocokit.errors import UserError
 from mocokit.recipes.imagenet import (
     ablation_a,
     ablation_b,
@@ -33,13 +36,13 @@ from mocokit.recipes.small import (
     mocov2_cifar10_symmetric,
     simclr_cifar10,
 )
+from mocokit.settings.schema import Settings
 
 __all__ = [
     "RECIPES",
     "ablation_a",
     "ablation_b",
     "ablation_c",
-    "asked",
     "by_name",
     "demo",
     "endtoend",
@@ -50,7 +53,6 @@ __all__ = [
     "memorybank_cifar10",
     "memorybank_softmax",
     "memorybank_softmax_cifar10",
-    "merge",
     "mocov1",
     "mocov2",
     "mocov2_800",
@@ -62,3 +64,40 @@ __all__ = [
     "simclr_256",
     "simclr_cifar10",
 ]
+
+RECIPES: dict[str, Callable[[], Settings]] = {
+    function.__name__: function
+    for function in (
+        demo,
+        mocov1,
+        mocov2,
+        mocov2_800,
+        mocov2_symmetric,
+        mocov2plus,
+        ablation_a,
+        ablation_b,
+        ablation_c,
+        endtoend,
+        endtoend_4096,
+        endtoend_v1,
+        simclr,
+        simclr_256,
+        memorybank,
+        memorybank_softmax,
+        mocov2_cifar10,
+        mocov2_cifar10_symmetric,
+        endtoend_cifar10,
+        simclr_cifar10,
+        memorybank_cifar10,
+        memorybank_softmax_cifar10,
+    )
+}
+
+
+def by_name(name: str) -> Settings:
+    """The recipe of that name; raises UserError with the nearest known one."""
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(RECIPES)}"
+        raise UserError(f"there is neither a recipe nor a file or folder named {name!r}; {hint}")
+    return RECIPES[name]()

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mocokit.config import Settings
 from mocokit.settings import replace
+from mocokit.settings.schema import Settings
 
 
 def derive(base: Settings, name: str, changes: Mapping[str, Any]) -> Settings:

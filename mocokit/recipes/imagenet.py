@@ -1,7 +1,7 @@
 """Recipes for photos of about 224 pixels: MoCo, the rows of its tables, and what it replaces."""
 
-from mocokit.config import Settings
 from mocokit.recipes.derive import derive
+from mocokit.settings.schema import Settings
 
 AUG_PLUS = {  # the paper's "aug+": blur, and gray after a colour jitter not always applied
     "views.order": ("crop", "jitter", "grayscale", "blur", "flip"),

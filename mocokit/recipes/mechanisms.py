@@ -1,9 +1,9 @@
 """The other ways to get keys and negatives: the batch itself, and a bank of the whole data."""
 
-from mocokit.config import Settings
 from mocokit.recipes.derive import derive
 from mocokit.recipes.imagenet import mocov1, mocov2
-from mocokit.view_settings import simclr_views
+from mocokit.recipes.views import simclr_views
+from mocokit.settings.schema import Settings
 
 END_TO_END = {  # no queue and no key encoder: all views of a batch against each other
     "method.name": "simclr",

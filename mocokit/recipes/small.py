@@ -1,10 +1,10 @@
 """Recipes for images of 32 pixels: CIFAR-10, and the embedded demo."""
 
-from mocokit.config import Settings
 from mocokit.recipes.derive import derive
 from mocokit.recipes.imagenet import mocov2
 from mocokit.recipes.mechanisms import BANK, END_TO_END, memorybank, simclr
-from mocokit.view_settings import SIMCLR_CIFAR_VIEWS
+from mocokit.recipes.views import SIMCLR_CIFAR_VIEWS
+from mocokit.settings.schema import Settings
 
 SMALL_VIEWS = {
     "views.size": 32,

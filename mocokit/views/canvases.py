@@ -3,8 +3,8 @@
 There are three ways to crop, which agree to one level of 255 (the cubic to 1.13): a dense product
 on the device, batched; on a CPU, for photos, PIL's own algorithm in torch's uint8 kernel, image by
 image, which is ten times as fast; and on a CPU, for canvases of one size and no larger than the
-views, bilinear samples of four pixels, batched. Device type, the sizes in the batch and the
-interpolation alone decide between them.
+views, bilinear samples of four pixels, batched, where the dense product would multiply by zeros,
+mostly. Device type, the sizes in the batch and the interpolation alone decide between them.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mocokit.views.enlarged import enlarge_boxes, enlarges
-from mocokit.views.params import ViewSpec
+from mocokit.views.params import Interpolation, ViewSpec
 from mocokit.views.separable import DENSE_SIDE, crop_boxes, resize_window, upload
 
 Sizes = NDArray[np.int64]
@@ -176,3 +175,29 @@ class Canvases:
 def _scale(levels: Tensor) -> Tensor:
     """uint8 to float32 in [0, 1], planes contiguous."""
     return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+
+def enlarges(images: Tensor, size: int, interpolation: Interpolation) -> bool:
+    """Whether `enlarge_boxes` can make crops of images (B, 3, H, W), and is the fastest way."""
+    fits = max(images.shape[2:]) <= size and interpolation == "bilinear"
+    return fits and images.device.type == "cpu"
+
+
+def enlarge_boxes(
+    images: Tensor, boxes: NDArray[np.int64], size: int, flip: NDArray[np.bool_]
+) -> Tensor:
+    """As `crop_resize`, of uint8 images (B, 3, H, W) with sides of at most `size`.
+
+    A triangle one pixel wide, renormalised inside the box, is linear interpolation between pixels
+    whose middles are at p + .5, and beyond the first and last middle of the box their values.
+    """
+    start, length = boxes[:, :2, None], boxes[:, 2:, None]
+    at: NDArray[np.float64] = (np.arange(size) + 0.5) * (length / size) - 0.5
+    at = np.clip(at, 0, length - 1) + start  # (B, 2, size): pixels down and across
+    at[flip, 1] = at[flip, 1, ::-1]
+    extents = np.array(images.shape[2:]).reshape(2, 1)
+    down, across = torch.from_numpy((2 * at + 1) / extents - 1).float().unbind(1)
+    grid = torch.empty(len(boxes), size, size, 2)
+    grid[..., 0], grid[..., 1] = across[:, None], down[:, :, None]
+    levels = images.float().div_(255)
+    return F.grid_sample(levels, grid, padding_mode="border", align_corners=False)

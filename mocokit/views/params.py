@@ -31,7 +31,7 @@ BLUR_TAILS = 4.0  # sigmas at which the Gaussian is cut; beyond lies 6e-5 of its
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """The settings `views` of a run as plain values; `mocokit.config.Views` gives their meaning."""
+    """The settings `views` of a run as plain values; settings/schema.py gives their meaning."""
 
     size: int
     order: tuple[str, ...]

@@ -1,0 +1,5 @@
+"""The command `mocokit`: its verbs parse, then import what they need."""
+
+from mocokit.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,277 @@
+"""The verbs. Parses, then imports what the verb needs: `--help` loads no torch."""
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from mocokit import recipes, settings as settings_
+from mocokit.cli import evaluate, launch, slurm
+from mocokit.errors import MocokitError, UserError
+from mocokit.run import command
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Turn a folder of unlabelled images into a visual backbone by momentum contrast.",
+)
+
+app.add_typer(evaluate.app, name="evaluate")
+
+
+@app.callback()
+def callback() -> None:
+    """Keeps `pretrain` a verb of its own."""
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="a recipe's name, a config.yaml, or the images; nothing: a demo"),
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="run folder; an unfinished run there is gone on with")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="passes over the images")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images a step, over all GPUs")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = None,
+    seed: Annotated[int | None, typer.Option(help="all chance follows from it")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the newest unfinished such run in runs/")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines, each of which runs this")] = 1,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="where several machines meet")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="go on so often from the last checkpoint after a failure")
+    ] = 0,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="bit for bit on CUDA too, and slower")
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="print every setting and the augmentation, and stop")
+    ] = False,
+) -> None:
+    """Train a backbone by a recipe on a folder of images, labelled or not.
+
+    Without arguments: a two-minute demonstration on embedded textures.
+    """
+    changes = settings_.parse_assignments(assignments or [])
+    flags = {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "engine.device": device,
+        "seed": seed,
+        "engine.deterministic": deterministic,
+    }
+    changes = command.merge(flags, changes)
+    asked, stated = command.asked(recipe, data, changes, needs_data=not show)
+    if show:
+        _show(asked, stated)
+        return
+    from mocokit.engine.world import announced
+
+    launch.end_again()
+    if launch.REPORTS not in os.environ and announced(os.environ) is not None:
+        given = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
+        if words := [name for name, value in given.items() if value is not None]:
+            raise UserError(
+                f"{', '.join(words)}: this is a process of several already, started by somebody "
+                "else, who decides on their number; leave it out"
+            )
+    if announced(os.environ) is None:
+        number = launch.count_processes(asked.engine.device, processes, nodes)
+        if number is not None:
+            launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
+            return
+    from mocokit.train import pretrain as run
+
+    run(recipe, data, out, resume=resume, settings=changes)
+
+
+@app.command("check")
+def check_data(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a recipe's name, a config.yaml, or the images")
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
+    out: Annotated[str, typer.Option(help="where to write the sheet")] = "views.png",
+    quick: Annotated[bool, typer.Option("--quick", help="read 200 images, not all")] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Say what a data set holds, and draw a sheet of the views that the network will see."""
+    changes = settings_.parse_assignments(assignments or [])
+    command.asked(recipe, data, changes)  # mistakes come before heavy imports
+    from mocokit.check import check
+
+    check(recipe, data, out, changes, quick=quick)
+
+
+@app.command("pack")
+def pack_data(
+    data: Annotated[str, typer.Argument(help="the images: a folder, archives, a list, arrays")],
+    file: Annotated[str, typer.Argument(help="the file to write")],
+    recipe: Annotated[
+        str, typer.Option(help="whose largest crop says how far images may be shrunk")
+    ] = "mocov2",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="store bare pixels: most room, no decoding")
+    ] = False,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Put all images, no larger than training needs, into one file that is faster to read."""
+    changes = settings_.parse_assignments(assignments or [])
+    command.asked(recipe, data, changes)
+    from mocokit.pack import pack
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it has something to say at its end
+    pack(data, file, recipe, raw, changes)
+
+
+@app.command("slurm")
+def write_slurm(
+    recipe: Annotated[
+        str | None, typer.Argument(help="a recipe's name, a config.yaml, or the images")
+    ] = None,
+    data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="run folder; must be named, as it is gone on with")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine")] = 8,
+    cpus: Annotated[int, typer.Option(min=1, help="processors for each GPU")] = 8,
+    time: Annotated[str, typer.Option(help="limit of a job, after which it goes on")] = "24:00:00",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="of sbatch, as partition=gpu; repeatable"),
+    ] = None,
+    file: Annotated[str, typer.Option(help="where to write the batch file")] = "mocokit.sbatch",
+    epochs: Annotated[int | None, typer.Option(help="passes over the images")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images a step, over all GPUs")] = None,
+    seed: Annotated[int | None, typer.Option(help="all chance follows from it")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
+    ] = None,
+) -> None:
+    """Write a batch file for SLURM that trains, saves before its limit, and goes on by itself."""
+    changes = settings_.parse_assignments(assignments or [])
+    flags = {"train.epochs": epochs, "train.batch_size": batch_size, "seed": seed}
+    asked, _ = command.asked(recipe, data, command.merge(flags, changes))
+    if out is None:
+        raise UserError("name the run folder with --out: a job that goes on must find it again")
+    shares = sizes.count_shares(asked, asked.train.batch_size)
+    if nodes * gpus > shares:
+        raise UserError(
+            f"{nodes * gpus} GPUs for the {shares} batch-norm groups of a batch of "
+            f"{asked.train.batch_size}: each holds whole groups, so ask for fewer, or raise "
+            "--batch-size"
+        )
+    options = {"--epochs": epochs, "--batch-size": batch_size, "--seed": seed}
+    # The job may start in another folder.
+    is_file = (recipe or "").endswith((".yaml", ".yml"))
+    first = os.path.abspath(recipe) if recipe and is_file else asked.recipe
+    words = [sys.executable, "-m", "mocokit", "pretrain", first, *filter(None, [asked.data.path])]
+    words += ["--out", os.path.abspath(out)]
+    words += [word for k, v in options.items() if v is not None for word in (k, str(v))]
+    words += [word for text in assignments or [] for word in ("--set", text)]
+    if asked.data.root:
+        root = json.dumps(os.path.abspath(os.path.expanduser(asked.data.root)), ensure_ascii=False)
+        words += ["--set", f"data.root={root}"]
+    name = f"mocokit-{asked.recipe}"
+    text = slurm.script(
+        words, name=name, nodes=nodes, gpus=gpus, cpus=cpus, time=time, log=f"{name}-%j.log",
+        options=sbatch or [],
+    )  # fmt: skip
+    try:
+        with open(file, "w", encoding="utf-8") as written:
+            written.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}); name another --file") from None
+    typer.echo(f"{file}: {nodes * gpus} GPUs. Submit it with: sbatch {file}")
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes: what each is, what it costs, what was published and what we measured."""
+    for name, recipe in recipes.RECIPES.items():
+        first, *rest = [line.strip() for line in (recipe.__doc__ or "").strip().splitlines()]
+        typer.echo(f"{name}\n  {first}")
+        for line in rest:
+            if line:
+                typer.echo(f"    {line}")
+
+
+def _show(asked: Settings, stated: frozenset[str]) -> None:
+    """Every setting as it would run here, with its meaning; what differs; the augmentation."""
+    from mocokit.data.open import open_data
+    from mocokit.engine.runtime import choose_device
+    from mocokit.run import build
+    from mocokit.views.params import describe
+    from mocokit.weights.encoder import view_spec
+
+    base = recipes.RECIPES.get(asked.recipe, recipes.mocov2)()
+    settled, effect = asked, None
+    notices: list[str] = []
+    if asked.data.path is not None or asked.recipe == "demo":
+        images = len(open_data(asked.data.path, asked.data.labels, asked.data.root).train)
+        settled, notices = sizes.fit(asked, images, stated)
+        effect = sizes.in_effect(settled, images)
+    settled = build.settle(settled, choose_device(asked.engine.device), None)
+    changed = settings_.difference(base, settled)
+    for path, field in settings_.fields():
+        value = settings_.get(settled, path)
+        was = f"  (recipe: {changed[path][0]})" if path in changed else ""
+        typer.echo(f"{path} = {value}{was}\n    {field.description}")
+    typer.echo(f"\nDifference from the recipe {asked.recipe}:")
+    for path, (before, after) in changed.items():
+        typer.echo(f"  {path}: {before} -> {after}")
+    if not changed:
+        typer.echo("  none")
+    for notice in notices:
+        typer.echo(f"note: {notice}")
+    if effect is not None:
+        typer.echo(f"\nIn effect on {effect.images:,} images:")
+        for name, value in effect.as_dict().items():
+            typer.echo(
+                f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}"
+            )
+    typer.echo("\nAugmentation of both views, in order:")
+    rows = [("operation", "probability", "parameters"), *describe(view_spec(settled))]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for operation, probability, parameters in rows:
+        typer.echo(f"  {operation:{widths[0]}}  {probability:{widths[1]}}  {parameters}")
+
+
+def main() -> None:
+    """Run a verb and exit: 0 done, 1 our fault, 2 the user's, 75 or 130 stopped and saved."""
+    # Until a run takes over signals, Ctrl-C ends everything at once: an import cannot be unwound.
+    before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        app()
+    except MocokitError as error:
+        if not launch.report(error):
+            rank = os.environ.get("RANK", "0")
+            typer.echo(f"mocokit: {'' if rank == '0' else f'process {rank}: '}{error}", err=True)
+        sys.exit(error.exit_code)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,235 @@
+"""A pack: all images of a data set, bounded, in one file that is read at random.
+
+    magic | header (JSON) | record, record, ... | index (.npz) | trailer
+
+A record is a small head with a checksum of itself and of what follows: a file as it was, where
+nothing would be gained by making it smaller; else the smaller image, as a JPEG or as bare pixels;
+or the reason why the image cannot be read. Records follow one another in the order of the images,
+so that a pack that was broken off is gone on with after its last whole record. The index says where
+each record is.
+"""
+
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mocokit.data.decode import BadImage, look_at
+from mocokit.data.index import Arrays, to_arrays
+from mocokit.data.names import show
+from mocokit.data.source import Source, Splits
+from mocokit.errors import UserError
+
+MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads
+HEAD = struct.Struct("<4sBxxxIIQI")  # mark, kind, height, width, length, checksum
+TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and the magic
+BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
+_MARK = b"IMG\n"
+_QUALITY = 95
+_CHUNK = 64  # images between two looks at the disk
+
+
+class Head(NamedTuple):
+    """What comes before a record's content; the checksum is of both."""
+
+    kind: int
+    height: int
+    width: int
+    length: int
+    checksum: int
+
+    @classmethod
+    def of(cls, kind: int, height: int, width: int, content: bytes) -> "Head":
+        """The head of this content."""
+        own = struct.pack("<BII", kind, height, width)
+        return cls(kind, height, width, len(content), zlib.crc32(own, zlib.crc32(content)))
+
+    def fits(self, content: bytes) -> bool:
+        """Whether it is the head of this content, and both are whole."""
+        return self == Head.of(self.kind, self.height, self.width, content)
+
+
+class Packed(NamedTuple):
+    """How many images were bad, how many were shrunk to a JPEG, and the size of the pack."""
+
+    bad: int
+    shrunk: int
+    bytes: int
+
+
+def unpack_head(content: bytes | memoryview) -> Head:
+    """Raises ValueError where no record begins."""
+    if len(content) < HEAD.size:
+        raise ValueError("the pack ends")
+    mark, *rest = HEAD.unpack(content[: HEAD.size])
+    if mark != _MARK:
+        raise ValueError("there is no record")
+    return Head(*rest)
+
+
+def write_pack(
+    splits: Splits,
+    target: Path,
+    bound: int | None,
+    raw: bool,
+    threads: int,
+    advance: Callable[[int], None],
+    remedy: str = "make room or choose another file, and run it again",
+) -> Packed:
+    """Pack training and validation images, in this order; without a bound, the files as they are.
+
+    `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError, with
+    `remedy` if the target cannot be written.
+    """
+    sources = [source for source in splits if source is not None]
+    header = {
+        "bound": bound,
+        "raw": raw,
+        # Not the fingerprint, which may be of names alone: an attempt at other pixels is dropped.
+        "images": [source.stamp() for source in sources],
+        "lengths": [len(source) for source in sources],
+    }
+    part = target.with_name(target.name + ".part")
+    places = [(source, number) for source in sources for number in range(len(source))]
+    record = partial(_record, bound=bound, raw=raw)
+    try:
+        with _held(part) as file:
+            heads, offsets = _taken_up(file, header)
+            advance(len(heads))
+            with ThreadPoolExecutor(threads) as pool:
+                for first in range(len(heads), len(places), _CHUNK):
+                    chunk = places[first : first + _CHUNK]
+                    for head, content in pool.map(record, *zip(*chunk, strict=True)):
+                        offsets.append(file.tell())
+                        heads.append(head)
+                        file.write(HEAD.pack(_MARK, *head) + content)
+                    file.flush()
+                    advance(len(chunk))
+            _finish(file, sources, np.array(offsets, np.int64))
+        os.replace(part, target)
+    except OSError as error:
+        where = f"cannot write {show(part)} ({error.strerror})"
+        raise UserError(f"{where}: {remedy}") from error
+    bad, shrunk = (sum(head.kind == kind for head in heads) for kind in (BAD, SHRUNK))
+    return Packed(bad, shrunk, os.stat(target).st_size)
+
+
+def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[Head, bytes]:
+    try:
+        content = source.content(number)
+        if bound is None and not raw and content is not None:
+            return Head.of(FILE, 0, 0, content), content
+        pixels = source.read(number, bound)
+        height, width = pixels.shape[:2]
+        if raw or content is None:
+            kind, content = PIXELS, pixels.tobytes()
+        elif {height, width} == set(look_at(content)[1:]):
+            kind = FILE  # nothing was shrunk: the same pixels, at no loss
+        else:
+            kind, content = SHRUNK, _jpeg(pixels)
+    except BadImage as reason:
+        kind, height, width, content = BAD, 0, 0, str(reason).encode()
+    return Head.of(kind, height, width, content), content
+
+
+def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=_QUALITY, subsampling=0)
+    return file.getvalue()
+
+
+@contextmanager
+def _held(part: Path) -> Iterator[IO[bytes]]:
+    """The unfinished pack, open to read and write, and closed to other processes."""
+    with open(part, "a+b") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows, where the lock is left out
+            pass
+        except BlockingIOError:
+            raise UserError(f"another process is writing {show(part)}: wait for it") from None
+        yield file
+
+
+def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list[int]]:
+    """The whole records of an earlier attempt at the same pack; what is beyond them is cut off."""
+    text = json.dumps(header).encode()
+    start = MAGIC + struct.pack("<I", len(text)) + text
+    heads: list[Head] = []
+    offsets: list[int] = []
+    file.seek(0)
+    same = file.read(len(start)) == start
+    if same:
+        while True:
+            offset = file.tell()
+            try:
+                head = unpack_head(file.read(HEAD.size))
+            except ValueError:
+                break
+            content = file.read(min(head.length, 2**40))
+            if not head.fits(content):
+                break
+            heads.append(head)
+            offsets.append(offset)
+        file.truncate(offset)
+        file.seek(offset)
+    else:
+        file.truncate(0)
+        file.seek(0)  # `tell` counts from where the reading ended, though all is written to the end
+        file.write(start)
+    return heads, offsets
+
+
+def _finish(file: IO[bytes], sources: list[Source], offsets: NDArray[np.int64]) -> None:
+    arrays: Arrays = {"offsets": offsets}
+    for number, source in enumerate(sources):
+        arrays |= to_arrays(source.index()._replace(extra={}), f"{number}.")
+    packed = io.BytesIO()
+    np.savez(packed, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    index = packed.getvalue()
+    offset = file.tell()
+    file.write(index + TRAILER.pack(offset, len(index), zlib.crc32(index), MAGIC))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_index(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Index and header of a finished pack; raises OSError or ValueError."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TRAILER.size))
+        end = file.read()
+        if len(end) < TRAILER.size:
+            raise ValueError("it was not written to its end")
+        offset, length, checksum, magic = TRAILER.unpack(end)
+        if magic != MAGIC or offset + length + TRAILER.size != size:
+            raise ValueError("it was not written to its end")
+        file.seek(offset)
+        index = file.read(length)
+        if zlib.crc32(index) != checksum:
+            raise ValueError("its index is damaged")
+        file.seek(len(MAGIC))
+        (long,) = struct.unpack("<I", file.read(4))
+        header: dict[str, Any] = json.loads(file.read(min(long, offset)))
+    return dict(np.load(io.BytesIO(index), allow_pickle=False)), header
+
+
+def is_pack(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False

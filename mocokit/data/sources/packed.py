@@ -1,0 +1,152 @@
+"""Images in a pack, read from the mapped file; each is checked against its checksum."""
+
+import hashlib
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mocokit.data.decode import BadImage, bounded, decode, reduced_size
+from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
+from mocokit.data.names import printable, show
+from mocokit.data.source import Source
+from mocokit.data.sources.folder import Labels
+from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
+from mocokit.data.sources.several import parts_of
+from mocokit.errors import UserError
+
+
+class PackedSource:
+    """Images under the numbers, names and labels that they had when they were packed.
+
+    offsets: (n,) int64, where each record begins. `bound` is the short side they were shrunk to.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int | None, raw: bool
+    ) -> None:
+        self.path, self.offsets, self.bound, self.raw = path, offsets, bound, raw
+        self.name, self.labels, self.classes = known.name, known.labels, known.classes
+        self.names = known.names
+        digest = hashlib.blake2b(f"mocokit pack 1 {bound} {raw}".encode(), digest_size=16)
+        digest.update(known.fingerprint.encode())
+        if known.labels is not None:
+            digest.update(known.labels.astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+        self._file: mmap.mmap | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Every process maps the file itself; the system keeps one copy of what they read."""
+        return self.__dict__ | {"_file": None}
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image."""
+        head, content = self._record(index)
+        if head.kind != PIXELS:
+            return decode(content, bound)
+        pixels = np.frombuffer(content, np.uint8).reshape(head.height, head.width, 3)
+        return bounded(pixels, bound)
+
+    def content(self, index: int) -> bytes | None:
+        """The encoded image; None where its pixels are stored bare. Raises BadImage."""
+        head, content = self._record(index)
+        return None if head.kind == PIXELS else content
+
+    def count_pixels(self, bound: int | None) -> int:
+        """How many pixels its canvases have that are stored bare, by the records' heads."""
+        heads = (self._head(int(start)) for start in self.offsets)
+        bare = (head for head in heads if head and head.kind == PIXELS)
+        return sum(math.prod(reduced_size(head.height, head.width, bound)) for head in bare)
+
+    def lacks(self, bound: int | None) -> str:
+        """What to tell whoever wants canvases of another bound than it was packed for."""
+        if self.bound is None or (bound is not None and bound <= self.bound):
+            return ""
+        wanted = "whole images" if bound is None else f"{bound:,}"
+        return (
+            f"{self.name} was packed for canvases of {self.bound:,} pixels, and these views can "
+            f"use {wanted}: small crops are enlarged; pack again with --recipe for sharper ones"
+        )
+
+    def _record(self, index: int) -> tuple[Head, bytes]:
+        start = int(self.offsets[index])
+        head = self._head(start)
+        if head is None:
+            raise BadImage("its pack is damaged here")
+        first = start + HEAD.size
+        content = self._map()[first : first + head.length]
+        if not head.fits(content):
+            raise BadImage("its pack is damaged here: the checksum differs")
+        if head.kind == BAD:
+            raise BadImage(content.decode(errors="replace"))
+        if head.kind == PIXELS and head.length != 3 * head.height * head.width:
+            raise BadImage("its pack is damaged here")
+        return head, content
+
+    def _head(self, start: int) -> Head | None:
+        """None where no record begins."""
+        try:
+            return unpack_head(self._map()[start : start + HEAD.size])
+        except ValueError:
+            return None
+
+    def _map(self) -> mmap.mmap:
+        if self._file is None:
+            try:
+                with self.path.open("rb") as file:
+                    self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise BadImage(f"its pack cannot be read: {error}") from error
+        return self._file
+
+    def describe(self, index: int) -> str:
+        if self.names is None:
+            return f"image {index} of {self.name}"
+        return printable(self.names[index])
+
+    def stamp(self) -> str:
+        digest = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=16)
+        return stamp_of(self.fingerprint + digest.hexdigest(), [self.path])
+
+    def index(self) -> Index:
+        known = ("pack", self.name, len(self), self.fingerprint)
+        return Index(*known, self.classes, self.names, self.labels)
+
+
+def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | None]:
+    """The images of a pack to train on, and those to validate on."""
+    if labels == "folders":
+        remedy = "set it when packing, and auto now"
+        raise UserError(f"data.labels=folders needs a folder, but {show(path)} is a pack: {remedy}")
+    try:
+        arrays, header = read_index(path)
+        offsets, sources, first = arrays["offsets"], [], 0
+        for number, length in enumerate(header["lengths"]):
+            known = from_arrays(arrays, f"{number}.")
+            if labels == "none":
+                known = known._replace(labels=None, classes=())
+            part = offsets[first : first + length]
+            sources.append(PackedSource(path, part, known, header["bound"], header["raw"]))
+            first += length
+        if first != len(offsets) or len(sources) not in (1, 2):
+            raise ValueError("its index does not fit")
+    except DAMAGE as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        remedy = "run the same mocokit pack again, which goes on where it ended"
+        raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
+    return sources[0], sources[1] if sources[1:] else None
+
+
+def lacking(source: Source, bound: int | None) -> list[str]:
+    """What each pack of a source lacks for canvases of this bound."""
+    parts = parts_of(source)
+    lacks = [part.lacks(bound) for part in parts if isinstance(part, PackedSource)]
+    return [text for text in lacks if text]

@@ -1,0 +1,215 @@
+"""Images with boxes: in PASCAL VOC's layout, or COCO's.
+
+Annotations that cannot be used are named, counted and left out; whatever is left is the data set.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mocokit.data.names import printable
+from mocokit.detection.annotations import Annotated, BadAnnotation, read_xml
+from mocokit.errors import UserError
+
+Style = Literal["voc", "coco"]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+LISTS = {"train": ("trainval", "train"), "test": ("test", "val")}
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its boxes (k, 4), in pixels from 0, the right and lower end outside."""
+
+    name: str
+    path: Path
+    boxes: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    difficult: NDArray[np.bool_]  # COCO: a crowd
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The images of one side, their classes, and what was wrong with them."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    classes: tuple[str, ...]
+    style: Style
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names, boxes and classes; not of pixels."""
+        digest = hashlib.blake2b(repr((self.style, self.classes)).encode(), digest_size=16)
+        for sample in self.samples:
+            digest.update(f"{sample.name}\0{sample.labels.tolist()}".encode())
+            digest.update(f"{sample.boxes.tolist()}{sample.difficult.tolist()}".encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class Raw:
+    """What annotations say of an image, before classes are numbered."""
+
+    name: str
+    path: Path
+    objects: list[Annotated]
+
+
+@dataclass
+class Problems:
+    """What is left out, by name, and what is used all the same."""
+
+    found: list[str] = field(default_factory=list)
+    renamed: int = 0
+
+    def add(self, name: str, reason: str) -> None:
+        self.found.append(f"{printable(name)}: {printable(reason)}")
+
+
+Advance = Callable[[int], None]
+
+
+def read_voc(
+    folders: Sequence[tuple[Path, str]], problems: Problems, advance: Advance
+) -> list[Raw]:
+    """The images of the lists named, (a folder like VOC2007, a list of its ImageSets/Main)."""
+    found = []
+    for folder, name in folders:
+        for identity in identities(folder, name):
+            advance(1)
+            label = printable(f"{folder.name}/{identity}")
+            try:
+                path = _image(folder / "JPEGImages", identity, problems)
+                objects, reasons = read_xml(folder / "Annotations" / f"{identity}.xml")
+            except BadAnnotation as error:
+                problems.add(label, str(error))
+                continue
+            for reason in reasons:
+                problems.add(label, reason)
+            shifted = [
+                one._replace(box=(one.box[0] - 1, one.box[1] - 1, one.box[2], one.box[3]))
+                for one in objects
+            ]
+            found.append(Raw(label, path, shifted))
+    return found
+
+
+def identities(folder: Path, name: str) -> list[str]:
+    """The images of a list, each once. Raises UserError."""
+    path = folder / "ImageSets" / "Main" / f"{name}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); it lists the images of {name}") from None
+    return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file below a folder, whatever a stranger's list calls it. Raises BadAnnotation."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise BadAnnotation("its name leads out of the folder, refused")
+    return folder / pure
+
+
+def _image(folder: Path, identity: str, problems: Problems) -> Path:
+    path = inside(folder, identity + IMAGE_SUFFIXES[0])
+    if path.is_file():
+        return path
+    for suffix in IMAGE_SUFFIXES[1:]:
+        other = path.with_name(path.name.removesuffix(IMAGE_SUFFIXES[0]) + suffix)
+        if other.is_file():
+            problems.renamed += 1
+            return other
+    raise BadAnnotation("there is no image of that name")
+
+
+def class_names(raws: Iterable[Raw]) -> tuple[str, ...]:
+    """All that occur, in the alphabet's order, which is VOC's own."""
+    return tuple(sorted({one.name for raw in raws for one in raw.objects}))
+
+
+def build(
+    name: str,
+    raws: list[Raw],
+    classes: tuple[str, ...],
+    style: Style,
+    problems: Problems,
+    *,
+    train: bool,
+) -> Boxes:
+    """Number the classes, look at every image's head, leave out what cannot be used.
+
+    Training leaves out images without boxes, and crowds, as detectron2 does; difficult boxes are
+    trained on. Raises UserError where nothing is left.
+    """
+    numbers = {one: number for number, one in enumerate(classes)}
+    samples, empty = [], 0
+    for raw in raws:
+        try:
+            height, width = image_size(raw.path)
+        except BadAnnotation as error:
+            problems.add(raw.name, str(error))
+            continue
+        good = []
+        for one in raw.objects:
+            reason = _fault(one, numbers, height, width)
+            if reason:
+                problems.add(raw.name, reason)
+            elif not (train and style == "coco" and one.difficult):
+                good.append(one)
+        if train and not good:
+            empty += 1
+            continue
+        samples.append(
+            Sample(
+                raw.name,
+                raw.path,
+                np.array([one.box for one in good], np.float64).reshape(-1, 4),
+                np.array([numbers[one.name] for one in good], np.int64),
+                np.array([one.difficult for one in good], bool),
+            )
+        )
+    if not samples:
+        first = f"; the first problem: {problems.found[0]}" if problems.found else ""
+        raise UserError(f"{name} has no image with a usable annotation{first}")
+    notes = []
+    if empty:
+        notes.append(f"{empty} images of {name} without a usable box are not trained on")
+    if problems.renamed:
+        notes.append(f"{problems.renamed} images of {name} were found under another suffix")
+    return Boxes(name, tuple(samples), classes, style, tuple(problems.found), tuple(notes))
+
+
+def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> str | None:
+    left, top, right, bottom = one.box
+    if one.name not in numbers:
+        return f"unknown class {one.name}"
+    if not np.isfinite(one.box).all() or right <= left or bottom <= top:
+        return f"{one.name} has a box without area"
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
+        return f"{one.name} has a box outside of the image"
+    return None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width as a viewer shows it, by the file's head. Raises BadAnnotation."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                turned = image.getexif().get(0x0112, 1) in _TURNED
+                return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        raise BadAnnotation(f"its image cannot be read ({reason})") from None

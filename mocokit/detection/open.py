@@ -1,0 +1,172 @@
+"""Which images to train on and to test on: VOCdevkit, one folder of its kind, or COCO's json."""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mocokit.data.decode import BadImage, read_file
+from mocokit.data.names import printable
+from mocokit.detection.annotations import Annotated, BadAnnotation
+from mocokit.detection.dataset import (
+    LISTS,
+    Advance,
+    Boxes,
+    Problems,
+    Raw,
+    build,
+    class_names,
+    identities,
+    inside,
+    read_voc,
+)
+from mocokit.errors import UserError
+
+Counting = Callable[[str, int], AbstractContextManager[Advance]]
+SPLITS = {
+    "07+12": ((("VOC2007", "trainval"), ("VOC2012", "trainval")), (("VOC2007", "test"),)),
+    "07": ((("VOC2007", "trainval"),), (("VOC2007", "test"),)),
+}
+
+
+class Data(NamedTuple):
+    """Both sides, and how they were split, in words."""
+
+    train: Boxes
+    test: Boxes
+    split: str
+    devkit: bool  # VOC 2007 and 2012 themselves, or folders named like them
+
+
+def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting: Counting) -> Data:
+    """Read a data set; `classes` empty means all that the training images show.
+
+    Raises UserError where it has no such layout.
+    """
+    root = Path(data).expanduser()
+    if split not in SPLITS:
+        raise UserError(f"split {split!r} is not one; take {' or '.join(SPLITS)}")
+    if not root.is_dir():
+        raise UserError(f"{root} is no folder; give VOCdevkit/, a folder of its kind, or COCO's")
+    sides, words, devkit, total = _sides(root, split)
+    train_problems, test_problems = Problems(), Problems()
+    with counting("annotations read:", total) if total else nullcontext(_silent) as advance:
+        train = sides[0](train_problems, advance)
+        test = sides[1](test_problems, advance)
+    names = classes or class_names(train)
+    if not names:
+        raise UserError(f"{root} has no annotated object to train on{_first(train_problems)}")
+    style: Any = "coco" if words.endswith(".json") else "voc"
+    return Data(
+        build(f"{root.name} train", train, names, style, train_problems, train=True),
+        build(f"{root.name} test", test, names, style, test_problems, train=False),
+        words,
+        devkit,
+    )
+
+
+def _silent(count: int) -> None: ...
+
+
+def _first(problems: Problems) -> str:
+    return f"; the first problem: {problems.found[0]}" if problems.found else ""
+
+
+Side = Callable[[Problems, Advance], list[Raw]]
+
+
+def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool, int]:
+    """How to read both, the split in words, whether it is VOCdevkit, and how many images."""
+    if not (root / "VOC2007").is_dir() and (root / "VOCdevkit").is_dir():
+        root = root / "VOCdevkit"
+    if (root / "VOC2007").is_dir():
+        lists = [[(root / folder, name) for folder, name in side] for side in SPLITS[split]]
+        return _voc(*lists), f"trainval{split} -> test2007", True, _count(lists)
+    if (root / "Annotations").is_dir() and (root / "ImageSets" / "Main").is_dir():
+        names = [_list(root, side) for side in ("train", "test")]
+        lists = [[(root, name)] for name in names]
+        return _voc(*lists), f"{names[0]} -> {names[1]}", False, _count(lists)
+    files = [_json(root, words) for words in (("train",), ("val", "test"))]
+    if files[0] is None or files[1] is None:
+        raise UserError(
+            f"{root} holds neither VOC2007/, nor Annotations/ with ImageSets/Main/, nor COCO's "
+            "annotations/*train*.json and *val*.json"
+        )
+    sides = tuple(_coco(root, path) for path in files if path is not None)
+    return (sides[0], sides[1]), f"{files[0].name} -> {files[1].name}", False, 0
+
+
+def _count(lists: list[list[tuple[Path, str]]]) -> int:
+    return sum(len(identities(*one)) for side in lists for one in side)
+
+
+def _voc(train: list[tuple[Path, str]], test: list[tuple[Path, str]]) -> tuple[Side, Side]:
+    return (
+        lambda problems, advance: read_voc(train, problems, advance),
+        lambda problems, advance: read_voc(test, problems, advance),
+    )
+
+
+def _list(root: Path, side: str) -> str:
+    for name in LISTS[side]:
+        if (root / "ImageSets" / "Main" / f"{name}.txt").is_file():
+            return name
+    raise UserError(
+        f"{root}/ImageSets/Main lists no {side} images: it has neither "
+        f"{' nor '.join(f'{name}.txt' for name in LISTS[side])}"
+    )
+
+
+def _json(root: Path, words: tuple[str, ...]) -> Path | None:
+    """The one file of boxes whose name has one of these words."""
+    for place in (root / "annotations", root):
+        for word in words:
+            found = sorted(place.glob(f"*{word}*.json"))
+            boxes = [path for path in found if path.name.startswith("instances")] or found
+            if len(boxes) > 1:
+                raise UserError(f"{place} has several *{word}*.json; leave one of them there")
+            if boxes:
+                return boxes[0]
+    return None
+
+
+def _coco(root: Path, path: Path) -> Side:
+    return lambda problems, advance: read_coco(root, path, problems)
+
+
+def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
+    """The images of a COCO json: images, annotations (bbox: left, top, width, height), categories.
+
+    Images lie in a folder named like the file (train2017), in images/, beside the json, or in root.
+    Raises UserError where the file has another form.
+    """
+    try:
+        content: dict[str, Any] = json.loads(read_file(path))
+        names = {one["id"]: printable(str(one["name"])) for one in content["categories"]}
+        images = {one["id"]: str(one["file_name"]) for one in content["images"]}
+        boxes = list(content["annotations"])
+    except (BadImage, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not COCO's json of images and boxes ({error})") from None
+    stem = path.stem.removeprefix("instances_")
+    places = [root / stem, root / "images" / stem, root / "images", path.parent, root]
+    found: dict[Any, Raw] = {}
+    for identity, name in images.items():
+        try:
+            tries = [inside(place, name) for place in places]
+            there = next((one for one in tries if one.is_file()), None)
+            if there is None:
+                raise BadAnnotation("there is no image of that name")
+            found[identity] = Raw(printable(name), there, [])
+        except BadAnnotation as error:
+            problems.add(name, str(error))
+    for one in boxes:
+        try:
+            left, top, width, height = (float(value) for value in one["bbox"])
+            name, image = names[one["category_id"]], one["image_id"]
+            one = Annotated(name, (left, top, left + width, top + height), one.get("iscrowd") == 1)
+            if image in found:
+                found[image].objects.append(one)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            problems.add(str(one)[:60], "an annotation without image, class or box")
+    return list(found.values())

@@ -1,0 +1,173 @@
+"""One trial of detection in its folder: trained, saved, stopped, gone on with, tested."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mocokit.detection import pictures
+from mocokit.detection.dataset import Boxes
+from mocokit.detection.train import Trainer, detect_in
+from mocokit.engine import checkpoint
+from mocokit.engine.folder import RunFolder, held
+from mocokit.engine.record import Meter, Metrics, Speaker, StatusLine, clock, read_metrics
+from mocokit.engine.runtime import peak_memory
+from mocokit.engine.stop import StopSignals
+from mocokit.files import write_text
+from mocokit.protocols.voc_ap import Precisions
+
+SAVE_SECONDS = 600.0  # between checkpoints; when one is written changes no number
+LOG_STEPS = 20
+COLUMNS = ("AP50", "AP", "AP75")
+
+
+def scored(scores: Precisions) -> dict[str, float]:
+    """In percent."""
+    numbers = (scores.at(50), scores.ap, scores.at(75))
+    return {name: round(100 * one, 3) for name, one in zip(COLUMNS, numbers, strict=True)}
+
+
+@dataclass
+class DetectionTrial:
+    """What a trial works with. `every` steps it is tested on the way; 0: at the end alone."""
+
+    folder: RunFolder
+    test_data: Boxes
+    every: int
+    pictures: int
+    speaker: Speaker
+    stop: StopSignals
+
+    def __post_init__(self) -> None:
+        self.result_path = self.folder.path / "result.json"
+        self._status: StatusLine | None = None  # there can be one on a terminal
+        self._left = ""
+        self._saved_at = time.monotonic()
+
+    def run(self, make: Callable[[], Trainer]) -> dict[str, Any]:
+        """The trial's result, found now or earlier. Raises Interrupted once saved.
+
+        `make` gives the trainer as it is before the first step.
+        """
+        if self.result_path.is_file():
+            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
+            return found
+        with held(self.folder):
+            trainer = make()
+            state = checkpoint.load_newest(self.folder.checkpoints)
+            if state is not None:
+                trainer.load(state)
+                self.speaker.say(f"{self.folder.path.name}: goes on after step {trainer.step}")
+            metrics = Metrics(self.folder.metrics, trainer.step)
+            self._status = StatusLine(self.speaker.console)
+            try:
+                self._train(trainer, metrics)
+                result = self._result(trainer, started=time.perf_counter())
+            finally:
+                self._status.close()
+                self._status = None
+                metrics.close()
+            write_text(self.result_path, json.dumps(result, indent=1) + "\n")
+        return result
+
+    def _train(self, trainer: Trainer, metrics: Metrics) -> None:
+        meter, first, began = Meter(), trainer.step, time.monotonic()
+        total, images = trainer.plan.iterations, trainer.plan.ims_per_step
+        self._look(trainer, metrics)
+        for losses in trainer.steps():
+            step = trainer.step
+            meter.step(images, 0.0)
+            if step % LOG_STEPS == 0 or step == total:
+                trainer.check()
+                line = {name: float(value) for name, value in losses.items()}
+                line |= {"lr": trainer.plan.rate(step - 1), **meter.read()}
+                del line["data_wait"]
+                metrics.write({"step": step, **line, "bad_images": len(trainer.views.bad)})
+            left = (time.monotonic() - began) / (step - first) * (total - step)
+            self._left = f"{clock(left)} left"
+            self._show(losses, step, total)
+            due = time.monotonic() - self._saved_at >= SAVE_SECONDS
+            if due or step == total or self.stop.asked or self._looks(trainer):
+                self._save(trainer)
+            self._stop_if_asked(trainer)
+            self._look(trainer, metrics)
+
+    def _show(self, losses: dict[str, Tensor], step: int, total: int) -> None:
+        if step % LOG_STEPS == 0 or losses["loss"].device.type == "cpu":
+            text = " · ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
+            self._tell(f"step {step}/{total} · {text} · {self._left}", step == total)
+
+    def _tell(self, text: str, last: bool = False) -> None:
+        assert self._status is not None
+        self._status.show(f"{self.folder.path.name} · {text}", last)
+
+    def _save(self, trainer: Trainer) -> None:
+        checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state())
+        checkpoint.prune(self.folder.checkpoints, 1)
+        self._saved_at = time.monotonic()
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """After the last save nothing of training is lost."""
+        if self.stop.asked:
+            raise self.stop.error(trainer.step, self.folder.path.parent)
+
+    def _looks(self, trainer: Trainer) -> bool:
+        """Whether a test on the way is due; the last one is the result."""
+        step = trainer.step
+        return self.every > 0 and step % self.every == 0 and step < trainer.plan.iterations
+
+    def _look(self, trainer: Trainer, metrics: Metrics) -> None:
+        known = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
+        if not self._looks(trainer) or any(line["step"] == trainer.step for line in known):
+            return
+        found = self._test(trainer)[1]
+        metrics.write({"step": trainer.step, **found})
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
+        self.speaker.say(f"{self.folder.path.name}: step {trainer.step}: {numbers}")
+
+    def _test(self, trainer: Trainer) -> tuple[Any, dict[str, float], dict[str, Precisions]]:
+        def tell(what: str) -> Callable[[int, int], None]:
+            def line(done: int, total: int) -> None:
+                self._tell(f"{what} {done:,} of {total:,}")
+                self._stop_if_asked(trainer)
+
+            return line
+
+        with trainer.precise(tell("precise batch norm: batch")):
+            tested = detect_in(trainer, self.test_data, tell("test: image"))
+        scores = tested.scores(self.test_data)
+        main = next(iter(scores.values()))
+        return tested, scored(main), {str(name): one for name, one in scores.items()}
+
+    def _result(self, trainer: Trainer, started: float) -> dict[str, Any]:
+        tested, main, scores = self._test(trainer)
+        metric, first = next(iter(scores.items()))
+        if self.pictures:
+            sheet = pictures.sheet(self.test_data, tested, self.pictures)
+            sheet.save(self.folder.path / "predictions.png")
+            bars = pictures.bars(first, f"{self.test_data.name}, {metric}")
+            bars.save(self.folder.path / "classes.png")
+        curve = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
+        return {
+            "seed": trainer.seed,
+            "metric": metric,
+            **main,
+            "metrics": {name: scored(one) for name, one in scores.items()},
+            "classes": {
+                name: {
+                    "boxes": first.wanted[at],
+                    "AP50": round(100 * float(first.values[at, 0]), 3),
+                    "AP": round(100 * float(first.values[at].mean()), 3),
+                }
+                for at, name in enumerate(first.classes)
+            },
+            "curve": curve,
+            "iterations": trainer.step,
+            "unreadable_train": dict(trainer.views.bad),
+            "unreadable_test": {self.test_data.samples[k].name: v for k, v in tested.bad.items()},
+            "test_seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_gib": round(peak_memory(trainer.device), 2),
+        }

@@ -1,0 +1,178 @@
+"""How good is it: `mocokit evaluate`, and the same in Python."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mocokit import chance
+from mocokit.chance import Slot
+from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.evaluate.results import Evaluation
+from mocokit.evaluate.session import PIXELS, Options, Trial
+from mocokit.protocols import finetune, linear_paper, linear_quick
+from mocokit.protocols.knn import knn_grid_of
+from mocokit.protocols.table import CENTRE, Transform
+
+PERCENTS = (1.0, 10.0, 100.0)
+
+
+def evaluate_knn(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    k: Sequence[int] = (200,),
+    temperature: Sequence[float] = (0.1,),
+    **options: Any,
+) -> Evaluation:
+    """The weighted vote of the nearest training images, for every k and temperature.
+
+    `run` is a run folder, a checkpoint, an exported file, a timm model, or `random`; `data` is as
+    in `pretrain`, None being the run's own. Options: layer, device, precision, size, seed,
+    baseline, cache, per_class, confusion, json. Raises UserError.
+    """
+    if not k or min(k) < 1:
+        raise UserError(f"k = {list(k)}: neighbours are counted from 1")
+    if not temperature or min(temperature) <= 0:
+        raise UserError(f"temperature = {list(temperature)}: it must be positive")
+    trial = Trial(run, Options(data, **options), leave_one_out=True)
+    task = trial.task
+    subjects, most = [*trial.subjects(), *trial.pixels()], len(task.train_numbers)
+    for subject in subjects:
+        train = trial.table(subject, task.train)
+        test = train if task.leave_one_out else trial.table(subject, task.test)
+        known = np.isin(task.train_numbers, train.good)
+        numbers, labels = task.train_numbers[known], task.train_labels[known]
+        queries, truth = linear_paper.test_features(task, test)
+        own = torch.arange(len(numbers)) if task.leave_one_out else None
+        bank = train.take(numbers)
+        if subject.name == PIXELS:
+            bank, queries = bank - (middle := bank.mean(0)), queries - middle
+        most = len(numbers) - task.leave_one_out
+        if not most:
+            raise UserError(f"of {task.train.name} one image can be read; a vote needs others")
+        grid = knn_grid_of(
+            bank,
+            torch.from_numpy(labels),
+            queries,
+            [min(one, most) for one in k],
+            temperature,
+            len(task.classes),
+            own,
+            subject.device,
+        )
+        for count, warmth, predicted in grid:
+            setting = {"k": count, "temperature": warmth}
+            trial.add(subject, predicted.numpy(), truth, setting)
+    shown = ", ".join(str(min(one, most)) for one in k)
+    protocol = (
+        f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
+        f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
+    )
+    return trial.finish("knn", protocol)
+
+
+def evaluate_linear(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    protocol: str = "paper",
+    train_views: str = "crops",
+    epochs: int = linear_paper.EPOCHS,
+    lr: float = linear_paper.LR,
+    **options: Any,
+) -> Evaluation:
+    """A linear classifier on frozen features: `paper` (random crops, 100 epochs) or `quick`.
+
+    Arguments and options are as in `evaluate_knn`. epochs and lr belong to `paper` alone;
+    train_views, `crops` as in the paper or `centre` as in the test, to `quick`. Raises UserError,
+    and NonFiniteLoss where the probe diverges.
+    """
+    if train_views not in ("crops", "centre"):
+        raise UserError(f"train_views {train_views!r} is not one; take crops or centre")
+    if protocol == "paper" and train_views != "crops":
+        raise UserError("--train-views belongs to --protocol quick; paper trains on crops")
+    if protocol not in ("paper", "quick"):
+        raise UserError(f"protocol {protocol!r} is not one; take paper or quick")
+    if protocol == "quick" and (epochs, lr) != (linear_paper.EPOCHS, linear_paper.LR):
+        raise UserError("--epochs and --lr belong to --protocol paper; quick sets its own step")
+    if epochs < 1 or lr <= 0:
+        raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
+    trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
+    first = trial.opened.subject
+    stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
+    views = Transform(stream) if train_views == "crops" else CENTRE
+    if protocol == "paper":
+        words = linear_paper.protocol(first, epochs, lr)
+    else:
+        words = linear_quick.protocol(first, views, trial.options.seed)
+    for subject in trial.subjects():
+        test = trial.table(subject, trial.task.test)
+        try:
+            if protocol == "quick":
+                train = trial.table(subject, trial.task.train, views)
+                fitted = linear_quick.fit_quick(
+                    trial.task, train, subject.device, seed=trial.options.seed
+                )
+            else:
+                fitted = linear_paper.fit_paper(
+                    subject,
+                    trial.task,
+                    seed=trial.options.seed,
+                    epochs=epochs,
+                    lr=lr,
+                    workers=trial.workers,
+                    tell=trial.tell_epochs(subject),
+                )
+        except NonFiniteLoss as error:
+            if subject is first:
+                raise
+            trial.notes.append(f"{subject.name}: {error}")  # the baseline's fault costs no result
+            continue
+        trial.add_fitted(subject, fitted, test)
+    return trial.finish(f"linear ({protocol})", words)
+
+
+def evaluate_finetune(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    percent: Sequence[float] = PERCENTS,
+    epochs: int = finetune.Plan.epochs,
+    lr: float = finetune.Plan.lr,
+    layer_decay: float = finetune.Plan.layer_decay,
+    **options: Any,
+) -> Evaluation:
+    """Fine-tuning of all layers with each percentage of the labels.
+
+    Arguments and options are as in `evaluate_knn`, without `layer`. Raises UserError, and
+    NonFiniteLoss where training diverges.
+    """
+    if not percent or min(percent) <= 0 or max(percent) > 100:
+        raise UserError(f"percent = {list(percent)}: shares of labels lie above 0, up to 100")
+    if epochs < 1 or lr <= 0 or not 0 < layer_decay <= 1:
+        raise UserError("epochs and lr must be positive, layer_decay above 0 and at most 1")
+    if options.get("precision") == "float16":
+        raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
+    trial = Trial(run, Options(data, **options))
+    trial.task.check_classes()
+    plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
+    words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
+    for share in percent:
+        part = trial.task.with_share(share / 100, trial.options.seed)
+        trial.speaker.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
+        for subject in trial.subjects(calibrate=False):
+            predicted, truth, details = finetune.fine_tune(
+                subject,
+                part,
+                plan,
+                seed=trial.options.seed,
+                workers=trial.workers,
+                tell=trial.tell_epochs(subject, f" {share:g} %"),
+            )
+            setting = {"labels": f"{share:g} %", "images_used": details["images"]}
+            trial.add(subject, predicted.numpy(), truth, setting, details)
+    return trial.finish("finetune", words)

@@ -1,0 +1,229 @@
+"""One evaluation on its way: what is judged, on which images, and what was found so far."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mocokit.data import locations
+from mocokit.data.open import Labels, open_data
+from mocokit.data.source import Source, Splits
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
+from mocokit.errors import UserError
+from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
+from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
+from mocokit.nets.modes import evaluating
+from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
+from mocokit.protocols.scores import Scores
+from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
+from mocokit.protocols.task import Task, task_of
+from mocokit.settings.schema import Settings
+from mocokit.weights.resolve import Opened, is_ours, open_subject
+from mocokit.weights.subject import Layer, Pixels, Subject
+
+MAX_WORKERS = 8
+PIXELS = "raw pixels, centred"
+PIXEL_MEMORY = 2**31  # bytes
+QUIET_SECONDS = 10.0  # between lines that tell of long work
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all evaluations share. `data` None is the run's own."""
+
+    data: str | Path | None = None
+    layer: Layer = "backbone"
+    device: str = "auto"
+    precision: str = "float32"
+    size: int | None = None
+    seed: int = 0
+    baseline: bool = True
+    cache: bool = True
+    per_class: bool = False
+    confusion: bool = False
+    json: str | Path | None = None
+
+
+class Trial:
+    """What an evaluation works with, and what it has found so far."""
+
+    def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
+        self.run, self.options = str(run), options
+        if options.json is not None:
+            check_writable(options.json)
+        # Mistakes come before weights are fetched.
+        ours = is_ours(run)
+        known = None if options.data is None and ours else labelled(options.data, None)
+        self.speaker, self.started = Speaker(), time.perf_counter()
+        self.device = choose_device(options.device)
+        self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
+        self.opened: Opened = open_subject(
+            run,
+            self.device,
+            layer=options.layer,
+            precision=options.precision,
+            size=options.size,
+            seed=options.seed,
+        )
+        settings = self.opened.settings
+        # As many threads as the run was given: a small network gains little from more, and loses
+        # much where another process has the core.
+        stated = "auto" if settings is None else settings.engine.threads
+        threads = default_threads() if stated == "auto" else min(stated, default_threads())
+        prepare(self.device, threads, deterministic=False)
+        self.splits = known or labelled(None, settings)
+        self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)
+        self.results: list[Result] = []
+        self.notes: list[str] = []
+        self.calibrated = False
+        self._told = time.monotonic()
+        self._untrained: dict[bool, Subject] = {}
+
+    def subjects(self, calibrate: bool = True) -> list[Subject]:
+        """The subject, and its random weights if they are wanted."""
+        if self.opened.untrained is None:
+            subject = self.opened.subject
+            return [self._calibrate(subject) if calibrate else subject]
+        if not self.options.baseline:
+            return [self.opened.subject]
+        if calibrate not in self._untrained:
+            untrained = self.opened.untrained()
+            self._untrained[calibrate] = self._calibrate(untrained) if calibrate else untrained
+        return [self.opened.subject, self._untrained[calibrate]]
+
+    def pixels(self) -> list[Subject]:
+        """The images themselves as features, where they are small and baselines are wanted."""
+        first = self.opened.subject
+        width = 3 * first.spec.size**2
+        if not self.options.baseline or first.spec.size > PIXEL_LIMIT:
+            return []
+        if 4 * width * len(self.task.train) > PIXEL_MEMORY:
+            self.notes.append("raw pixels are left out, which would take over 2 GiB")
+            return []
+        network = Pixels().to(self.device).eval()
+        return [Subject(PIXELS, network, width, first.spec, "pixels")]
+
+    def _calibrate(self, subject: Subject) -> Subject:
+        """Random weights are judged with batch-norm statistics that fit the images."""
+        self.calibrated = True
+        with evaluating(subject.network):
+            calibrated(subject.network, self.task.train, subject.spec, self.device)
+        return subject
+
+    def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
+        """Features of a source, from the cache where it holds them."""
+        table = features_of(
+            subject,
+            source,
+            transform,
+            workers=self.workers,
+            # Pixels are made as fast as they are read, and take much room.
+            folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
+            tell=lambda done, total: self._tell(
+                f"features of {subject.name}: {done:,} of {total:,} images"
+            ),
+        )
+        if source is self.task.train:
+            numbers = self.task.train_numbers
+            unread = len(numbers) - int(np.isin(numbers, table.good).sum())
+            note = f"{_images(unread, 'training')} could not be read: left out"
+            if unread and note not in self.notes:
+                self.notes.append(note)
+        return table
+
+    def tell_epochs(self, subject: Subject, what: str = "") -> TellEpoch:
+        return lambda done, total, loss: self._tell(
+            f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
+        )
+
+    def _tell(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._told > QUIET_SECONDS:
+            self._told = now
+            self.speaker.say(text)
+
+    def add_fitted(self, subject: Subject, fitted: Fitted, table: Table) -> None:
+        queries, truth = test_features(self.task, table)
+        predicted = fitted.predict(queries).numpy()
+        self.add(subject, predicted, truth, {}, fitted.details)
+        self.notes += [f"{subject.name}: {note}" for note in fitted.notes]
+
+    def add(
+        self,
+        subject: Subject,
+        predicted: ArrayLike,
+        truth: ArrayLike,
+        setting: Mapping[str, Any],
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        scores = Scores.of(predicted, truth, len(self.task.classes))
+        self.results.append(Result(subject.name, setting, scores, details or {}))
+
+    def finish(self, kind: str, protocol: str) -> Evaluation:
+        """Print, write, append to the run's report."""
+        split = f"{self.task.train.name}: {self.task.split}"
+        where = f"seed {self.options.seed}, {self.options.precision} on {self.device.type}"
+        if self.calibrated:
+            where += "; random weights with batch-norm statistics of the training images"
+        unread = len(self.task.test_numbers) - self.results[0].scores.count
+        if unread:
+            note = f"{_images(unread, 'test')} could not be read: neither right nor wrong"
+            self.notes.append(note)
+        evaluation = Evaluation(
+            kind=kind,
+            run=self.run,
+            data=str(self.options.data or self.task.train.name),
+            protocol=f"{protocol}; {split}; {where}",
+            results=tuple(self.results),
+            classes=self.task.classes,
+            notes=tuple(self.notes),
+            weights=self.opened.subject.weights,
+            fingerprint=self.task.train.fingerprint,
+            seconds=time.perf_counter() - self.started,
+            peak_memory_gib=peak_memory(self.device),
+        )
+        options = self.options
+        publish(
+            evaluation,
+            self.speaker,
+            self.opened.folder,
+            options.json,
+            per_class=options.per_class,
+            confusion=options.confusion,
+        )
+        return evaluation
+
+
+def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
+    """The images to score on: those named, or the run's own; labels from folders where need be."""
+    path, root = None if data is None else str(data), None
+    labels: Labels = "auto"
+    if data is None:
+        if settings is None:
+            raise UserError("name the images to score on: only a run knows its own")
+        path, root = settings.data.path, settings.data.root
+        labels = "folders" if settings.data.labels == "folders" else "auto"
+        if path is not None and not locations.exist(path):
+            where = f"the images that it was trained on are not at {path}"
+            raise UserError(f"{where}; name them, or others, after it")
+    if path is not None and (Path(path).expanduser() / "config.yaml").is_file():
+        raise UserError(f"{path} is a run folder, not images; leave it out to take the run's own")
+    splits = open_data(path, labels, root)
+    if splits.train.labels is None and path is not None and Path(path).expanduser().is_dir():
+        try:
+            splits = open_data(path, "folders", root)
+        except UserError as error:
+            reason, _, _ = str(error).partition(":")
+            what = f"{splits.train.name} has no labels ({reason})"
+            raise UserError(f"{what}; put each image into a folder of its class") from None
+    splits.check_classes()
+    return splits
+
+
+def _images(count: int, which: str) -> str:
+    return f"{count:,} {which} image{'s' * (count != 1)}"

@@ -1,0 +1,155 @@
+"""Transfer to detection: `mocokit evaluate voc`, and the same in Python."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mocokit.chance import Slot
+from mocokit.detection.c4 import Detector
+from mocokit.detection.open import Data, open_boxes
+from mocokit.detection.protocol import Plan, plan_for
+from mocokit.detection.train import Trainer
+from mocokit.detection.trial import DetectionTrial
+from mocokit.engine.folder import ROOT, RunFolder
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import (
+    choose_device,
+    default_precision,
+    default_threads,
+    prepare,
+    seed_libraries,
+)
+from mocokit.engine.stop import StopSignals
+from mocokit.errors import UserError
+from mocokit.evaluate.voc_results import Detected, DetectionReport
+from mocokit.weights.resolve import Opened, open_subject
+
+MAX_THREADS = 8
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def evaluate_voc(
+    run: str | Path,
+    data: str | Path,
+    *,
+    split: str = "07+12",
+    trials: int = 5,
+    seed: int = 0,
+    iterations: int | None = None,
+    ims_per_step: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    classes: Sequence[str] = (),
+    every: int = 0,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    pictures: int = 6,
+    json: str | Path | None = None,
+) -> Detected:
+    """Fine-tune a Faster R-CNN C4 from a backbone and measure its AP: the papers' second measure.
+
+    `run` is as in `evaluate_knn`; `data` is VOCdevkit/, one folder of VOC's layout, or COCO's.
+    Trials have the seeds seed, seed + 1, ...; `settings` changes any value of
+    detection.protocol.Plan; every `every` steps a test is made on the way. The same call goes on
+    with what was begun in `out`. Raises UserError, Interrupted once saved, and NonFiniteLoss.
+    """
+    if trials < 1 or every < 0 or pictures < 0:
+        raise UserError("trials are counted from 1; every and pictures from 0")
+    plan = plan_for(split, iterations, ims_per_step, settings)
+    speaker, started = Speaker(), time.perf_counter()
+    place = choose_device(device)
+    precision = _precision(precision, place)
+    opened = open_subject(run, place, seed=seed)
+    boxes = open_boxes(data, split, tuple(classes), speaker.counting)
+    names = boxes.train.classes
+    Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
+    random = opened.untrained is None  # then each trial draws its own weights
+    identity = _identity(opened, boxes, plan, precision)
+    home = opened.folder.path if opened.folder else ROOT
+    folder = Path(out).expanduser() if out is not None else home / _name(identity)
+    prepare(place, _claim(folder, identity), deterministic=False)
+
+    def trainer(own: int) -> Trainer:
+        again = random and own != seed
+        subject = (open_subject(run, place, seed=own) if again else opened).subject
+        seed_libraries(own, 0, Slot.DETECTION_WEIGHTS)
+        detector = Detector(subject.network, len(names), plan)
+        look = subject.spec.mean, subject.spec.std
+        threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
+        return Trainer(detector, plan, boxes.train, own, place, *look, precision, threads)
+
+    report = DetectionReport(
+        str(run), str(data), split, plan, boxes, opened, place, precision, folder
+    )
+    report.start(speaker)
+    results = []
+    with StopSignals() as stop:
+        for own in range(seed, seed + trials):
+            run_folder = RunFolder(folder / f"trial-{own}")
+            trial = DetectionTrial(run_folder, boxes.test, every, pictures, speaker, stop)
+            try:
+                results.append(trial.run(partial(trainer, own)))
+            except torch.OutOfMemoryError:
+                raise UserError(
+                    f"{plan.ims_per_step} images a step do not fit into the memory of {place}; try "
+                    f"--ims-per-step {max(1, plan.ims_per_step // 2)}, which is another protocol"
+                ) from None
+    return report.finish(results, time.perf_counter() - started, speaker, json)
+
+
+def _precision(asked: str, device: torch.device) -> str:
+    if asked not in PRECISIONS:
+        raise UserError(f"precision {asked!r} is not one; take {', '.join(PRECISIONS)}")
+    best = default_precision(device)
+    own = "float32" if best == "float16" else best  # in which gradients would vanish
+    return own if asked == "auto" else asked
+
+
+def _identity(opened: Opened, boxes: Data, plan: Plan, precision: str) -> dict[str, Any]:
+    """All that changes a trial's numbers, beside its seed."""
+    subject = opened.subject
+    return {
+        "weights": subject.weights if opened.untrained else "random",
+        "architecture": subject.architecture,
+        "split": boxes.split,
+        "train": boxes.train.fingerprint,
+        "test": boxes.test.fingerprint,
+        "precision": precision,
+        "mean": list(subject.spec.mean),
+        "std": list(subject.spec.std),
+        **plan.model_dump(mode="json"),
+    }
+
+
+def _name(identity: Mapping[str, Any]) -> str:
+    text = json.dumps(identity, sort_keys=True).encode()
+    return f"voc-{hashlib.blake2b(text, digest_size=4).hexdigest()}"
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> int:
+    """Begin the folder, or go on with it; the number of threads, which sums on a CPU depend on.
+
+    Raises UserError where another evaluation lies there.
+    """
+    path, threads = folder / "identity.json", torch.get_num_threads()
+    try:
+        if not path.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**identity, "threads": threads}, indent=1)
+            path.write_text(text + "\n", encoding="utf-8")
+            return threads
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in identity if there[name] != identity[name]]
+        threads = int(there["threads"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot use {folder} ({error}); choose another --out") from None
+    if differing:
+        shown = ", ".join(f"{name} ({there[name]} there)" for name in differing)
+        raise UserError(f"{folder} holds another evaluation: {shown}; give another --out")
+    return threads

@@ -1,0 +1,1 @@
+"""How a backbone is judged. A protocol reads weights; it never touches training state."""

@@ -1,0 +1,1 @@
+"""A training run, from a command's words to its folder."""

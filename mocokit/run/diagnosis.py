@@ -1,0 +1,76 @@
+"""How a run is doing, at the moments when the loop asks: scores, health, a verdict."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from mocokit.data.batch import Batch
+from mocokit.data.loader import Loader
+from mocokit.engine.runtime import autocast
+from mocokit.engine.stop import Stopped, StopSignals
+from mocokit.health.bn_leak import Step, contrast_by_grouping, has_groups
+from mocokit.health.knn_monitor import KnnMonitor
+from mocokit.health.measures import HealthMonitor, positives_in_queue
+from mocokit.methods.method import Draw
+from mocokit.run import build
+from mocokit.run.state import Job
+from mocokit.transfer import to_device
+
+CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
+
+MakeViews = Callable[[Job, int, Batch], Sequence[Any]]
+
+
+def diagnose(
+    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
+) -> dict[str, Any]:
+    """Every process calls it; the one that writes also scores, and measures the geometry.
+
+    A signal breaks off what that one does alone; then nothing was found.
+
+    The images are those of the steps to come, which the queue does not hold yet. Nothing that
+    training reads is changed.
+    """
+    # Without gradients, and in evaluation, each encoder would be another graph to compile.
+    with torch.compiler.set_stance("force_eager"):
+        return _diagnose(job, loader, make_views, monitor, stop)
+
+
+def _diagnose(
+    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
+) -> dict[str, Any]:
+    method, settings = job.parts.method, job.settings
+    precision = partial(autocast, job.device, settings.engine.precision)
+    found: dict[str, Any] = {}
+    if has_groups(method):
+        images = min(CONTRASTED, job.effect.images)
+        steps = -(-images // settings.train.batch_size)
+        coming = upcoming(job, loader, make_views, steps)
+        found |= contrast_by_grouping(method, coming, precision)
+    if (queue := getattr(method, "queue", None)) is not None:
+        both = getattr(method, "symmetric", False) and getattr(method, "enqueue", "both") == "both"
+        per_image = 2 if both else 1
+        share = positives_in_queue(job.effect.images, len(queue.rows), per_image)
+        found["positives_in_queue"] = share
+    if not job.world.writes:
+        return {}
+    health: HealthMonitor = build.build_health(settings, job.splits, job.device)
+    try:
+        with stop.giving_way():
+            views, _, _ = next(upcoming(job, loader, make_views, 1))
+            found |= health.run(method.encoder, views)
+            if monitor is not None:
+                found |= dict(monitor.run(method.encoder))
+    except Stopped:
+        return {}
+    return found
+
+
+def upcoming(job: Job, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Step]:
+    """The next steps, as the loop will see them."""
+    for step in range(job.step, job.step + count):
+        batch = loader.batch_at(step)
+        draw = Draw(job.settings.seed, step, job.images_of(step))
+        yield make_views(job, step, batch), to_device(batch.index, job.device), draw

@@ -1,0 +1,54 @@
+"""What a run says before it trains, and after."""
+
+from typing import Any
+
+from mocokit import settings as settings_
+from mocokit.recipes import RECIPES
+from mocokit.run import readme
+from mocokit.run.readme import JUDGED, NAMES
+from mocokit.run.state import Job
+
+
+def start(job: Job) -> None:
+    """What runs, how it differs from its recipe, and what to expect of the loss."""
+    say, settings, effect = job.speaker.say, job.settings, job.effect
+    images, classes = len(job.splits.train), len(job.splits.train.classes)
+    say(
+        f"{settings.recipe}: {images:,} images" + (f", {classes} classes" if classes else ""),
+        "bold",
+    )
+    if settings.data.path is None:
+        say("A procedural demonstration on embedded textures, not a benchmark.")
+    shown = f"{settings.engine.precision} on {job.device}"
+    say(
+        f"{effect.total_steps:,} steps of {settings.train.batch_size} images in {effect.groups} "
+        f"batch-norm group{'s' if effect.groups > 1 else ''}, lr {effect.lr:.3g}, "
+        + (f"key momentum {effect.key_momentum:.6g}, " if effect.key_momentum is not None else "")
+        + shown
+    )
+    if settings.recipe in RECIPES:
+        changed = settings_.difference(RECIPES[settings.recipe](), settings)
+        own = {k: v for k, v in changed.items() if not k.startswith(("engine.", "data.path"))}
+        for path, (before, after) in own.items():
+            say(f"  {path}: {before} in the recipe -> {after}")
+    if job.step:
+        say(f"resumed after step {job.step} of {effect.total_steps}")
+    else:
+        say(f"What to expect: {job.parts.method.expectation}")
+    say(f"run folder: {job.folder.path}")
+    if job.world.writes:
+        job.folder.readme.write_text(readme.text(job, {}), encoding="utf-8")
+
+
+def result(job: Job, result: dict[str, Any]) -> None:
+    """The closing table, and where everything is."""
+    rows = [(text, f"{result[name]:.1%}") for name, text in NAMES.items() if name in result]
+    if rows:
+        job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
+        job.speaker.say(result["protocol"])
+    for name in JUDGED:
+        if name in result:
+            job.speaker.say(result[name])
+    if job.settings.data.path is None:
+        job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
+    job.speaker.say(f"finished: {job.folder.path}")

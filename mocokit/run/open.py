@@ -1,0 +1,234 @@
+"""A run is started or resumed: where, with what settings, on which images; then it is built."""
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from mocokit.data.batch import look
+from mocokit.data.index import Index, load_index, save_index
+from mocokit.data.source import Source, Splits
+from mocokit.data.sources.packed import lacking
+from mocokit.data.sources.several import renumbered
+from mocokit.engine import checkpoint
+from mocokit.engine.bad_images import BadImages
+from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import choose_device, on_first, prepare
+from mocokit.engine.upload import Upload
+from mocokit.engine.world import World
+from mocokit.errors import UserError
+from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
+from mocokit.nets.heads import calibrate_head
+from mocokit.run import build
+from mocokit.run.diagnosis import MakeViews
+from mocokit.run.resident import hold
+from mocokit.run.state import Job
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
+from mocokit.views.params import canvas_bound
+from mocokit.views.sheet import contact_sheet
+
+SHEET_IMAGES = 8
+
+
+class Decision(NamedTuple):
+    """What the first process decides for all: where, how, on which images, and what to tell.
+
+    It is sent to the others, so it names the images only: a large index is for each to read.
+    """
+
+    folder: RunFolder
+    settings: Settings
+    fingerprint: str  # of the images' index: the folder's if there is one, else the data's own
+    notices: list[str]
+    new: bool
+
+    def images(self, train: Source) -> Index:
+        """The index on this process. Raises UserError where it is another."""
+        index = kept_index(self.folder, train)
+        if index.fingerprint != self.fingerprint:
+            raise UserError("a process sees other images than the first: give all of them the same")
+        return index
+
+
+def kept_index(folder: RunFolder, train: Source) -> Index:
+    """The index that a run began with; the data's own if it was killed before it had one."""
+    return load_index(folder.index) if folder.index.is_file() else train.index()
+
+
+class Asking(NamedTuple):
+    """A command's settings, those its user stated, its images, and the device to run on."""
+
+    settings: Settings
+    stated: Collection[str]
+    splits: Splits
+    device: torch.device
+    restarted: bool  # by torchrun, after processes had failed
+
+    def anew(self, folder: RunFolder) -> Decision:
+        """A new run in this folder."""
+        self.splits.check_classes()
+        settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
+        settings = build.settle(settings, self.device, None)
+        notices = [*self.splits.train.notes, *notices]
+        return Decision(folder, settings, self.splits.train.fingerprint, notices, True)
+
+    def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
+        """The run that this folder holds, on the images it began with; what speaks against it."""
+        stored = folder.settings()
+        index = kept_index(folder, self.splits.train)
+        found = renumbered(self.splits.train, index)
+        settings, notices = sizes.fit(self.settings, index.length, self.stated)
+        settings = build.settle(settings, self.device, stored)
+        conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
+        changed = [f"since the run began, {found[1]}"] if found and found[1] else []
+        notices = [*self.splits.train.notes, *changed, *notices]
+        return Decision(folder, settings, index.fingerprint, notices, False), conflicts
+
+
+def decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
+    recipe, name = asking.settings.recipe, asking.splits.train.name
+    if out is not None:
+        folder = _named_folder(out, resume)
+        if not folder.is_run:
+            return asking.anew(folder)
+        decision, conflicts = asking.going_on(folder)
+        if conflicts:
+            raise UserError(
+                f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
+                "name another --out, or state the same settings"
+            )
+        return decision
+    if not (resume or asking.restarted):
+        return asking.anew(next_folder(recipe, name))
+    for folder in unfinished(recipe, name):
+        try:
+            decision, conflicts = asking.going_on(folder)
+        except UserError:
+            continue  # another run's broken config.yaml
+        if not conflicts:
+            return decision
+    if not resume:  # it ended before it had a folder
+        return asking.anew(next_folder(recipe, name))
+    raise UserError(
+        f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
+        "settings; leave --resume out to start one"
+    )
+
+
+def _named_folder(out: str | Path, resume: bool) -> RunFolder:
+    folder = RunFolder(Path(out))
+    if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    empty = folder.is_begun or not (folder.path.is_dir() and any(folder.path.iterdir()))
+    if not folder.is_run and not empty:
+        raise UserError(f"--out {out} holds other files and no run; name a new folder")
+    if resume and not folder.is_run:
+        raise UserError(f"--resume: there is no run in {out}; leave it out to start one")
+    return folder
+
+
+def open_job(
+    asked: Settings,
+    stated: Collection[str],
+    splits: Splits,
+    out: str | Path | None,
+    resume: bool,
+    world: World,
+) -> Job:
+    """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
+    speaker = Speaker(world.writes)
+    device = choose_device(asked.engine.device, world)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    asking = Asking(asked, stated, splits, device, restarted)
+    decision = on_first(world, lambda: decide(asking, out, resume))
+    folder, settings, notices = decision.folder, decision.settings, decision.notices
+    found = renumbered(splits.train, decision.images(splits.train))
+    if found is None:
+        raise UserError("a process sees other images than the first: give all of them the same")
+    splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
+    effect = sizes.in_effect(settings, len(splits.train))
+    prepare(device, int(settings.engine.threads), settings.engine.deterministic)
+    for notice in notices:
+        speaker.note(notice)
+    parts = build.build_parts(settings, effect, device)
+    if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
+        folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
+    share, spe = settings.data.bad_share, effect.steps_per_epoch
+    bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
+    bound = canvas_bound(parts.spec)
+    for lack in lacking(splits.train, bound):
+        speaker.note(lack)
+    upload = Upload(device)
+    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, upload)
+
+
+@contextlib.contextmanager
+def begun(job: Job) -> Iterator[None]:
+    """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
+    with held(job.folder) if job.world.writes else contextlib.nullcontext():
+        if job.world.writes:
+            _write_start(job)
+        note = job.speaker.note
+        state = _newest(job)
+        if state is not None:
+            job.load(state)
+            if (before := state["processes"]) != job.world.size:
+                now = "is 1" if job.world.size == 1 else f"are {job.world.size}"
+                note(
+                    f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
+                    f"there {now}: the same computation, up to the order of sums"
+                )
+            del state  # or it would live as long as the run
+        job.bad.check()
+        job.resident = hold(job.splits.train, canvas_bound(job.parts.spec), job.device)
+        yield
+
+
+def _newest(job: Job) -> dict[str, Any] | None:
+    """The newest good checkpoint, which the first process chooses: a disk may show others less."""
+    state: dict[str, Any] | None = None
+
+    def choose() -> int | None:
+        nonlocal state
+        state = checkpoint.load_newest(job.folder.checkpoints, tell=job.speaker.note)
+        return None if state is None else int(state["step"])
+
+    step = on_first(job.world, choose)
+    if step is not None and state is None:
+        return checkpoint.load(job.folder.checkpoints / checkpoint.name_of(step))
+    return state
+
+
+def _write_start(job: Job) -> None:
+    """config.yaml, images.idx and views.png, before the first step."""
+    job.folder.create(job.settings, job.effect.as_dict())
+    if job.folder.index.is_file():
+        return
+    save_index(job.splits.train.index(), job.folder.index)
+    spec = job.parts.spec
+    canvases, _ = look(job.splits.train, SHEET_IMAGES, canvas_bound(spec))
+    if canvases:
+        seed, path = job.settings.seed, job.folder.sheet
+        contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)
+
+
+def calibrate_on_first_group(job: Job, make_views: MakeViews) -> None:
+    """Scale the head's start on the first group of the first batch, whatever a process's share."""
+    method = job.parts.method
+    if job.world.writes:
+        known = job.settings, job.unread(), World(), job.device, 0, job.bad.known
+        views = make_views(job, 0, build.build_loader(*known).batch_at(0))[0][:]
+        first = group_sizes(job.images_of(0), job.effect.groups)[0]
+        with moving_once(method.encoder, 0), alone(method.encoder):
+            set_groups(method.encoder, 1)
+            calibrate_head(method.encoder, views[:first])
+    if job.world.size > 1:
+        for parameter in method.encoder.parameters():
+            dist.broadcast(parameter.data, 0)
+    method.begin_anew()

@@ -1,0 +1,124 @@
+"""README.md of a run folder: what it holds, how to go on, what evaluations found."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import clock, read_metrics
+from mocokit.files import write_text
+from mocokit.run.state import Job
+
+HEADING = "## Evaluations"
+NAMES = {
+    "knn_raw_pixels": "raw pixels, centred",
+    "knn_random_weights": "random weights, calibrated batch norm",
+    "knn_head": "trained, head's output",
+    "knn_backbone": "trained backbone",
+}
+JUDGED = ("verdict", "advice")
+
+
+def _command(job: Job) -> str:
+    """The command that goes on with this run, wherever it was started from."""
+    path = job.folder.path.resolve()
+    return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
+
+
+def text(job: Job, result: dict[str, Any]) -> str:
+    """README.md of the run folder: what it holds and how to go on; no result: not finished."""
+    path, settings = job.folder.path.resolve(), job.settings
+    rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
+    table = (
+        ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
+    )
+    going = ["Not finished. Go on with:", "", "```sh", _command(job), "```", ""]
+    lines = [
+        f"# {path.name}",
+        "",
+        f"{settings.recipe}, seed {settings.seed}, {len(job.splits.train):,} images of "
+        f"{job.splits.train.name}, {settings.train.epochs} epochs, "
+        f"{job.effect.total_steps:,} steps.",
+        "",
+        *(table if result else going),
+        *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
+        "",
+        "The backbone, in Python:",
+        "",
+        "```python",
+        "import mocokit",
+        "",
+        f"backbone = mocokit.load({str(path)!r})  # eval mode; (N, 3, H, W) -> "
+        f"(N, {job.parts.method.encoder.num_features})",
+        "```",
+        "",
+        f"Pixels are divided by 255, then normalised by mean {settings.views.mean} and std "
+        f"{settings.views.std}.",
+        "",
+        "The same run again:",
+        "",
+        "```sh",
+        shlex.join(["mocokit", "pretrain", f"{path}/config.yaml"]),
+        "```",
+        "",
+        "| file | what it holds |",
+        "| --- | --- |",
+        "| config.yaml | every setting, and what followed from them |",
+        "| metrics.jsonl | a line of health every few steps; the last line is the result |",
+        "| backbone.safetensors | the trained backbone, its settings in the metadata |",
+        "| last.pt, checkpoints/ | everything, to go on from |",
+        "| views.png | what the network saw |",
+        "| images.idx | which images, by number |",
+        "| bad_images.txt | images that could not be read, if there were any |",
+        "| evaluations.jsonl | what `mocokit evaluate` found, if it was asked |",
+        "",
+    ]
+    return "\n".join(lines) + section(job.folder)
+
+
+def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Add a line to evaluations.jsonl, and bring the run's README up to date. Raises OSError."""
+    with open(folder.evaluations, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
+    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
+    write_text(folder.readme, f"{before}\n{section(folder)}")
+
+
+def section(folder: RunFolder) -> str:
+    """What the run's README says of its evaluations; nothing where there were none."""
+    lines = []
+    for record in read_metrics(folder.evaluations):
+        columns, rows = _table(record)
+        lines += [
+            f"### {record['kind']} on {record['data']}, {record['date'][:10]}",
+            "",
+            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
+            "",
+            f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
+            *(f"Note: {note}." for note in record["notes"]),
+            *(f"\n![{Path(path).stem}]({path})" for path in record.get("pictures", ())),
+            "",
+        ]
+    return "\n".join(["", HEADING, "", *lines]) if lines else ""
+
+
+def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows; a record with other scores than accuracies has its own."""
+    if "table" in record:
+        columns, *rows = record["table"]
+        return columns, rows
+    return ["features", "accuracy"], [
+        [label_of(result), f"{result['accuracy']:.1%}"]
+        for result in record["results"]
+        if result["accuracy"] is not None
+    ]
+
+
+def label_of(result: Mapping[str, Any]) -> str:
+    """Features with the settings that tell this line from others."""
+    names = {"k": "k", "temperature": "temperature", "labels": "labels"}
+    shown = [f"{text} {result[name]}" for name, text in names.items() if name in result]
+    return ", ".join([result["features"], *shown])

@@ -1,0 +1,183 @@
+"""What is recorded of a run: a line every few steps, scores, and the result."""
+
+import shlex
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mocokit.data.batch import Batch
+from mocokit.data.sources.pack import is_pack
+from mocokit.engine.bad_images import Bad
+from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
+from mocokit.engine.runtime import default_threads, on_first, peak_memory
+from mocokit.health.advice import advise
+from mocokit.health.verdict import verdict
+from mocokit.methods.method import Output
+from mocokit.run import build, readme
+from mocokit.run.state import Job
+from mocokit.weights.encoder import build_encoder
+from mocokit.weights.write import write_backbone
+
+WAIT_LIMIT = 0.1  # share of the time spent waiting for images that calls for advice
+WAITS = 5  # records over which it is taken
+
+
+class Recording:
+    """Writes the health line of recorded steps, and keeps the progress line up to date."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.meter = job, Meter()
+        self.metrics = Metrics(job.folder.metrics, job.step) if job.world.writes else None
+        effect, console = job.effect, job.speaker.console
+        self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
+        self._wait = 0.0
+        self._waits: list[float] = []  # shares of time, of the last records
+        self._advised = False
+        self._batches: Iterator[tuple[int, Batch]] = iter(())
+
+    def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """The loader's batches, with the time spent waiting for each."""
+        self._batches = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            with self.job.between_steps():
+                item = next(self._batches, None)
+            if item is None:
+                return
+            self._wait = time.perf_counter() - asked
+            yield item
+
+    def step(self, output: Output, images: int, bad: Bad, norm: Tensor | None) -> None:
+        """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
+        self.meter.step(images, self._wait)
+        self.job.bad.note(bad, self.job.step - 1)
+        if norm is not None or self.job.step % self.job.effect.steps_per_epoch == 0:
+            self.job.bad.share()
+        if norm is None:
+            return
+        line = self._line(output, images, norm)
+        if self.metrics:
+            self.metrics.write(line)
+        self.progress.show(self.job.step, line)
+        self._advise(line["data_wait"])
+
+    def _advise(self, share: float) -> None:
+        """Once, what to do if the device waits for images; the first records have the start in."""
+        self._waits.append(share)
+        latest = self._waits[2:][-WAITS:]
+        if self._advised or len(latest) < WAITS or sum(latest) / WAITS <= WAIT_LIMIT:
+            return
+        self._advised = True
+        settings = self.job.settings
+        workers, cores = build.count_workers(settings, self.job.device), default_threads()
+        more = f"--set data.workers={min(2 * max(workers, 1), cores)}"
+        remedies = [f"{more} (now {workers}) would read more at once"] if workers < cores else []
+        if settings.data.path is not None and not is_pack(Path(settings.data.path)):
+            remedies.append(
+                f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
+            )
+        self.job.speaker.note(
+            f"{sum(latest) / WAITS:.0%} of the time went into waiting for images; "
+            + ("; ".join(remedies) or "more cores or a faster disk would help")
+        )
+
+    def scores(self, scores: dict[str, Any]) -> None:
+        """What a diagnosis found, at an epoch's end, and what it means."""
+        if self.metrics is None or not scores:
+            return
+        if self.job.step == self.job.effect.total_steps:
+            self.job.health = scores  # for the result, which is the last line
+            return
+        epoch = self.job.step // self.job.effect.steps_per_epoch
+        self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
+        accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
+        if accuracies:
+            self.job.speaker.say(f"epoch {epoch}: {', '.join(accuracies)}")
+        if found := verdict(read_metrics(self.job.folder.metrics)):
+            self.job.speaker.say(
+                f"epoch {epoch}: {found.text}", None if found.healthy else "yellow"
+            )
+
+    def unscored(self) -> bool:
+        """Whether the scores due after the last step are missing; the first process decides."""
+        if self.job.step == self.job.effect.total_steps:
+            return True  # they would be in the result
+        return self.job.step > 0 and on_first(self.job.world, self.job.folder.unscored)
+
+    def close(self) -> None:
+        """End the loading processes too, which a traceback would otherwise keep alive."""
+        if isinstance(self._batches, Generator):
+            self._batches.close()
+        if self.metrics:
+            self.metrics.close()
+        self.progress.close()
+
+    def _line(self, output: Output, images: int, norm: Tensor) -> dict[str, Any]:
+        job, method = self.job, self.job.parts.method
+        share = build.share_of_process(job.settings, job.world, images) * job.world.size
+        metrics = {name: value * share for name, value in output.metrics.items()}
+        values = {"loss": output.loss.detach(), **metrics, "grad_norm": norm}
+        stacked = torch.stack([value.float() for value in values.values()])
+        if job.world.size > 1:
+            dist.all_reduce(stacked)
+            stacked /= job.world.size
+        numbers = dict(zip(values, stacked.tolist(), strict=True))
+        return {
+            "step": job.step,
+            "epoch": (job.step - 1) // job.effect.steps_per_epoch,
+            **numbers,
+            "chance_loss": method.chance_loss,
+            **method.health(),
+            "lr": job.parts.optimizer.param_groups[0]["lr"],
+            **self.meter.read(),
+            "peak_memory_gib": peak_memory(job.device),
+            "bad_images": job.bad.count,
+        }
+
+
+@contextmanager
+def recording(job: Job) -> Iterator[Recording]:
+    record = Recording(job)
+    try:
+        yield record
+    finally:
+        record.close()
+
+
+def finish(job: Job) -> dict[str, Any]:
+    """Score the final weights beside what they must beat; write the backbone and the README."""
+    result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
+    if not job.world.writes:
+        return result
+    result |= job.health
+    method = job.parts.method
+    write_backbone(job.folder.backbone, method.encoder.backbone, job.settings)
+    monitor = build.build_monitor(job.settings, job.splits, job.device)
+    if monitor is not None:
+        job.speaker.say("scoring the final weights ...")
+        result |= dict(monitor.run(method.encoder))
+        untrained = build_encoder(job.settings).to(job.device)
+        baselines = {
+            "knn_random_weights": monitor.random_weights(untrained),
+            "knn_raw_pixels": monitor.raw_pixels(),
+        }
+        result |= {name: score for name, score in baselines.items() if score is not None}
+        result["protocol"] = monitor.protocol
+    lines = [*read_metrics(job.folder.metrics), result]
+    found = verdict(lines)
+    if found is not None:
+        result["verdict"] = found.text
+    if (found is None or found.healthy) and (advice := advise(lines)):
+        result["advice"] = advice  # of a sick run no more is wanted
+    result["finished"] = True
+    job.folder.readme.write_text(readme.text(job, result), encoding="utf-8")
+    metrics = Metrics(job.folder.metrics, job.step)
+    metrics.write(result)
+    metrics.close()
+    return job.folder.result() or result  # with the digits that are kept

@@ -1,0 +1,142 @@
+"""A run with everything it needs, and what is saved of it."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mocokit import settings as settings_
+from mocokit.data.batch import Batch
+from mocokit.data.source import Source, Splits
+from mocokit.engine import checkpoint
+from mocokit.engine.average import average_statistics
+from mocokit.engine.bad_images import BadImages
+from mocokit.engine.finite import check_weights
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Speaker
+from mocokit.engine.upload import Upload
+from mocokit.engine.world import World
+from mocokit.run import build
+from mocokit.run.build import Parts
+from mocokit.run.resident import Resident
+from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
+
+
+@dataclass
+class Job:
+    """A run with everything it needs. `step` counts finished steps."""
+
+    settings: Settings
+    effect: sizes.InEffect
+    world: World
+    device: torch.device
+    splits: Splits
+    folder: RunFolder
+    parts: Parts
+    speaker: Speaker
+    bad: BadImages
+    upload: Upload
+    resident: Resident | None = None
+    step: int = 0
+    saved: int = -1  # the step of the checkpoint that was last read or written
+    health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
+
+    def canvases(self, batch: Batch) -> tuple[Tensor, NDArray[np.int64] | None]:
+        """Pixels on the device, and where a batch's images begin; None: one after another."""
+        if self.resident is not None:
+            return self.resident.canvases(batch.index)
+        return self.upload(batch.pixels), None
+
+    def unread(self) -> Source:
+        """The images to load: of those on the device already, the numbers alone."""
+        return self.splits.train if self.resident is None else self.resident.unread
+
+    def images_of(self, step: int) -> int:
+        """Images in the global batch of a step counted from 0; an epoch's last may have fewer."""
+        batch = self.settings.train.batch_size
+        return min(batch, self.effect.images - step % self.effect.steps_per_epoch * batch)
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs; numbers and text only."""
+        return {
+            "method": self.parts.method.state_dict(),
+            "optimizer": self.parts.optimizer.state_dict(),
+            "scaler": self.parts.scaler.state_dict(),
+            "settings": settings_.to_yaml(self.settings),
+            "fingerprint": self.splits.train.fingerprint,
+            "bad_images": self.bad.state(),
+            "processes": self.world.size,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.parts.method.load_state_dict(state["method"])
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.parts.scaler.load_state_dict(state["scaler"])
+        self.bad.load(state["bad_images"])
+        self.step = self.saved = int(state["step"])
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, if it is not the last one, and drop the old ones.
+
+        Raises NonFiniteLoss rather than keep weights that are not finite.
+        """
+        self.bad.share()
+        check_weights(self.parts.method, self.step)
+        if not self.world.writes or self.saved == self.step:
+            return
+        self.saved = self.step
+        checkpoint.save(self.folder.checkpoints, self.step, self.state())
+        every = self.settings.save.milestone_epochs
+        spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
+        milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
+        checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """Work that leaves the state as it is: if it fails, what was trained before it is saved.
+
+        Not with several processes, of which the others would wait for this one.
+        """
+        try:
+            yield
+        except Exception:
+            if self.world.size == 1 and self.step > max(self.saved, 0):
+                self.save()
+                self.speaker.note(f"saved after step {self.step}, before what follows")
+            raise
+
+    def last_good(self) -> str:
+        """Where a run that went wrong was still well, and what to try."""
+        saved = checkpoint.steps(self.folder.checkpoints)
+        where = self.folder.checkpoints / checkpoint.name_of(saved[-1]) if saved else None
+        kept = f"the last good checkpoint is {where}" if where else "no checkpoint was due before"
+        return f"{kept}; try a new run with a lower optim.lr or engine.precision=float32"
+
+    def out_of_memory(self) -> str:
+        """What to try when a step does not fit into the device's memory."""
+        batch, groups = self.settings.train.batch_size, self.effect.groups
+        if self.settings.method.batch_norm == "whole":
+            return (
+                f"step {self.step + 1} does not fit into the memory of {self.device}; lower "
+                "train.batch_size, or set method.batch_norm=groups, which can be done in pieces"
+            )
+        held = self.settings.train.micro_batch or batch // self.world.size
+        smallest = -(-batch // groups)
+        what = f"step {self.step + 1} does not fit into the memory of {self.device}"
+        if held <= smallest:
+            remedy = "lower train.batch_size or views.size"
+            return f"{what} even in pieces of one group of {smallest} images; {remedy}"
+        piece = max(held // 2, smallest)
+        return f"{what}; try --set train.micro_batch={piece}, which gives the same result in pieces"
+
+    def average_statistics(self, images: int) -> None:
+        """After a step on a batch of this many images: running statistics are the world's."""
+        if self.world.size > 1:
+            share = build.share_of_process(self.settings, self.world, images)
+            average_statistics(self.parts.method, share)

@@ -1,0 +1,190 @@
+"""How the sizes of a run follow from its settings and the number of its images.
+
+`fit` adapts a recipe's default sizes to small data, never what a user stated; `in_effect` gives the
+values that the settings stand for. Both are pure, and the only places where sizes are rescaled.
+"""
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mocokit.errors import UserError
+from mocokit.settings.edit import replace
+from mocokit.settings.schema import Settings
+
+SMALLEST = 64  # images; below, two groups of 32 cannot be filled
+
+
+@dataclass(frozen=True)
+class InEffect:
+    """What the settings come to for a number of images; printed, stored, never read back."""
+
+    images: int
+    steps_per_epoch: int
+    total_steps: int
+    groups: int
+    lr: float
+    key_momentum: float | None  # None where no key encoder follows
+
+    def as_dict(self) -> dict[str, int | float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def in_effect(settings: Settings, images: int) -> InEffect:
+    """Learning rate, key momentum, groups and steps of a run on this number of images."""
+    batch, optim, method = settings.train.batch_size, settings.optim, settings.method
+    steps = images // batch if settings.data.last == "drop" else -(-images // batch)
+    ratio = batch / optim.lr_batch
+    factor = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[optim.scale]
+    horizon = batch / method.momentum_batch if method.momentum_batch else 1.0
+    return InEffect(
+        images=images,
+        steps_per_epoch=steps,
+        total_steps=steps * settings.train.epochs,
+        groups=count_groups(settings, batch),
+        lr=optim.lr * factor,
+        key_momentum=method.momentum**horizon if method.name == "moco" else None,
+    )
+
+
+def count_groups(settings: Settings, batch: int) -> int:
+    """Groups that share batch-norm statistics in a batch; at least two unless stated otherwise.
+
+    With one group the key images' shuffle does nothing, and the statistics leak which key belongs
+    to which query (MoCo v1, section 3.3, "Shuffling BN").
+    """
+    method = settings.method
+    if method.batch_norm == "whole":
+        return 1
+    if method.groups == "auto":
+        return max(1, min(max(2, round(batch / method.group_size)), batch // 2))
+    share = batch / settings.train.batch_size  # a last partial batch has fewer groups
+    return max(1, min(round(method.groups * share), batch // 2))
+
+
+def count_shares(settings: Settings, batch: int) -> int:
+    """What processes share of a batch: whole groups, or single images where there are none."""
+    return batch if settings.method.batch_norm == "whole" else count_groups(settings, batch)
+
+
+def fit(
+    settings: Settings, images: int, stated: Collection[str] = ()
+) -> tuple[Settings, list[str]]:
+    """Adapt default sizes to the data; returns the settings that run, and what to tell the user.
+
+    `stated` holds the dotted paths that the user set, which are kept. Raises UserError when the
+    images cannot fill what was stated.
+    """
+    if images < SMALLEST:
+        raise UserError(
+            f"{images} images are too few: contrast needs at least {SMALLEST}, "
+            "and learns little from fewer than some thousands"
+        )
+    notices: list[str] = []
+    changes: dict[str, Any] = {**_batch(settings, images, stated, notices)}
+    batch = changes.get("train.batch_size", settings.train.batch_size)
+    if settings.data.last == "keep" and images % batch == 1:
+        raise UserError(
+            f"data.last=keep leaves a last batch of one of the {images} images, which has no batch "
+            "statistics; set data.last=drop, or another train.batch_size"
+        )
+    changes |= _queue(settings, images, batch, stated, notices)
+    changes |= _bank(settings, images, stated, notices)
+    changes |= _warmup(settings, stated, notices)
+    for value, quoted_at in (
+        ("optim.lr", "optim.lr_batch"),
+        ("method.momentum", "method.momentum_batch"),
+    ):
+        if value in stated and quoted_at not in stated:  # what a user states is what runs
+            changes[quoted_at] = batch
+    fitted = replace(settings, changes)
+    if fitted.method.name == "moco" and count_groups(fitted, batch) < 2:
+        notices.append(
+            "one batch-norm group: the key shuffle cannot hide statistics, contrast accuracy may "
+            "be won by a leak"
+        )
+    if fitted.method.batch_norm == "whole" and fitted.train.micro_batch is not None:
+        raise UserError(
+            f"train.micro_batch {fitted.train.micro_batch} cuts a batch whose statistics are one "
+            "(method.batch_norm=whole), which would be another method; set "
+            "method.batch_norm=groups, as the recipe endtoend does, or leave micro_batch out"
+        )
+    if fitted.method.name == "memorybank":
+        size = images * fitted.net.dim * 4 / 2**20
+        notices.append(
+            f"memory bank of {images:,} x {fitted.net.dim} float32: {size:,.0f} MiB on each "
+            "device, and in each checkpoint"
+        )
+    return fitted, notices
+
+
+def _batch(
+    settings: Settings, images: int, stated: Collection[str], notices: list[str]
+) -> dict[str, int]:
+    batch, group = settings.train.batch_size, settings.method.group_size
+    if "train.batch_size" in stated:
+        if batch > images:
+            raise UserError(
+                f"train.batch_size {batch} exceeds the {images} images; set at most {images}"
+            )
+        return {}
+    if batch <= images / 4:
+        return {}
+    smaller = min(max(images // 4 // group, 2) * group, images, batch)
+    if smaller == batch:
+        return {}
+    notices.append(
+        f"batch size {batch} -> {smaller}: the recipe's is over a quarter of the {images} images"
+    )
+    return {"train.batch_size": smaller}
+
+
+def _bank(
+    settings: Settings, images: int, stated: Collection[str], notices: list[str]
+) -> dict[str, None]:
+    method = settings.method
+    if method.loss == "nce" or (method.bank_negatives or 0) < images:
+        return {}
+    if "method.bank_negatives" in stated:
+        notices.append(
+            f"method.bank_negatives {method.bank_negatives} is over the {images} images: entries "
+            "are drawn several times"
+        )
+        return {}
+    notices.append(f"bank negatives {method.bank_negatives} -> all of the bank's {images} entries")
+    return {"method.bank_negatives": None}
+
+
+def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> dict[str, float]:
+    warmup, epochs = settings.optim.warmup_epochs, settings.train.epochs
+    if warmup < epochs:
+        return {}
+    if "optim.warmup_epochs" in stated:
+        notices.append(
+            f"optim.warmup_epochs {warmup:g} leaves none of the {epochs} epochs at the full rate"
+        )
+        return {}
+    notices.append(f"warm-up {warmup:g} -> {epochs / 10:g} epochs: the run has {epochs}")
+    return {"optim.warmup_epochs": epochs / 10}
+
+
+def _queue(
+    settings: Settings, images: int, batch: int, stated: Collection[str], notices: list[str]
+) -> dict[str, int]:
+    size, limit = settings.method.queue_size, images / 10
+    if size is None or size <= limit:
+        return {}
+    if "method.queue_size" in stated:
+        notices.append(
+            f"method.queue_size {size} is over a tenth of the {images} images: the queue will hold "
+            "older keys of an image among its negatives"
+        )
+        return {}
+    smaller = min(size, max(2 ** (int(limit).bit_length() - 1), batch))
+    if smaller == size:
+        return {}
+    notices.append(
+        f"queue {size} -> {smaller}: at most a tenth of the {images} images, so that few of an "
+        "image's own older keys are among its negatives"
+    )
+    return {"method.queue_size": smaller}

@@ -1,0 +1,180 @@
+"""Pre-training: the loop. Read `train` first; all else prepares it or tells of it.
+
+A run is a function of its settings: every random number comes from `chance`, so stopping, resuming
+and the number of workers change nothing. Methods plug into the loop through two functions, forward
+and update (methods/method.py); they never fork it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mocokit.data.batch import Batch
+from mocokit.data.open import open_data
+from mocokit.engine.average import GradientAverage, compare_replicas
+from mocokit.engine.finite import FiniteWatch, gradient_norm
+from mocokit.engine.optim import set_lr
+from mocokit.engine.record import Speaker
+from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
+from mocokit.engine.stop import Stopped, StopSignals
+from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.methods.method import Draw, Output, Views
+from mocokit.run import build, command, messages, recording
+from mocokit.run.diagnosis import diagnose
+from mocokit.run.open import begun, calibrate_on_first_group, open_job
+from mocokit.run.state import Job
+from mocokit.transfer import to_device
+from mocokit.views.params import draw_table
+from mocokit.views.views import ViewsOnDemand, make_views
+
+HELD_VIEWS = 2**30  # bytes of views that a step in pieces holds at once
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, and its last scores by name."""
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def pretrain(
+    recipe: str | None = None,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Train a backbone; the same as the command `mocokit pretrain`.
+
+    `recipe` is a recipe's name, a config.yaml, or the data itself; `settings` holds
+    {"a.b": value}. Raises UserError for mistakes, Interrupted once a stopped run is saved, and
+    NonFiniteLoss.
+    """
+    flags = {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "engine.device": device,
+        "seed": seed,
+    }
+    changes = command.merge(flags, settings or {})
+    asked, stated = command.asked(recipe, None if data is None else str(data), changes)
+    with StopSignals() as stop, joined_world(asked.engine.device) as world:
+        with stop.before_the_first_step():
+            speaker, where = Speaker(world.writes), asked.data
+            splits = open_data(where.path, where.labels, where.root, speaker.counting)
+            job = open_job(asked, stated, splits, out, resume, world)
+        result = on_first(world, job.folder.result)
+        if result is None:
+            with begun(job):
+                messages.start(job)
+                try:
+                    train(job, stop)
+                    with stop.giving_way():
+                        result = recording.finish(job)
+                except NonFiniteLoss as error:
+                    raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
+                except torch.OutOfMemoryError:
+                    raise UserError(job.out_of_memory()) from None
+                except Stopped:
+                    raise stop.error(job.step, job.folder.path) from None
+        messages.result(job, result)
+    return Run(job.folder.path, result)
+
+
+def train(job: Job, stop: StopSignals) -> None:
+    """Go from the job's step to the last: views, loss, gradient, update; then record, score, save.
+
+    Raises Interrupted once saved, if asked to stop, UserError for too many bad images, likewise,
+    and NonFiniteLoss.
+    """
+    settings, parts, device = job.settings, job.parts, job.device
+    method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
+    monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
+    known, note = job.bad.known, job.speaker.note
+    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, known, note)
+    if job.step == 0 and settings.net.calibrate_head:
+        calibrate_on_first_group(job, make_batch_views)
+    average = GradientAverage(method.trained())
+    watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
+
+    def score() -> None:
+        scored = monitor if due.monitor(job.step) else None  # the last: by recording.finish
+        with job.between_steps():
+            record.scores(diagnose(job, loader, make_batch_views, scored, stop))
+
+    with recording.recording(job) as record:
+        if due.health(job.step) and record.unscored():  # a stop came before they were finished
+            score()
+        for step, batch in record.waiting(loader):
+            seed_libraries(settings.seed, step)
+            set_lr(optimizer, parts.schedule(step))
+            images = job.images_of(step)
+            views = make_batch_views(job, step, batch)
+            index = to_device(batch.index, device)
+            method.loss_scale = scaler.get_scale()
+            with autocast(device, settings.engine.precision):
+                output: Output = method(views, index, Draw(settings.seed, step, images))
+            watch.note(step + 1, output.loss)
+            torch.autograd.backward(scaler.scale(output.loss))
+            average.finish()
+            scaler.unscale_(optimizer)
+            logged = due.log(step + 1)
+            norm = gradient_norm(method.trained()) if logged else None
+            if stepped(scaler, optimizer):
+                method.update(output.keep, step, (step + 1) / job.effect.total_steps)
+            job.average_statistics(images)
+            optimizer.zero_grad(set_to_none=True)
+            job.step = step + 1
+            if logged or device.type == "cpu":
+                watch.check()
+            record.step(output, images, batch.bad, norm)
+            if due.compare(job.step):
+                compare_replicas(method, job.step)
+            if due.health(job.step):
+                score()
+            save, end = due.save_or_stop(job.step, stop.asked)
+            if save or job.bad.too_many:
+                watch.check()
+                job.save()
+            job.bad.check()
+            if end:
+                raise stop.error(job.step, job.folder.path)
+
+
+def make_batch_views(job: Job, step: int, batch: Batch) -> tuple[Views, ...]:
+    """The method's views of a batch, each (n, 3, S, S), drawn from chance and made on the device.
+
+    In a step that is done in pieces, views too large to be held are made again for each piece.
+    """
+    epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
+    sizes = batch.heights, batch.widths
+    pixels, starts = job.canvases(batch)
+    tables = [
+        draw_table(spec, seed, epoch, batch.index, view, *sizes)
+        for view in range(job.parts.method.views)
+    ]
+    make: Callable[..., Tensor | ViewsOnDemand] = make_views
+    if job.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
+        make = ViewsOnDemand
+    return tuple(make(spec, table, pixels, *sizes, job.device, starts) for table in tables)
+
+
+def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Take the optimiser's step; false if float16 gradients overflowed and it was skipped."""
+    if not scaler.is_enabled():
+        optimizer.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale() >= before

@@ -1,0 +1,37 @@
+"""The network that settings describe, with its first weights, and the views it expects."""
+
+import torch
+
+from mocokit.chance import Slot
+from mocokit.engine.runtime import seed_libraries
+from mocokit.errors import UserError
+from mocokit.nets.backbones import build_backbone
+from mocokit.nets.batchnorm import use_groups
+from mocokit.nets.heads import Encoder, build_head
+from mocokit.nets.modes import evaluating
+from mocokit.settings.schema import Settings
+from mocokit.views.params import ViewSpec
+
+
+def view_spec(settings: Settings) -> ViewSpec:
+    return ViewSpec(**settings.views.model_dump())
+
+
+def build_encoder(settings: Settings) -> Encoder:
+    """Backbone and head with their initial weights, which follow from the seed."""
+    net = settings.net
+    seed_libraries(settings.seed, 0, Slot.INITIALISE)
+    backbone = build_backbone(
+        net.backbone, net.stem, settings.method.group_size, net.zero_init_last
+    )
+    head = build_head(net.head, int(backbone.num_features), net.hidden, net.dim)  # type: ignore[arg-type]
+    encoder = Encoder(backbone, use_groups(head, settings.method.group_size))
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(2, 3, settings.views.size, settings.views.size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"net.backbone {net.backbone} cannot take views of {settings.views.size} pixels "
+            f"({str(error).splitlines()[0]}); set views.size, or another backbone"
+        ) from None
+    return encoder

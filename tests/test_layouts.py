@@ -1,0 +1,70 @@
+"""ResNets of others, as facebookresearch/moco and torchvision write them."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+
+from mocokit.errors import UserError
+from mocokit.weights.resolve import open_subject
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=7)
+
+
+def state_of(network, prefix, head=True):
+    state = {f"{prefix}{k}": v for k, v in network.state_dict().items()}
+    return state if head else {k: v for k, v in state.items() if ".fc." not in k}
+
+
+@pytest.mark.parametrize("prefix", ["module.encoder_q.", "encoder_q.", "module.", ""])
+def test_the_query_encoder_is_taken(network, tmp_path, prefix):
+    state = state_of(network, prefix)
+    if "encoder_q" in prefix:
+        state |= {k.replace("encoder_q", "encoder_k"): v + 1 for k, v in state.items()}
+        state["module.queue"] = torch.zeros(7, 16)
+    path = tmp_path / "checkpoint_0199.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state} if prefix else state, path)
+    opened = open_subject(path, CPU)
+    assert opened.subject.architecture == "resnet18" and opened.folder is None
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.eval().forward_head(network.forward_features(images), pre_logits=True)
+        assert torch.allclose(opened.subject.network(images), expected, atol=1e-5)
+    assert opened.untrained is not None and opened.untrained().weights != opened.subject.weights
+
+
+def test_torchvisions_resnet50_fits(tmp_path):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(1)
+    theirs = resnet50().eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet50-0676ba61.pth")
+    ours = open_subject(tmp_path / "resnet50-0676ba61.pth", CPU).subject
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(ours.network(images), theirs(images), atol=1e-4)
+
+
+def test_what_is_no_resnet_is_refused(network, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": {"cls_token": torch.zeros(3)}}, path)
+    with pytest.raises(UserError, match="no ResNet that is known here"):
+        open_subject(path, CPU)
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("layer3.1.conv2")}
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"does not fit resnet18 .*layer3.1.conv2.weight"):
+        open_subject(path, CPU)
+    torch.save({k: v for k, v in state.items() if not k.startswith("layer3.1")}, path)
+    with pytest.raises(UserError, match="1 basic blocks"):
+        open_subject(path, CPU)
+    path.write_bytes(pickle.dumps(UserError))
+    with pytest.raises(UserError, match="unpickling"):
+        open_subject(path, CPU)

@@ -1,0 +1,280 @@
+"""What every evaluation does before it works: mistakes are told first, and for what they are."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mocokit
+from mocokit import recipes
+from mocokit.data.open import open_data
+from mocokit.engine.folder import RunFolder
+from mocokit.errors import UserError
+from mocokit.evaluate import results
+from mocokit.evaluate.session import Options, Trial
+from mocokit.health import knn_monitor
+from mocokit.protocols.finetune import Plan
+from mocokit.run import command
+from mocokit.weights import resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """The models whose weights were asked for; none can be had."""
+    import timm
+
+    asked = []
+
+    def offline(name, **options):
+        asked.append(name)
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    return asked
+
+
+def test_mistakes_come_before_weights_are_fetched(fetched, toy_npz, tmp_path):
+    with pytest.raises(UserError, match="there is no run, checkpoint or timm model 'NOTHING'"):
+        mocokit.evaluate_knn("NOTHING", "nope")  # the first word is the first mistake
+    for data, options, said in (
+        ("nope", {}, "there are no images at nope"),
+        (None, {}, "name the images to score on"),
+        (toy_npz, {"json": tmp_path / "none" / "x.json"}, r"cannot write .* \(there is no folder"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mocokit.evaluate_knn("resnet18", data, **options)
+    assert fetched == []
+
+
+def test_a_missing_connection_is_one_sentence(fetched, toy_npz, caplog):
+    with pytest.raises(UserError, match="cannot fetch the weights of resnet18"):
+        mocokit.evaluate_knn("resnet18", toy_npz)
+    assert fetched == ["resnet18"] and caplog.records == []
+    assert logging.getLogger("huggingface_hub").level != logging.ERROR
+
+
+def test_a_place_for_json(tmp_path):
+    results.check_writable(tmp_path / "new.json")
+    (tmp_path / "old.json").touch()
+    results.check_writable(tmp_path / "old.json")
+    for place in (tmp_path, tmp_path / "none/x.json", tmp_path / "old.json/x.json"):
+        with pytest.raises(UserError, match="choose another place with --json"):
+            results.check_writable(place)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data", "said"),
+    [
+        ("tv::nope", None, "there is no file or folder tv; "),
+        ("cifar10::nope", None, "there is no file or folder nope; "),
+        ("mocov2", "cifar10::x-{0..", "folder x-{0..; its braces name no range"),
+        ("x-{000..}.tar", None, "its braces name no range: write {000..146}"),
+        ("mocov2", "cifar01", "did you mean cifar10"),
+        ("mocov2", None, "mocov2 needs images: name a folder of them after it"),
+    ],
+)
+def test_what_is_missing_is_named(recipe, data, said):
+    with pytest.raises(UserError) as caught:
+        command.asked(recipe, data, {})
+    assert said in str(caught.value) and "endtoend" not in str(caught.value)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
+    RunFolder(tmp_path / "run").create(recipes.demo(), {})
+    with pytest.raises(UserError, match=r"ended before its first checkpoint.*config\.yaml --out"):
+        resolve.open_subject(tmp_path / "run", CPU)
+    with pytest.raises(UserError, match="no weights yet"):
+        mocokit.load(tmp_path / "run")
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    with pytest.raises(UserError, match="was killed before it began"):
+        resolve.open_subject(folder.path, CPU)
+    settings = {"engine.threads": 1}
+    mocokit.pretrain("demo", toy_npz, folder.path, epochs=1, batch_size=32, settings=settings)
+    assert folder.result() is not None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.lock").touch()
+    (tmp_path / "other/mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files and no run"):
+        mocokit.pretrain("demo", toy_npz, tmp_path / "other")
+
+
+def save(path, level):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 9), (level, level, level)).save(path)
+
+
+def test_folders_that_may_be_classes_are_told_and_taken(tmp_path):
+    for number in range(12):
+        save(tmp_path / f"pets/{'cat' if number % 2 else 'dog'}/{number}.png", 20 * number)
+    (note,) = open_data(tmp_path / "pets").train.notes
+    assert "its 2 folders are classes, --set data.labels=folders" in note
+    assert open_data(tmp_path / "pets", "folders").train.notes == ()
+    assert open_data(tmp_path / "pets", "none").train.notes == ()
+    found = mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16, k=[3])
+    assert found.classes == ("cat", "dog")
+    save(tmp_path / "pets/loose.png", 7)
+    assert open_data(tmp_path / "pets").train.notes == ()
+    with pytest.raises(UserError, match=r"no labels \(loose.png lies directly in .*its class"):
+        mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets")
+
+
+def arrays(path, train, test=None, size=(8, 8)):
+    draw = np.random.default_rng(0)
+    kept = {}
+    for name, labels in (("train", train), ("test", test)):
+        if labels is not None:
+            kept[f"{name}_images"] = draw.integers(0, 255, (len(labels), *size, 3), np.uint8)
+            kept[f"{name}_labels"] = np.array(labels)
+    np.savez(path, **kept)
+    return path
+
+
+def test_small_and_odd_data(tmp_path, capsys):
+    """Two images, one class, a class without training images, images that are not square."""
+    judged, quiet = "random:resnet_tiny", {"size": 8, "baseline": False}
+    two = arrays(tmp_path / "two.npz", [0, 1])
+    found = mocokit.evaluate_knn(judged, two, k=[1, 200], **quiet)
+    assert [one.setting["k"] for one in found.results] == [1, 1] and found.accuracy == 0
+    assert "kNN, k 1, 1," in found.protocol  # each has but one other
+    one = arrays(tmp_path / "one.npz", [0] * 9, [0] * 3)
+    assert mocokit.evaluate_knn(judged, one, **quiet).accuracy == 1
+    for evaluate, options in (
+        (mocokit.evaluate_linear, {"protocol": "quick"}),
+        (mocokit.evaluate_linear, {"protocol": "paper"}),
+        (mocokit.evaluate_finetune, {}),
+    ):
+        with pytest.raises(UserError, match="at least two classes"):
+            evaluate(judged, one, **options, **quiet)
+    missing = arrays(tmp_path / "missing.npz", [0, 2] * 6, [0, 1, 2], size=(8, 20))
+    found = mocokit.evaluate_knn(judged, missing, per_class=True, **quiet)
+    assert found.results[0].scores.per_class[1] == 0 and len(found.classes) == 3
+    for protocol in ("quick", "paper"):
+        options = {"epochs": 1} if protocol == "paper" else {}
+        found = mocokit.evaluate_linear(judged, missing, protocol=protocol, **options, **quiet)
+        assert found.results[0].scores.count == 3
+    capsys.readouterr()
+
+
+def test_a_run_that_was_moved_keeps_its_report(toy_npz, tmp_path):
+    settings = {"engine.threads": 1}
+    data = tmp_path / "data.npz"
+    shutil.copy(toy_npz, data)
+    mocokit.pretrain("demo", data, tmp_path / "run", epochs=1, batch_size=32, settings=settings)
+    moved = tmp_path / "elsewhere" / "run"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "run", moved)
+    found = mocokit.evaluate_knn(moved, baseline=False)
+    kept = json.loads((moved / "evaluations.jsonl").read_text())
+    assert kept["results"][0]["accuracy"] == round(found.accuracy, 6)
+    data.unlink()
+    with pytest.raises(UserError, match=r"trained on are not at .*data\.npz; name them"):
+        mocokit.evaluate_knn(moved)
+    assert mocokit.evaluate_knn(moved, toy_npz, baseline=False).accuracy == found.accuracy
+    assert mocokit.evaluate_knn(moved, toy_npz, baseline=False, layer="head").accuracy > 0.25
+
+
+def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeypatch):
+    """Its data.root, and folders as classes where it was told so."""
+    seen, plain = [], open_data
+    monkeypatch.setattr(
+        "mocokit.evaluate.session.open_data", lambda *words: seen.append(words) or plain(toy_npz)
+    )
+    run = tmp_path / "run"
+    changes = {"engine.threads": 1, "data.root": str(tmp_path)}
+    mocokit.pretrain("demo", toy_npz, run, epochs=1, batch_size=32, settings=changes)
+    Trial(run, Options())
+    assert seen == [(str(toy_npz), "auto", str(tmp_path))]
+
+
+def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
+    data = arrays(tmp_path / "x.npz", [0, 1] * 4)
+    monkeypatch.setattr("mocokit.evaluate.session.PIXEL_MEMORY", 4 * 3 * 16 * 16 * 8 - 1)
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
+    assert len(found.results) == 1 and "over 2 GiB" in found.notes[0]
+    monkeypatch.setattr("mocokit.evaluate.session.PIXEL_LIMIT", 15)
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
+    assert len(found.results) == 1 and found.notes == ()
+
+
+def test_fine_tuning_says_ahead_what_it_will_do():
+    plan = Plan(epochs=1, batch_size=128)
+    assert plan.ahead(51200) == "51,200 labelled images, 1 epoch of them, 400 steps"
+    assert "100 epochs of them, 400 steps (more than the 1 asked" in plan.ahead(500)
+
+
+def test_random_weights_are_calibrated_on_images_of_all_classes(monkeypatch):
+    """Files of a folder come class by class: the first ones are of one class."""
+    seen = []
+    monkeypatch.setattr(knn_monitor, "CALIBRATION", 1)
+    monkeypatch.setattr(knn_monitor, "BATCH", 10)
+    monkeypatch.setattr(knn_monitor, "calibrate", lambda network, batches: seen.extend(batches))
+    monkeypatch.setattr(
+        knn_monitor,
+        "evaluation_batches",
+        lambda source, numbers, *rest: [(None, int(number)) for number in numbers],
+    )
+    knn_monitor.calibrated(None, range(95), None, None)
+    assert seen == [0, 9, 19, 28, 38, 47, 57, 66, 76, 85]
+
+
+def test_what_a_network_cannot_look_at_is_told(monkeypatch):
+    class Choosy(torch.nn.Linear):
+        num_features = 4
+
+        def forward(self, images):
+            assert images.shape[-1] == 224, "Input height (100) doesn't match model (224)."
+            return images
+
+    monkeypatch.setattr(resolve, "_random_backbone", lambda model, seed: Choosy(4, 4))
+    assert resolve.open_subject("random:resnet18", CPU, size=224).subject.width == 4
+    with pytest.raises(UserError, match=r"size 100: .* such views \(Input height .*--size out"):
+        resolve.open_subject("random:resnet18", CPU, size=100)
+
+
+def test_unreadable_images_are_counted_on_both_sides(tmp_path):
+    for number in range(24):
+        side = "val" if number >= 16 else "train"
+        save(tmp_path / f"pets/{side}/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
+    (tmp_path / "pets/train/cat/1.png").write_bytes(b"not an image")
+    (tmp_path / "pets/val/dog/22.png").write_bytes(b"not an image")
+    found = mocokit.evaluate_knn(
+        "random:resnet_tiny", tmp_path / "pets", size=16, k=[50], baseline=False
+    )
+    assert found.notes == (
+        "1 training image could not be read: left out",
+        "1 test image could not be read: neither right nor wrong",
+    )
+    assert found.results[0].setting["k"] == 15 and found.results[0].scores.count == 7
+    for path in (tmp_path / "pets/val").rglob("*.png"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="can be read"):
+        mocokit.evaluate_knn("random:resnet_tiny", tmp_path / "pets", size=16, baseline=False)
+
+
+def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 1)
+    for number in range(8):
+        save(tmp_path / f"pets/train/{'cat' if number % 2 else 'dog'}/{number}.png", 10 * number)
+    for side in ("cat", "dog"):
+        (tmp_path / f"pets/val/{side}").mkdir(parents=True)
+        (tmp_path / f"pets/val/{side}/1.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match="none of the test images of pets can be read"):
+        mocokit.evaluate_finetune(
+            "random:resnet_tiny", tmp_path / "pets", size=16, percent=[100], epochs=1
+        )

@@ -1,0 +1,249 @@
+"""`mocokit evaluate voc`, from the command to the report; stopped, killed and gone on with."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from shapes import SMALL, tiny_network, write_shapes
+from test_cli import call
+
+import mocokit
+from mocokit import evaluate_voc, published
+from mocokit.detection import trial
+from mocokit.detection.protocol import plan_for
+from mocokit.engine import checkpoint
+from mocokit.errors import Interrupted, UserError
+from mocokit.evaluate.voc_results import DetectionReport
+
+RUN = f"random:{tiny_network()}"
+FEW = SMALL | {"precise_bn": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_shapes(tmp_path_factory.mktemp("detecting"), 16, 6)
+
+
+def evaluate(root, out, **more):
+    options = {"trials": 1, "iterations": 4, "ims_per_step": 4, "settings": FEW, "pictures": 2}
+    options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2}
+    return evaluate_voc(RUN, root, **options | more)
+
+
+def weights(folder):
+    return checkpoint.load(folder / "last.pt")
+
+
+def same(a, b):
+    """Whether two trees of a checkpoint hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def straight(root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "out"
+    return evaluate(root, out), out
+
+
+def test_a_result_with_all_that_belongs_to_it(straight):
+    found, out = straight
+    result = json.loads((out / "trial-0/result.json").read_text())
+    assert found.trials == (result,) and result["metric"] == "voc07"
+    assert found.mean["AP50"] == result["AP50"] and found.std == {}
+    assert set(result["metrics"]) == {"voc07", "area"} and set(result["classes"]) == {"bar", "disc"}
+    assert [point["step"] for point in result["curve"]] == [0, 2]
+    for words in ("another protocol than the paper's", "AP of the voc07 metric", "area metric"):
+        assert words in found.protocol
+    for name in ("predictions.png", "classes.png"):
+        with Image.open(out / "trial-0" / name) as picture:
+            assert min(picture.size) > 50
+    last = json.loads((out / "trial-0/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 4 and {"rpn_object", "rpn_box", "class", "box"} <= set(last)
+
+
+def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """SIGTERM in the third step saves and says 75; the same call ends as if nothing had been."""
+    steps = trial.DetectionTrial._show
+    at = iter(range(100))
+
+    def interrupted(self, losses, step, total):
+        steps(self, losses, step, total)
+        if next(at) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trial.DetectionTrial, "_show", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(Interrupted, match="stopped after step 3 and saved") as stop:
+        evaluate(root, out)
+    assert stop.value.exit_code == 75 and weights(out / "trial-0")["step"] == 3
+    found = evaluate(root, out)
+    first, whole = found.trials[0], straight[0].trials[0]
+    changing = {"test_seconds", "peak_memory_gib"}
+    assert {k: v for k, v in first.items() if k not in changing} == {
+        k: v for k, v in whole.items() if k not in changing
+    }
+    assert same(weights(out / "trial-0"), weights(straight[1] / "trial-0"))
+
+
+def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """What was done after the last checkpoint is done again, the same."""
+    steps = trial.DetectionTrial._show
+    at = iter(range(100))
+
+    def killed(self, losses, step, total):
+        steps(self, losses, step, total)
+        if next(at) == 2:
+            raise KeyboardInterrupt  # between a checkpoint and the next, nothing is saved
+
+    monkeypatch.setattr(trial.DetectionTrial, "_show", killed)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(root, out)
+    assert weights(out / "trial-0")["step"] == 2
+    evaluate(root, out)
+    assert same(weights(out / "trial-0"), weights(straight[1] / "trial-0"))
+
+
+def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", trial.detect_in
+
+    def interrupted(trainer, data, tell):
+        if trainer.step == 4 and not (out / "seen").exists():
+            (out / "seen").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer, data, tell)
+
+    monkeypatch.setattr(trial, "detect_in", interrupted)
+    with pytest.raises(Interrupted):
+        evaluate(root, out)
+    found = evaluate(root, out)
+    assert found.mean == straight[0].mean
+
+
+def test_trials_have_seeds_and_are_not_made_twice(straight, root, monkeypatch):
+    both = evaluate(root, straight[1], trials=2)
+    seeds = [one["seed"] for one in both.trials]
+    assert seeds == [0, 1] and set(both.std) == {"AP50", "AP", "AP75"}
+    mean = sum(one["AP50"] for one in both.trials) / 2
+    assert both.mean["AP50"] == pytest.approx(mean)
+    first, second = (weights(straight[1] / f"trial-{seed}")["detector"] for seed in (0, 1))
+    assert not torch.equal(first["body.0.weight"], second["body.0.weight"])
+    monkeypatch.setattr(trial.DetectionTrial, "_train", None)  # would fail if called
+    again = evaluate(root, straight[1], trials=2)
+    assert again.trials == both.trials
+
+
+def test_another_evaluation_in_the_same_folder_is_refused(straight, root):
+    with pytest.raises(UserError, match=r"another evaluation: .*lr \(0.1 there\)"):
+        evaluate(root, straight[1], settings=FEW | {"lr": 0.2})
+
+
+def test_the_command(root, tmp_path, capsys, monkeypatch):
+    """Its table, its exit codes, its JSON; broken annotations are named."""
+    (root / "Annotations/a003.xml").write_text("<!DOCTYPE a><annotation/>")
+    values = [f"--set={name}={json.dumps(value)}" for name, value in FEW.items()]
+    command = [
+        "evaluate",
+        "voc",
+        RUN,
+        root,
+        "--trials",
+        "2",
+        "--iterations",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    command += ["--ims-per-step", "4", "--out", tmp_path / "out", "--json", tmp_path / "r.json"]
+    code, _, err = call(capsys, monkeypatch, *command, *values)
+    assert code == 0, err
+    for words in ("mean of 2 ± std", "1 left out", "a003: declares a document type", "AP75"):
+        assert words in err
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["kind"] == "voc" and record["plan"]["lr"] == 0.1 and len(record["results"]) == 2
+    code, _, err = call(capsys, monkeypatch, *command, "--set", "roi_bach=3")
+    assert code == 2 and "did you mean roi_batch" in err
+    code, _, err = call(capsys, monkeypatch, "evaluate", "voc", "random:vit_tiny_patch16_224", root)
+    assert code == 2 and "detection takes a ResNet" in err
+
+
+def test_a_run_keeps_its_result(root, toy_npz, tmp_path):
+    """Of a run the folder lies in the run, and the report shows table and pictures."""
+    changes = {"net.backbone": tiny_network(), "monitor.every_epochs": 0, "engine.threads": 1}
+    run = mocokit.pretrain(
+        "demo", toy_npz, tmp_path / "run", epochs=1, batch_size=32, settings=changes
+    )
+    found = evaluate_voc(
+        run.folder, root, trials=1, iterations=0, ims_per_step=4, settings=FEW, device="cpu"
+    )
+    assert found.folder.parent == run.folder
+    text = (run.folder / "README.md").read_text()
+    assert "### voc on" in text and "| trial | AP50 | AP | AP75 |" in text
+    assert f"![predictions]({found.folder.name}/trial-0/predictions.png)" in text
+
+
+def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
+    class Side:
+        def __init__(self, count):
+            self.samples, self.problems, self.notes = range(count), (), ()
+
+    class Data:
+        train, test = Side(images[0]), Side(images[1])
+        devkit, split = True, "trainval07+12 -> test2007"
+
+    class Opened:
+        class subject:
+            architecture = name
+
+    return DetectionReport("r", "d", "07+12", plan, Data, Opened, None, "float32", tmp_path)
+
+
+def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):
+    """MoCo v2, Table 1."""
+    same = report(tmp_path, plan_for("07+12"))
+    assert same.differences() == []
+    rows = {row[0]: row[1:] for row in same._published()}
+    assert rows["paper: supervised ImageNet"] == ("81.3", "53.5", "58.8")
+    assert rows["paper: MoCo v1, 200 epochs"] == ("81.5", "55.9", "62.6")
+    assert rows["paper: MoCo v2, 200 epochs"] == ("82.4", "57.0", "63.6")
+    assert rows["paper: MoCo v2, 800 epochs"] == ("82.5", "57.4", "64.0")
+    other = report(tmp_path, plan_for("07+12", 12_000))
+    assert all("another protocol" in row[0] for row in other._published())
+    assert "iterations 12,000, not 24,000" in other.differences()
+    assert report(tmp_path, plan_for("07+12"), "resnet18").differences() == [
+        "resnet18, not resnet50"
+    ]
+    few = report(tmp_path, plan_for("07+12"), images=(220, 110)).differences()
+    assert few == ["220 -> 110 images, not VOC's own"]
+    assert len(published.VOC["07"]) == 2
+
+
+def test_broken_images_are_named_and_left_out_of_training_and_test(root, tmp_path):
+    """Heads that can be read, pixels that cannot."""
+    good = write_shapes(tmp_path / "good", 6, 3, seed=4)
+    for name in ("a001", "b001"):
+        path = good / "JPEGImages" / f"{name}.jpg"
+        path.write_bytes(path.read_bytes()[:700])
+    found = evaluate(good, tmp_path / "out", every=0)
+    result = found.trials[0]
+    assert list(result["unreadable_test"]) == ["good/b001"]
+    assert list(result["unreadable_train"]) == ["good/a001"]
+    assert any("1 test images cannot be read: good/b001" in note for note in found.notes)
+
+
+def test_boxes_of_coco_are_judged_by_coco(tmp_path):
+    from test_detection_data import box, coco
+
+    coco(tmp_path, "train", [box(1, 7, [5, 6, 30, 22]), box(2, 7, [1, 2, 30, 24])])
+    coco(tmp_path, "val", [box(1, 7, [5, 6, 30, 22])])
+    found = evaluate(tmp_path, tmp_path / "out", iterations=1, every=0)
+    assert found.trials[0]["metric"] == "coco" and "voc07" not in found.protocol
