@@ -30,8 +30,8 @@ from mocokit.methods.method import Draw
 from mocokit.nets import batchnorm
 from mocokit.run import build
 from mocokit.settings import replace
-from mocokit.settings.sizes import in_effect
-from mocokit.train import stepped
+from mocokit.settings.sizes import resolve
+from mocokit.train import optimizer_step
 from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
@@ -116,7 +116,7 @@ def settings_for(name, precision, compiled):
 def train_some(settings, device, steps, inputs=None, watch_waits=False):
     """The loop's sequence without files: losses on the host, how often the host waited, strides."""
     images = 10 * settings.train.batch_size
-    effect = in_effect(settings, images)
+    effect = resolve(settings, images)
     prepare(device, 1 if device.type == "cpu" else 8, False)
     parts = build.build_parts(settings, effect, device)
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
@@ -145,7 +145,7 @@ def train_some(settings, device, steps, inputs=None, watch_waits=False):
                     strides = sum(p.stride() != p.grad.stride() for p in trained)
                 scaler.unscale_(optimizer)
                 norm = gradient_norm(method.trained())
-                if stepped(scaler, optimizer):
+                if optimizer_step(scaler, optimizer):
                     method.update(output.keep, step, (step + 1) / 100)
                 optimizer.zero_grad(set_to_none=True)
             finally:
@@ -304,7 +304,7 @@ class Rig:
     def __init__(self, settings, side, count):
         prepare(DEVICE, 8 if DEVICE.type == "cuda" else 1, False)
         self.settings, self.count = settings, count
-        self.effect = in_effect(settings, max(count, 10 * settings.train.batch_size))
+        self.effect = resolve(settings, max(count, 10 * settings.train.batch_size))
         self.parts = build.build_parts(settings, self.effect, DEVICE)
         self.method = self.parts.method.train()
         generator = torch.Generator(DEVICE).manual_seed(0)

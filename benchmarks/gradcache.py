@@ -20,7 +20,7 @@ from mocokit import recipes
 from mocokit.methods.method import Draw
 from mocokit.run.build import build_method
 from mocokit.settings import replace
-from mocokit.settings.sizes import in_effect
+from mocokit.settings.sizes import resolve
 
 
 def measure(arguments, batch, micro_batch):
@@ -37,7 +37,7 @@ def measure(arguments, batch, micro_batch):
     )
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
-    method = build_method(settings, in_effect(settings, 10 * batch)).to(device).train()
+    method = build_method(settings, resolve(settings, 10 * batch)).to(device).train()
     views = torch.randn(2, batch, 3, arguments.size, arguments.size, device=device)
     index = torch.arange(batch, device=device)
     method(tuple(views[:, : 2 * 64]), index[: 2 * 64], Draw(0, 0, min(batch, 128))).loss.backward()

@@ -13,7 +13,7 @@ from mocokit.data.names import show
 from mocokit.data.open import open_data
 from mocokit.data.source import Source
 from mocokit.data.sources.packed import lacking
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
 from mocokit.run import command
@@ -40,45 +40,45 @@ def check(
     sheet shows `images` images beside the query and the key view that the first epoch would make
     of them, with every parameter drawn.
     """
-    speaker, path = Speaker(), Path(out)
+    console, path = Console(), Path(out)
     asked, stated = command.asked(recipe, None if data is None else str(data), settings or {})
-    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
     for note in splits.train.notes:
-        speaker.say(f"note: {note}", "yellow")
+        console.say(f"note: {note}", "yellow")
     spec = view_spec(asked)
     bound = canvas_bound(spec)
     for lack in lacking(splits.train, bound):
-        speaker.say(f"note: {lack}", "yellow")
+        console.say(f"note: {lack}", "yellow")
     examined: list[Examined] = []
     for split, source in zip(("train", "validation"), splits, strict=True):
         if source is not None:
-            _tell_counts(speaker, split, source)
+            _tell_counts(console, split, source)
             if quick:
-                _quick(speaker, source)
+                _quick(console, source)
             else:
-                examined.append(_full(speaker, source, bound))
+                examined.append(_full(console, source, bound))
     if len(examined) == 2 and splits.validation is not None:
         for leaked in examined[1].twins(examined[0]):
             names = _named(splits.validation, leaked)
             text = f"{len(leaked):,} validation images are among the training images too: {names}"
-            speaker.say(text, "yellow")
+            console.say(text, "yellow")
     try:
         splits.check_classes()
         notices = sizes.fit(asked, len(splits.train), stated)[1]
     except UserError as error:  # too few to train on, not to look at
         notices = [str(error)]
     for notice in notices:
-        speaker.say(f"note: {notice}", "yellow")
+        console.say(f"note: {notice}", "yellow")
     canvases, _ = look(splits.train, images, bound)
     try:
         contact_sheet(spec, list(canvases.values()), list(canvases), asked.seed, path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path} ({error}); choose another --out") from None
-    speaker.say(f"views of {asked.recipe}: {path}")
+    console.say(f"views of {asked.recipe}: {path}")
     return path
 
 
-def _tell_counts(speaker: Speaker, split: str, source: Source) -> None:
+def _tell_counts(console: Console, split: str, source: Source) -> None:
     text = f"{split}: {len(source):,} images"
     if source.labels is not None and len(source.classes):
         counts = np.bincount(source.labels, minlength=len(source.classes))
@@ -86,47 +86,47 @@ def _tell_counts(speaker: Speaker, split: str, source: Source) -> None:
         text += f", {len(counts)} classes of {counts[few]:,} to {counts[many]:,}"
         if counts[few] < counts[many]:
             text += f" ({source.classes[few]}, {source.classes[many]})"
-    speaker.say(text, "bold")
+    console.say(text, "bold")
 
 
-def _quick(speaker: Speaker, source: Source) -> None:
+def _quick(console: Console, source: Source) -> None:
     found, bad = look(source, QUICK, None)
     if not found:
         raise UserError(f"none of {len(bad)} images looked at can be read: {bad[0]}")
     heights, widths = np.array([canvas.shape[:2] for canvas in found.values()]).T
-    speaker.say(f"{len(found)} looked at: {_sizes(heights, widths)}")
-    _tell_bad(speaker, bad)
+    console.say(f"{len(found)} looked at: {_sizes(heights, widths)}")
+    _tell_bad(console, bad)
 
 
-def _full(speaker: Speaker, source: Source, bound: int) -> Examined:
-    with speaker.counting("read", len(source)) as advance:
+def _full(console: Console, source: Source, bound: int) -> Examined:
+    with console.counting("read", len(source)) as advance:
         found = examine(source, bound, default_threads(), advance)
     if not len(found.heights):
         raise UserError(f"none of {len(source):,} images can be read: {found.bad[0]}")
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in found.kinds.most_common())
-    speaker.say(f"formats: {kinds}")
-    speaker.say(f"sizes: {_sizes(found.heights, found.widths)}")
+    console.say(f"formats: {kinds}")
+    console.say(f"sizes: {_sizes(found.heights, found.widths)}")
     groups = list(found.twins())
     if groups:
         extra = sum(len(group) - 1 for group in groups)
-        speaker.say(f"duplicates: {extra:,} images have the content of another", "yellow")
+        console.say(f"duplicates: {extra:,} images have the content of another", "yellow")
         for group in groups[:SHOWN]:
-            speaker.say(f"  {_named(source, group, ' = ')}")
+            console.say(f"  {_named(source, group, ' = ')}")
         if len(groups) > SHOWN:
-            speaker.say(f"  and {len(groups) - SHOWN:,} more groups")
+            console.say(f"  and {len(groups) - SHOWN:,} more groups")
     else:
-        speaker.say("duplicates: none")
-    _tell_bad(speaker, found.bad)
+        console.say("duplicates: none")
+    _tell_bad(console, found.bad)
     if not found.bad:
-        speaker.say("unreadable: none")
+        console.say("unreadable: none")
     return found
 
 
-def _tell_bad(speaker: Speaker, bad: list[str]) -> None:
+def _tell_bad(console: Console, bad: list[str]) -> None:
     for line in bad:
-        speaker.say(f"cannot be read: {line}", "yellow")
+        console.say(f"cannot be read: {line}", "yellow")
     if bad:
-        speaker.say(f"unreadable: {len(bad):,}", "yellow")
+        console.say(f"unreadable: {len(bad):,}", "yellow")
 
 
 def _sizes(heights: NDArray[np.int64], widths: NDArray[np.int64]) -> str:

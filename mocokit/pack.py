@@ -7,7 +7,7 @@ from typing import Any
 from mocokit.data.names import show
 from mocokit.data.open import open_data
 from mocokit.data.sources.pack import write_pack
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError
 from mocokit.run import command
@@ -29,29 +29,29 @@ def pack(
     pixels are stored, which need the most room and no decoding. An attempt that was broken off is
     gone on with.
     """
-    speaker, target = Speaker(), Path(file)
+    console, target = Console(), Path(file)
     asked, _ = command.asked(recipe, str(data), settings or {})
     if target.exists():
         raise UserError(f"{show(target)} is there already: choose another file, or delete it")
     if not target.resolve().parent.is_dir():
         raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")
-    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, speaker.counting)
+    splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
     bound = canvas_bound(view_spec(asked))
     for note in splits.train.notes:
-        speaker.say(f"note: {note}", "yellow")
+        console.say(f"note: {note}", "yellow")
     count = sum(len(source) for source in splits if source is not None)
-    speaker.say(
+    console.say(
         f"{count:,} images, larger ones shrunk to no less than {bound} pixels, to {show(target)}",
         "bold",
     )
     try:
-        with speaker.counting("packed", count) as advance:
+        with console.counting("packed", count) as advance:
             found = write_pack(splits, target, bound, raw, default_threads(), advance)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on where it ended", 130) from None
     if found.bad:
-        speaker.say(f"{found.bad:,} cannot be read; they are bad images of the pack too", "yellow")
-    speaker.say(
+        console.say(f"{found.bad:,} cannot be read; they are bad images of the pack too", "yellow")
+    console.say(
         f"{found.shrunk:,} were shrunk; {found.bytes / 2**20:,.1f} MiB; train on it with: "
         f"mocokit pretrain {asked.recipe} {show(target)}"
     )

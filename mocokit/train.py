@@ -18,15 +18,15 @@ from mocokit.data.open import open_data
 from mocokit.engine.average import GradientAverage, compare_replicas
 from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
-from mocokit.engine.record import Speaker
-from mocokit.engine.runtime import autocast, joined_world, on_first, seed_libraries
+from mocokit.engine.record import Console
+from mocokit.engine.runtime import autocast, decided_by_rank_zero, joined_world, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.methods.method import Draw, Output, Views
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
-from mocokit.run.open import begun, calibrate_on_first_group, open_job
-from mocokit.run.state import Job
+from mocokit.run.open import begun, calibrate_on_first_group, open_run
+from mocokit.run.state import RunState
 from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import ViewsOnDemand, make_views
@@ -70,56 +70,56 @@ def pretrain(
     asked, stated = command.asked(recipe, None if data is None else str(data), changes)
     with StopSignals() as stop, joined_world(asked.engine.device) as world:
         with stop.before_the_first_step():
-            speaker, where = Speaker(world.writes), asked.data
-            splits = open_data(where.path, where.labels, where.root, speaker.counting)
-            job = open_job(asked, stated, splits, out, resume, world)
-        result = on_first(world, job.folder.result)
+            console, where = Console(world.writes), asked.data
+            splits = open_data(where.path, where.labels, where.root, console.counting)
+            run = open_run(asked, stated, splits, out, resume, world)
+        result = decided_by_rank_zero(world, run.folder.result)
         if result is None:
-            with begun(job):
-                messages.start(job)
+            with begun(run):
+                messages.start(run)
                 try:
-                    train(job, stop)
-                    with stop.giving_way():
-                        result = recording.finish(job)
+                    train(run, stop)
+                    with stop.interruptible():
+                        result = recording.finish(run)
                 except NonFiniteLoss as error:
-                    raise NonFiniteLoss(f"{error}; {job.last_good()}") from None
+                    raise NonFiniteLoss(f"{error}; {run.last_good()}") from None
                 except torch.OutOfMemoryError:
-                    raise UserError(job.out_of_memory()) from None
+                    raise UserError(run.out_of_memory()) from None
                 except Stopped:
-                    raise stop.error(job.step, job.folder.path) from None
-        messages.result(job, result)
-    return Run(job.folder.path, result)
+                    raise stop.error(run.step, run.folder.path) from None
+        messages.result(run, result)
+    return Run(run.folder.path, result)
 
 
-def train(job: Job, stop: StopSignals) -> None:
+def train(run: RunState, stop: StopSignals) -> None:
     """Go from the job's step to the last: views, loss, gradient, update; then record, score, save.
 
     Raises Interrupted once saved, if asked to stop, UserError for too many bad images, likewise,
     and NonFiniteLoss.
     """
-    settings, parts, device = job.settings, job.parts, job.device
+    settings, parts, device = run.settings, run.parts, run.device
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
-    monitor = build.build_monitor(settings, job.splits, device) if job.world.writes else None
-    known, note = job.bad.known, job.speaker.note
-    loader = build.build_loader(settings, job.unread(), job.world, device, job.step, known, note)
-    if job.step == 0 and settings.net.calibrate_head:
-        calibrate_on_first_group(job, make_batch_views)
+    monitor = build.build_monitor(settings, run.splits, device) if run.world.writes else None
+    known, note = run.bad.known, run.console.note
+    loader = build.build_loader(settings, run.unread(), run.world, device, run.step, known, note)
+    if run.step == 0 and settings.net.calibrate_head:
+        calibrate_on_first_group(run, make_batch_views)
     average = GradientAverage(method.trained())
-    watch, due = FiniteWatch(device), build.build_due(settings, job.effect, job.world)
+    watch, due = FiniteWatch(device), build.build_due(settings, run.effect, run.world)
 
     def score() -> None:
-        scored = monitor if due.monitor(job.step) else None  # the last: by recording.finish
-        with job.between_steps():
-            record.scores(diagnose(job, loader, make_batch_views, scored, stop))
+        scored = monitor if due.monitor(run.step) else None  # the last: by recording.finish
+        with run.between_steps():
+            record.scores(diagnose(run, loader, make_batch_views, scored, stop))
 
-    with recording.recording(job) as record:
-        if due.health(job.step) and record.unscored():  # a stop came before they were finished
+    with recording.recording(run) as record:
+        if due.health(run.step) and record.unscored():  # a stop came before they were finished
             score()
         for step, batch in record.waiting(loader):
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
-            images = job.images_of(step)
-            views = make_batch_views(job, step, batch)
+            images = run.images_of(step)
+            views = make_batch_views(run, step, batch)
             index = to_device(batch.index, device)
             method.loss_scale = scaler.get_scale()
             with autocast(device, settings.engine.precision):
@@ -130,46 +130,46 @@ def train(job: Job, stop: StopSignals) -> None:
             scaler.unscale_(optimizer)
             logged = due.log(step + 1)
             norm = gradient_norm(method.trained()) if logged else None
-            if stepped(scaler, optimizer):
-                method.update(output.keep, step, (step + 1) / job.effect.total_steps)
-            job.average_statistics(images)
+            if optimizer_step(scaler, optimizer):
+                method.update(output.keep, step, (step + 1) / run.effect.total_steps)
+            run.average_statistics(images)
             optimizer.zero_grad(set_to_none=True)
-            job.step = step + 1
+            run.step = step + 1
             if logged or device.type == "cpu":
                 watch.check()
             record.step(output, images, batch.bad, norm)
-            if due.compare(job.step):
-                compare_replicas(method, job.step)
-            if due.health(job.step):
+            if due.compare(run.step):
+                compare_replicas(method, run.step)
+            if due.health(run.step):
                 score()
-            save, end = due.save_or_stop(job.step, stop.asked)
-            if save or job.bad.too_many:
+            save, end = due.save_or_stop(run.step, stop.asked)
+            if save or run.bad.too_many:
                 watch.check()
-                job.save()
-            job.bad.check()
+                run.save()
+            run.bad.check()
             if end:
-                raise stop.error(job.step, job.folder.path)
+                raise stop.error(run.step, run.folder.path)
 
 
-def make_batch_views(job: Job, step: int, batch: Batch) -> tuple[Views, ...]:
+def make_batch_views(run: RunState, step: int, batch: Batch) -> tuple[Views, ...]:
     """The method's views of a batch, each (n, 3, S, S), drawn from chance and made on the device.
 
     In a step that is done in pieces, views too large to be held are made again for each piece.
     """
-    epoch, spec, seed = step // job.effect.steps_per_epoch, job.parts.spec, job.settings.seed
+    epoch, spec, seed = step // run.effect.steps_per_epoch, run.parts.spec, run.settings.seed
     sizes = batch.heights, batch.widths
-    pixels, starts = job.canvases(batch)
+    pixels, starts = run.canvases(batch)
     tables = [
         draw_table(spec, seed, epoch, batch.index, view, *sizes)
-        for view in range(job.parts.method.views)
+        for view in range(run.parts.method.views)
     ]
     make: Callable[..., Tensor | ViewsOnDemand] = make_views
-    if job.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
+    if run.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
         make = ViewsOnDemand
-    return tuple(make(spec, table, pixels, *sizes, job.device, starts) for table in tables)
+    return tuple(make(spec, table, pixels, *sizes, run.device, starts) for table in tables)
 
 
-def stepped(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+def optimizer_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
     """Take the optimiser's step; false if float16 gradients overflowed and it was skipped."""
     if not scaler.is_enabled():
         optimizer.step()

@@ -13,7 +13,7 @@ from mocokit.nets.batchnorm import (
     GroupedBatchNorm2d,
     calibrate,
     group_sizes,
-    moving_once,
+    one_statistics_update,
     set_groups,
     share_of_groups,
     use_groups,
@@ -126,7 +126,7 @@ def test_parts_of_a_batch_move_the_statistics_once():
     inputs = torch.randn(10, 3, 2, 2, dtype=torch.float64)
     set_groups(whole, 5)
     whole(inputs)
-    with moving_once(parts, 2) as statistics:
+    with one_statistics_update(parts, 2) as statistics:
         for piece, groups in ((slice(0, 4), 2), (slice(4, 10), 3)):
             set_groups(parts, groups)
             parts(inputs[piece])
@@ -137,7 +137,7 @@ def test_parts_of_a_batch_move_the_statistics_once():
 
 def test_statistics_without_parts_stay():
     layer = GroupedBatchNorm2d(3, 2)
-    with moving_once(layer, 0):
+    with one_statistics_update(layer, 0):
         layer(torch.randn(4, 3, 2, 2))
     assert torch.equal(layer.running_mean, torch.zeros(3))
 

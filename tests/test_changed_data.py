@@ -18,7 +18,7 @@ from mocokit.data.open import open_data
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.run import build as mocokit_build
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 
 SETTINGS = {
     "engine.threads": 1,
@@ -40,7 +40,7 @@ def stopped(photos, tmp_path, monkeypatch):
     folder, out = tmp_path / "photos", tmp_path / "run"
     shutil.copytree(photos, folder)
 
-    write = Job.save
+    write = RunState.save
 
     def save(job):
         write(job)
@@ -48,7 +48,7 @@ def stopped(photos, tmp_path, monkeypatch):
             raise Interrupted("stopped", 75)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "save", save)
+        patch.setattr(RunState, "save", save)
         with pytest.raises(Interrupted):
             run(folder, out)
     assert checkpoint.steps(out / "checkpoints")[-1] == 2
@@ -125,7 +125,7 @@ def test_a_class_that_vanishes_leaves_the_others_their_numbers(
     classed, tmp_path, monkeypatch, sides
 ):
     out, seen = tmp_path / "run", []
-    write, build = Job.save, mocokit_build.build_monitor
+    write, build = RunState.save, mocokit_build.build_monitor
 
     def save(job):
         write(job)
@@ -133,7 +133,7 @@ def test_a_class_that_vanishes_leaves_the_others_their_numbers(
             raise Interrupted("stopped", 75)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "save", save)
+        patch.setattr(RunState, "save", save)
         with pytest.raises(Interrupted):
             run(classed, out)
     before = open_data(classed).validation

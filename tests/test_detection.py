@@ -18,7 +18,7 @@ from mocokit.detection.dataset import Sample
 from mocokit.detection.joint_norm import cut_resnet, joint, whole_norm
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.train import Outcome, Trainer, detect_in, parameter_groups
-from mocokit.detection.views import Training, pairs, resized, view
+from mocokit.detection.views import ViewSampler, pairs, resized, view
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
@@ -395,12 +395,12 @@ def test_boxes_follow_the_picture(tmp_path):
 
 def test_every_epoch_sees_every_image_once_and_any_step_can_be_made_again(data):
     plan = plan_for("07", 100, 5, SMALL | {"flip": 0.5})
-    views = Training(data.samples, plan, 3)
+    views = ViewSampler(data.samples, plan, 3)
     seen = [one for step in range(48) for one in views.step(step)]  # 240 = 5 epochs of 48
     totals = sorted(float(one.labels.sum() + one.boxes.shape[0]) for one in seen)
     once = sorted(float(s.labels.sum() + len(s.labels)) for s in data.samples)
     assert totals == sorted(once * 5)
-    again = Training(data.samples, plan, 3).step(31)
+    again = ViewSampler(data.samples, plan, 3).step(31)
     assert all((a.pixels == b.pixels).all() for a, b in zip(again, views.step(31), strict=True))
     heights = {min(one.pixels.shape[:2]) for one in seen}
     assert heights == {72, 84}
@@ -410,7 +410,7 @@ def test_every_epoch_sees_every_image_once_and_any_step_can_be_made_again(data):
 
 
 def test_pairs_are_normalised_and_padded_with_zeros(data):
-    views = Training(data.samples, plan_for("07", 10, 3, SMALL), 0).step(0)
+    views = ViewSampler(data.samples, plan_for("07", 10, 3, SMALL), 0).step(0)
     groups, targets = pairs(views, MEAN, STD, CPU)
     assert [len(group.sizes) for group in groups] == [2, 1] and len(targets[0]) == 2
     for group, some in zip(groups, (views[:2], views[2:]), strict=True):

@@ -13,9 +13,9 @@ from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
-from mocokit.engine.record import Metrics, Progress, Speaker, clock, read_metrics
+from mocokit.engine.record import Console, Metrics, Progress, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
-from mocokit.engine.stop import Stopped, StopSignals, break_off_point
+from mocokit.engine.stop import Stopped, StopSignals, raise_if_interrupted
 from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.settings import replace
 
@@ -55,7 +55,7 @@ class TestMetrics:
 
 
 def test_progress_says_what_matters(capsys):
-    progress = Progress(Speaker().console, 200, 0, 100)
+    progress = Progress(Console().terminal, 200, 0, 100)
     values = {
         "loss": 5.25,
         "chance_loss": 5.55,
@@ -200,13 +200,13 @@ class TestStop:
 
     def test_only_work_that_gives_way_is_broken_off(self):
         with StopSignals() as stop:
-            with stop.giving_way():
-                break_off_point()
+            with stop.interruptible():
+                raise_if_interrupted()
             os.kill(os.getpid(), signal.SIGTERM)
-            break_off_point()  # not here
-            with pytest.raises(Stopped), stop.giving_way():
+            raise_if_interrupted()  # not here
+            with pytest.raises(Stopped), stop.interruptible():
                 raise AssertionError("it was asked before")
-            break_off_point()
+            raise_if_interrupted()
 
     def test_before_the_first_step_there_is_nothing_to_save(self):
         with (

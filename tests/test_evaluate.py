@@ -17,7 +17,7 @@ from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
 from mocokit.protocols.task import task_of
-from mocokit.weights.resolve import folder_of, open_subject, timm_spec
+from mocokit.weights.resolve import folder_of, open_model, timm_spec
 from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
@@ -162,7 +162,7 @@ def test_finetune_with_shares_of_the_labels(run, command, monkeypatch):
 @pytest.mark.parametrize("which", [".", "last.pt", "backbone.safetensors", "checkpoints"])
 def test_whatever_names_a_run_is_the_same_network(run, which):
     path = sorted((run / which).glob("*.pt"))[-1] if which == "checkpoints" else run / which
-    opened = open_subject(path, CPU)
+    opened = open_model(path, CPU)
     assert opened.subject.weights == weights_hash(mocokit.load(run))
     assert opened.folder.path.resolve() == run.resolve()
     assert opened.subject.spec.mean == (0.5, 0.5, 0.5) and opened.subject.width == 64
@@ -170,7 +170,7 @@ def test_whatever_names_a_run_is_the_same_network(run, which):
 
 
 def test_the_head_is_another_subject(run, command):
-    opened = open_subject(run, CPU, layer="head")
+    opened = open_model(run, CPU, layer="head")
     assert opened.subject.width == 128
     views = torch.randn(4, 3, 32, 32)
     state = load_file(run / "backbone.safetensors")
@@ -181,7 +181,7 @@ def test_the_head_is_another_subject(run, command):
     code, said = command("knn", run, "--layer", "head", "--no-baseline")
     assert code == 0 and "trained, head's output" in said and "head features" in said
     with pytest.raises(UserError, match="give the run folder"):
-        open_subject(run / "backbone.safetensors", CPU, layer="head")
+        open_model(run / "backbone.safetensors", CPU, layer="head")
 
 
 def test_an_exported_file_alone_is_enough(run, tmp_path, toy_npz, command):
@@ -200,9 +200,7 @@ def test_random_weights_by_name(command, toy_npz):
     )
     # There is no baseline of a baseline, but the images themselves.
     assert len(said.split("temperature 0.1 │")) == 3 and "raw pixels, centred, k " in said
-    seeds = [
-        open_subject("random:resnet_tiny", CPU, seed=seed).subject.weights for seed in (0, 0, 1)
-    ]
+    seeds = [open_model("random:resnet_tiny", CPU, seed=seed).subject.weights for seed in (0, 0, 1)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
@@ -211,7 +209,7 @@ def test_a_timm_model_brings_its_own_view(monkeypatch):
 
     made = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **o: made(name, **o))
-    opened = open_subject("resnet18.a1_in1k", CPU)
+    opened = open_model("resnet18.a1_in1k", CPU)
     assert opened.subject.width == 512 and opened.subject.name == "timm resnet18.a1_in1k"
     assert opened.subject.spec.interpolation == "bicubic" and opened.subject.spec.size == 224
     assert opened.untrained().weights != opened.subject.weights
@@ -229,7 +227,7 @@ def test_timm_without_a_connection_says_so(monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UserError, match="cannot fetch the weights of resnet18 .*random:resnet18"):
-        open_subject("resnet18", CPU)
+        open_model("resnet18", CPU)
 
 
 @pytest.mark.parametrize(

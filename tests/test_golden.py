@@ -13,7 +13,7 @@ from mocokit import recipes
 from mocokit.methods.losses import info_nce, nt_xent
 from mocokit.methods.parts import follow
 from mocokit.run.build import build_schedule
-from mocokit.settings.sizes import in_effect
+from mocokit.settings.sizes import resolve
 
 PINNED = json.loads(Path(__file__).with_name("golden.json").read_text())
 
@@ -49,7 +49,7 @@ def test_following(momentum, value):
 @pytest.mark.parametrize("recipe", sorted(PINNED["lr"]))
 def test_learning_rates_of_every_epoch(recipe):
     settings = recipes.by_name(recipe)
-    schedule = build_schedule(settings, in_effect(settings, 10 * settings.train.batch_size))
+    schedule = build_schedule(settings, resolve(settings, 10 * settings.train.batch_size))
     rates = [schedule(10 * epoch + 9) for epoch in range(200)]
     assert rates == pytest.approx(PINNED["lr"][recipe], rel=1e-12, abs=1e-18)
 

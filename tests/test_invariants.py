@@ -24,7 +24,7 @@ from mocokit.methods.similarity import Negatives
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
 from mocokit.run.build import build_method
 from mocokit.settings import replace
-from mocokit.settings.sizes import fit, in_effect
+from mocokit.settings.sizes import fit, resolve
 
 BATCH, GROUPS, QUEUE = 12, 3, 30
 
@@ -283,7 +283,7 @@ def test_invariant_20_end_to_end_has_the_batch_as_negatives_and_two_gradients(sy
 def test_invariant_21_the_bank_scores_with_old_entries_and_knows_the_images():
     """Against a transcription: test_memorybank.py."""
     settings = replace(recipes.memorybank_cifar10(), {"net.backbone": "resnet_tiny"})
-    method = build_method(settings, in_effect(settings, 256)).double()
+    method = build_method(settings, resolve(settings, 256)).double()
     before = method.bank.rows.clone()
     index = torch.tensor([200, 3])
     output = method((torch.randn(2, 3, 32, 32).double(),), index, Draw(0, 0, 2))
@@ -323,7 +323,7 @@ def test_invariant_25_all_state_of_a_method_is_saved(name):
     queue = 64 if name == "moco" else None
     changes = {"net.backbone": "resnet_tiny", "method.name": name, "method.queue_size": queue}
     settings = replace(recipes.mocov2_cifar10(), changes)
-    method, other = (build_method(settings, in_effect(settings, 512)) for _ in range(2))
+    method, other = (build_method(settings, resolve(settings, 512)) for _ in range(2))
     output = method(tuple(torch.randn(method.views, 8, 3, 32, 32)), torch.arange(8), Draw(0, 0, 8))
     method.update(output.keep, 0, 0.5)
     other.load_state_dict(method.state_dict())
@@ -354,7 +354,7 @@ def test_invariant_27_half_lives(momentum, steps):
 @pytest.mark.parametrize(("batch", "expected"), [(64, 0.9997498), (128, 0.9995), (512, 0.998)])
 def test_invariant_27_the_horizon_per_image_is_kept(batch, expected):
     settings = replace(recipes.mocov2(), {"train.batch_size": batch})
-    assert in_effect(settings, 10**6).key_momentum == pytest.approx(expected, abs=2e-6)
+    assert resolve(settings, 10**6).key_momentum == pytest.approx(expected, abs=2e-6)
 
 
 def test_invariant_28_a_hand_set_queue_over_a_tenth_of_the_data_warns():

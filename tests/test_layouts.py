@@ -7,7 +7,7 @@ import timm
 import torch
 
 from mocokit.errors import UserError
-from mocokit.weights.resolve import open_subject
+from mocokit.weights.resolve import open_model
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_the_query_encoder_is_taken(network, tmp_path, prefix):
         state["module.queue"] = torch.zeros(7, 16)
     path = tmp_path / "checkpoint_0199.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state} if prefix else state, path)
-    opened = open_subject(path, CPU)
+    opened = open_model(path, CPU)
     assert opened.subject.architecture == "resnet18" and opened.folder is None
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_torchvisions_resnet50_fits(tmp_path):
     torch.manual_seed(1)
     theirs = resnet50().eval()
     torch.save(theirs.state_dict(), tmp_path / "resnet50-0676ba61.pth")
-    ours = open_subject(tmp_path / "resnet50-0676ba61.pth", CPU).subject
+    ours = open_model(tmp_path / "resnet50-0676ba61.pth", CPU).subject
     theirs.fc = torch.nn.Identity()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -57,14 +57,14 @@ def test_what_is_no_resnet_is_refused(network, tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"state_dict": {"cls_token": torch.zeros(3)}}, path)
     with pytest.raises(UserError, match="no ResNet that is known here"):
-        open_subject(path, CPU)
+        open_model(path, CPU)
     state = {k: v for k, v in network.state_dict().items() if not k.startswith("layer3.1.conv2")}
     torch.save(state, path)
     with pytest.raises(UserError, match=r"does not fit resnet18 .*layer3.1.conv2.weight"):
-        open_subject(path, CPU)
+        open_model(path, CPU)
     torch.save({k: v for k, v in state.items() if not k.startswith("layer3.1")}, path)
     with pytest.raises(UserError, match="1 basic blocks"):
-        open_subject(path, CPU)
+        open_model(path, CPU)
     path.write_bytes(pickle.dumps(UserError))
     with pytest.raises(UserError, match="unpickling"):
-        open_subject(path, CPU)
+        open_model(path, CPU)

@@ -18,7 +18,7 @@ from mocokit.protocols.linear_quick import Data, fit_quick, moments, ridge, solv
 from mocokit.protocols.table import Table, features_of
 from mocokit.protocols.task import task_of
 from mocokit.views.params import ViewSpec
-from mocokit.weights.subject import Subject, weights_hash
+from mocokit.weights.subject import FrozenModel, weights_hash
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ def source(count, seed, classes=3, noise=30):
 def subject(network=None):
     torch.manual_seed(0)
     network = (network or build_backbone("resnet_tiny")).eval().requires_grad_(False)
-    return Subject("toy", network, 64, spec(), "resnet_tiny")
+    return FrozenModel("toy", network, 64, spec(), "resnet_tiny")
 
 
 class Colours(nn.Module):

@@ -35,12 +35,12 @@ def save_anew(old: Path, new: Path) -> None:
     from mocokit.engine.folder import RunFolder
     from mocokit.engine.runtime import joined_world
     from mocokit.run.command import asked as settle
-    from mocokit.run.open import begun, open_job
+    from mocokit.run.open import begun, open_run
 
     asked, stated = settle(str(old / "config.yaml"), None, {})
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root)
     with joined_world("cpu") as world:
-        job = open_job(asked, stated, splits, old, False, world)
+        job = open_run(asked, stated, splits, old, False, world)
         with begun(job):
             assert job.step == STEP
             job.folder, job.saved = RunFolder(new), -1

@@ -11,12 +11,12 @@ from mocokit import recipes
 from mocokit.engine.optim import build_optimizer, set_lr
 from mocokit.run.build import build_parts, build_schedule
 from mocokit.settings import replace
-from mocokit.settings.sizes import in_effect
+from mocokit.settings.sizes import resolve
 
 
 def schedule(recipe, images=None, **changes):
     settings = replace(recipe, {k.replace("__", "."): v for k, v in changes.items()})
-    return build_schedule(settings, in_effect(settings, images or settings.train.batch_size * 10))
+    return build_schedule(settings, resolve(settings, images or settings.train.batch_size * 10))
 
 
 def test_v1_drops_at_epochs_120_and_160():
@@ -96,7 +96,7 @@ def test_only_the_query_encoder_is_optimised():
             "engine.compile": False,
         },
     )
-    parts = build_parts(settings, in_effect(settings, 6000), torch.device("cpu"))
+    parts = build_parts(settings, resolve(settings, 6000), torch.device("cpu"))
     optimised = {id(p) for p in parts.optimizer.param_groups[0]["params"]}
     assert optimised == {id(p) for p in parts.method.encoder.parameters()}
     for p, q in zip(
@@ -108,7 +108,7 @@ def test_only_the_query_encoder_is_optimised():
 def test_channels_last_is_applied():
     changes = {"engine.memory_format": "channels_last", "engine.compile": False}
     settings = replace(recipes.demo(), changes | {"engine.precision": "float32"})
-    method = build_parts(settings, in_effect(settings, 6000), torch.device("cpu")).method
+    method = build_parts(settings, resolve(settings, 6000), torch.device("cpu")).method
     for encoder in (method.encoder, method.key_encoder):
         weight = encoder.backbone.stages[1].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)

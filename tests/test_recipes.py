@@ -213,10 +213,10 @@ def test_simclr_has_its_papers_settings(path, value):
 
 
 def test_simclrs_learning_rate_is_the_published_one():
-    from mocokit.settings.sizes import in_effect
+    from mocokit.settings.sizes import resolve
 
-    assert in_effect(recipes.simclr(), 1_281_167).lr == pytest.approx(4.8)
-    assert in_effect(recipes.simclr_cifar10(), 50_000).lr == pytest.approx(2.0)
+    assert resolve(recipes.simclr(), 1_281_167).lr == pytest.approx(4.8)
+    assert resolve(recipes.simclr_cifar10(), 50_000).lr == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
 from mocokit.evaluate import results
-from mocokit.evaluate.session import Options, Trial
+from mocokit.evaluate.session import Options, Session
 from mocokit.health import knn_monitor
 from mocokit.protocols.finetune import Plan
 from mocokit.run import command
@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(recipe, data, said):
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):
     RunFolder(tmp_path / "run").create(recipes.demo(), {})
     with pytest.raises(UserError, match=r"ended before its first checkpoint.*config\.yaml --out"):
-        resolve.open_subject(tmp_path / "run", CPU)
+        resolve.open_model(tmp_path / "run", CPU)
     with pytest.raises(UserError, match="no weights yet"):
         mocokit.load(tmp_path / "run")
 
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.make()
     with pytest.raises(UserError, match="was killed before it began"):
-        resolve.open_subject(folder.path, CPU)
+        resolve.open_model(folder.path, CPU)
     settings = {"engine.threads": 1}
     mocokit.pretrain("demo", toy_npz, folder.path, epochs=1, batch_size=32, settings=settings)
     assert folder.result() is not None
@@ -198,7 +198,7 @@ def test_a_run_finds_its_own_images_as_it_was_told_to(toy_npz, tmp_path, monkeyp
     run = tmp_path / "run"
     changes = {"engine.threads": 1, "data.root": str(tmp_path)}
     mocokit.pretrain("demo", toy_npz, run, epochs=1, batch_size=32, settings=changes)
-    Trial(run, Options())
+    Session(run, Options())
     assert seen == [(str(toy_npz), "auto", str(tmp_path))]
 
 
@@ -242,9 +242,9 @@ def test_what_a_network_cannot_look_at_is_told(monkeypatch):
             return images
 
     monkeypatch.setattr(resolve, "_random_backbone", lambda model, seed: Choosy(4, 4))
-    assert resolve.open_subject("random:resnet18", CPU, size=224).subject.width == 4
+    assert resolve.open_model("random:resnet18", CPU, size=224).subject.width == 4
     with pytest.raises(UserError, match=r"size 100: .* such views \(Input height .*--size out"):
-        resolve.open_subject("random:resnet18", CPU, size=100)
+        resolve.open_model("random:resnet18", CPU, size=100)
 
 
 def test_unreadable_images_are_counted_on_both_sides(tmp_path):

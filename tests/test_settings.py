@@ -109,7 +109,7 @@ def test_assignments_are_read_as_yaml():
 
 def test_places_are_not_identity():
     identity = settings.identity(Settings())
-    places = {path for path, field in EVERY.items() if settings.is_place(field)}
+    places = {path for path, field in EVERY.items() if settings.is_incidental(field)}
     assert identity.keys() == EVERY.keys() - places - settings.LABELS
     assert {"engine.device", "data.path", "data.workers", "save.keep", "recipe"}.isdisjoint(
         identity

@@ -7,16 +7,16 @@ from mocokit import recipes
 from mocokit.errors import UserError
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
-from mocokit.settings.sizes import count_groups, fit, in_effect
+from mocokit.settings.sizes import count_groups, fit, resolve
 
 
 def test_published_sizes_stay_on_the_published_data():
     assert fit(recipes.mocov2(), 1_281_167) == (recipes.mocov2(), [])
     assert fit(recipes.mocov2_cifar10(), 50_000) == (recipes.mocov2_cifar10(), [])
-    effect = in_effect(recipes.mocov2(), 1_281_167)
+    effect = resolve(recipes.mocov2(), 1_281_167)
     assert (effect.steps_per_epoch, effect.total_steps) == (5004, 1_000_800)
     assert (effect.groups, effect.lr, effect.key_momentum) == (8, 0.03, 0.999)
-    assert in_effect(recipes.mocov2_cifar10(), 50_000).groups == 8
+    assert resolve(recipes.mocov2_cifar10(), 50_000).groups == 8
 
 
 @pytest.mark.parametrize(
@@ -25,30 +25,30 @@ def test_published_sizes_stay_on_the_published_data():
 )
 def test_rates_follow_the_batch(batch, lr, momentum):
     settings = replace(recipes.mocov2(), {"train.batch_size": batch})
-    effect = in_effect(settings, 10**6)
+    effect = resolve(settings, 10**6)
     assert effect.lr == pytest.approx(lr)
     assert effect.key_momentum == pytest.approx(momentum, abs=1e-6)
 
 
 def test_null_keeps_the_momentum_as_the_authors_do():
     settings = replace(recipes.mocov2(), {"train.batch_size": 128, "method.momentum_batch": None})
-    assert in_effect(settings, 10**6).key_momentum == 0.999
+    assert resolve(settings, 10**6).key_momentum == 0.999
 
 
 @pytest.mark.parametrize(("scale", "lr"), [("linear", 0.12), ("sqrt", 0.06), ("none", 0.03)])
 def test_scales(scale, lr):
     settings = replace(recipes.mocov2(), {"train.batch_size": 1024, "optim.scale": scale})
-    assert in_effect(settings, 10**6).lr == pytest.approx(lr)
+    assert resolve(settings, 10**6).lr == pytest.approx(lr)
 
 
 def test_what_a_user_states_is_what_runs():
     stated = {"optim.lr": 0.5, "method.momentum": 0.9, "train.batch_size": 64}
     settings, _ = fit(replace(recipes.mocov2(), stated), 10_000, stated)
-    effect = in_effect(settings, 10_000)
+    effect = resolve(settings, 10_000)
     assert (effect.lr, effect.key_momentum) == (0.5, 0.9)
     stated |= {"optim.lr_batch": 128, "method.momentum_batch": 32}  # both halves of a quotation
     settings, _ = fit(replace(recipes.mocov2(), stated), 10_000, stated)
-    effect = in_effect(settings, 10_000)
+    effect = resolve(settings, 10_000)
     assert (effect.lr, effect.key_momentum) == (0.25, pytest.approx(0.81))
 
 
@@ -84,7 +84,7 @@ def test_fitted_sizes_are_possible(images, recipe):
     whole = settings.method.batch_norm == "whole"
     assert count_groups(settings, batch) >= (1 if whole else 2)
     assert fit(settings, images)[0] == settings  # nothing left to adapt
-    assert in_effect(settings, images).steps_per_epoch >= 1
+    assert resolve(settings, images).steps_per_epoch >= 1
 
 
 def test_a_stated_queue_is_kept_with_a_warning():
@@ -124,9 +124,9 @@ def test_one_group_needs_an_explicit_setting_and_is_noted():
 
 def test_last_partial_batch():
     keep = replace(Settings(), {"data.last": "keep"})
-    assert in_effect(Settings(), 1000).steps_per_epoch == 3
-    assert in_effect(keep, 1000).steps_per_epoch == 4
-    assert in_effect(keep, 1024).steps_per_epoch == 4
+    assert resolve(Settings(), 1000).steps_per_epoch == 3
+    assert resolve(keep, 1000).steps_per_epoch == 4
+    assert resolve(keep, 1024).steps_per_epoch == 4
 
 
 def test_no_group_of_one_image():

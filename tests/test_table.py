@@ -18,7 +18,7 @@ from mocokit.pack import pack
 from mocokit.protocols import table as table_
 from mocokit.protocols.table import CENTRE, Transform, cache_folder, features_of, key_of, prune
 from mocokit.views.params import ViewSpec
-from mocokit.weights.subject import Subject, weights_hash
+from mocokit.weights.subject import FrozenModel, weights_hash
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def source(count=70, seed=0):
 
 def subject(seed=0):
     torch.manual_seed(seed)
-    return Subject("toy", build_backbone("resnet_tiny").eval(), 64, spec(), "resnet_tiny")
+    return FrozenModel("toy", build_backbone("resnet_tiny").eval(), 64, spec(), "resnet_tiny")
 
 
 def counting(judged):

@@ -196,7 +196,7 @@ def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
         def __init__(self, count):
             self.samples, self.problems, self.notes = range(count), (), ()
 
-    class Data:
+    class DetectionData:
         train, test = Side(images[0]), Side(images[1])
         devkit, split = True, "trainval07+12 -> test2007"
 
@@ -204,7 +204,9 @@ def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
         class subject:
             architecture = name
 
-    return DetectionReport("r", "d", "07+12", plan, Data, Opened, None, "float32", tmp_path)
+    return DetectionReport(
+        "r", "d", "07+12", plan, DetectionData, Opened, None, "float32", tmp_path
+    )
 
 
 def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):

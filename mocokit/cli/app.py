@@ -235,7 +235,7 @@ def _show(asked: Settings, stated: frozenset[str]) -> None:
     if asked.data.path is not None or asked.recipe == "demo":
         images = len(open_data(asked.data.path, asked.data.labels, asked.data.root).train)
         settled, notices = sizes.fit(asked, images, stated)
-        effect = sizes.in_effect(settled, images)
+        effect = sizes.resolve(settled, images)
     settled = build.settle(settled, choose_device(asked.engine.device), None)
     changed = settings_.difference(base, settled)
     for path, field in settings_.fields():

@@ -42,7 +42,7 @@ class Target(NamedTuple):
     classes: Tensor
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """What was detected in an image, the surest first: (k, 4), (k,), (k,)."""
 
     boxes: Tensor
@@ -107,7 +107,7 @@ class Detector(nn.Module):
         }
 
     @torch.no_grad()
-    def detect(self, images: Images) -> list[Found]:
+    def detect(self, images: Images) -> list[Detections]:
         """What is in each image, in pixels of the resized image."""
         maps = joint(self.body, [images.pixels])[0]
         proposals = self._proposals(*self._rpn(maps), images.sizes)
@@ -121,7 +121,7 @@ class Detector(nn.Module):
             sure = scores[part].softmax(1)[:, :-1]
             score, overlap, most = self.plan.score, self.plan.nms, self.plan.detections
             kept = select(moved, sure, size, score=score, overlap=overlap, most=most)
-            found.append(Found(*kept))
+            found.append(Detections(*kept))
         return found
 
     def _rpn(self, maps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

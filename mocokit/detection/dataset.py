@@ -36,7 +36,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Boxes:
+class BoxDataset:
     """The images of one side, their classes, and what was wrong with them."""
 
     name: str
@@ -57,7 +57,7 @@ class Boxes:
 
 
 @dataclass
-class Raw:
+class RawSample:
     """What annotations say of an image, before classes are numbered."""
 
     name: str
@@ -81,7 +81,7 @@ Advance = Callable[[int], None]
 
 def read_voc(
     folders: Sequence[tuple[Path, str]], problems: Problems, advance: Advance
-) -> list[Raw]:
+) -> list[RawSample]:
     """The images of the lists named, (a folder like VOC2007, a list of its ImageSets/Main)."""
     found = []
     for folder, name in folders:
@@ -100,7 +100,7 @@ def read_voc(
                 one._replace(box=(one.box[0] - 1, one.box[1] - 1, one.box[2], one.box[3]))
                 for one in objects
             ]
-            found.append(Raw(label, path, shifted))
+            found.append(RawSample(label, path, shifted))
     return found
 
 
@@ -134,20 +134,20 @@ def _image(folder: Path, identity: str, problems: Problems) -> Path:
     raise BadAnnotation("there is no image of that name")
 
 
-def class_names(raws: Iterable[Raw]) -> tuple[str, ...]:
+def class_names(raws: Iterable[RawSample]) -> tuple[str, ...]:
     """All that occur, in the alphabet's order, which is VOC's own."""
     return tuple(sorted({one.name for raw in raws for one in raw.objects}))
 
 
 def build(
     name: str,
-    raws: list[Raw],
+    raws: list[RawSample],
     classes: tuple[str, ...],
     style: Style,
     problems: Problems,
     *,
     train: bool,
-) -> Boxes:
+) -> BoxDataset:
     """Number the classes, look at every image's head, leave out what cannot be used.
 
     Training leaves out images without boxes, and crowds, as detectron2 does; difficult boxes are
@@ -188,7 +188,7 @@ def build(
         notes.append(f"{empty} images of {name} without a usable box are not trained on")
     if problems.renamed:
         notes.append(f"{problems.renamed} images of {name} were found under another suffix")
-    return Boxes(name, tuple(samples), classes, style, tuple(problems.found), tuple(notes))
+    return BoxDataset(name, tuple(samples), classes, style, tuple(problems.found), tuple(notes))
 
 
 def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> str | None:

@@ -12,9 +12,9 @@ from mocokit.detection.annotations import Annotated, BadAnnotation
 from mocokit.detection.dataset import (
     LISTS,
     Advance,
-    Boxes,
+    BoxDataset,
     Problems,
-    Raw,
+    RawSample,
     build,
     class_names,
     identities,
@@ -30,16 +30,18 @@ SPLITS = {
 }
 
 
-class Data(NamedTuple):
+class DetectionData(NamedTuple):
     """Both sides, and how they were split, in words."""
 
-    train: Boxes
-    test: Boxes
+    train: BoxDataset
+    test: BoxDataset
     split: str
     devkit: bool  # VOC 2007 and 2012 themselves, or folders named like them
 
 
-def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting: Counting) -> Data:
+def open_boxes(
+    data: str | Path, split: str, classes: tuple[str, ...], counting: Counting
+) -> DetectionData:
     """Read a data set; `classes` empty means all that the training images show.
 
     Raises UserError where it has no such layout.
@@ -58,7 +60,7 @@ def open_boxes(data: str | Path, split: str, classes: tuple[str, ...], counting:
     if not names:
         raise UserError(f"{root} has no annotated object to train on{_first(train_problems)}")
     style: Any = "coco" if words.endswith(".json") else "voc"
-    return Data(
+    return DetectionData(
         build(f"{root.name} train", train, names, style, train_problems, train=True),
         build(f"{root.name} test", test, names, style, test_problems, train=False),
         words,
@@ -73,7 +75,7 @@ def _first(problems: Problems) -> str:
     return f"; the first problem: {problems.found[0]}" if problems.found else ""
 
 
-Side = Callable[[Problems, Advance], list[Raw]]
+Side = Callable[[Problems, Advance], list[RawSample]]
 
 
 def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool, int]:
@@ -135,7 +137,7 @@ def _coco(root: Path, path: Path) -> Side:
     return lambda problems, advance: read_coco(root, path, problems)
 
 
-def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
+def read_coco(root: Path, path: Path, problems: Problems) -> list[RawSample]:
     """The images of a COCO json: images, annotations (bbox: left, top, width, height), categories.
 
     Images lie in a folder named like the file (train2017), in images/, beside the json, or in root.
@@ -150,14 +152,14 @@ def read_coco(root: Path, path: Path, problems: Problems) -> list[Raw]:
         raise UserError(f"{path} is not COCO's json of images and boxes ({error})") from None
     stem = path.stem.removeprefix("instances_")
     places = [root / stem, root / "images" / stem, root / "images", path.parent, root]
-    found: dict[Any, Raw] = {}
+    found: dict[Any, RawSample] = {}
     for identity, name in images.items():
         try:
             tries = [inside(place, name) for place in places]
             there = next((one for one in tries if one.is_file()), None)
             if there is None:
                 raise BadAnnotation("there is no image of that name")
-            found[identity] = Raw(printable(name), there, [])
+            found[identity] = RawSample(printable(name), there, [])
         except BadAnnotation as error:
             problems.add(name, str(error))
     for one in boxes:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mocokit.data.decode import decode
-from mocokit.detection.dataset import Boxes
+from mocokit.detection.dataset import BoxDataset
 from mocokit.detection.train import Outcome
 from mocokit.protocols.voc_ap import Precisions
 
@@ -17,14 +17,14 @@ _PAPER, _INK, _GRID = (255, 255, 255), (30, 30, 30), (225, 225, 225)
 Marks = list[tuple[Sequence[float], int, str]]  # box, class, what to write over it
 
 
-def chosen(data: Boxes, tested: Outcome, count: int) -> list[int]:
+def chosen(data: BoxDataset, tested: Outcome, count: int) -> list[int]:
     """Numbers of so many readable test images, evenly spread."""
     good = [number for number in range(len(data.samples)) if number not in tested.bad]
     places = np.linspace(0, len(good) - 1, min(count, len(good))).round().astype(int)
     return [good[place] for place in dict.fromkeys(places.tolist())]
 
 
-def sheet(data: Boxes, tested: Outcome, count: int) -> Image.Image:
+def sheet(data: BoxDataset, tested: Outcome, count: int) -> Image.Image:
     """A row for each image: the true boxes on the left, those found on the right."""
     rows = []
     for number in chosen(data, tested, count):

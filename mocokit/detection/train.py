@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.decode import BadImage
-from mocokit.detection.c4 import Detector, Found
-from mocokit.detection.dataset import Boxes
+from mocokit.detection.c4 import Detections, Detector
+from mocokit.detection.dataset import BoxDataset
 from mocokit.detection.protocol import Plan
-from mocokit.detection.views import Training, View, ahead, pairs, view
+from mocokit.detection.views import View, ViewSampler, ahead, pairs, view
 from mocokit.engine.finite import FiniteWatch, check_weights
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import NonFiniteLoss
@@ -41,7 +41,7 @@ class Trainer:
 
     detector: Detector
     plan: Plan
-    data: Boxes
+    data: BoxDataset
     seed: int
     device: torch.device
     mean: tuple[float, ...]
@@ -50,7 +50,7 @@ class Trainer:
     threads: int = 1
     step: int = 0
     optimizer: torch.optim.SGD = field(init=False)
-    views: Training = field(init=False)
+    views: ViewSampler = field(init=False)
 
     def __post_init__(self) -> None:
         layout = torch.channels_last
@@ -60,7 +60,7 @@ class Trainer:
             lr=self.plan.lr,
             momentum=self.plan.momentum,
         )
-        self.views = Training(self.data.samples, self.plan, self.seed)
+        self.views = ViewSampler(self.data.samples, self.plan, self.seed)
         self._watch = FiniteWatch(self.device)
         self._stream = chance.library_seed(self.seed, 1, Slot.DETECTION_DRAW)
 
@@ -133,7 +133,7 @@ class Trainer:
             layer.momentum = None  # a plain average over batches
             layer.num_batches_tracked.zero_()
         stream = chance.library_seed(self.seed, 2, Slot.DETECTION_DRAW)
-        others = Training(self.data.samples, self.plan, stream)
+        others = ViewSampler(self.data.samples, self.plan, stream)
         count = self.plan.precise_bn
         self.detector.train()
         for number, views in enumerate(ahead(others.step, range(count), self.threads)):
@@ -163,7 +163,7 @@ class Outcome:
     detections: list[list[Detection]]  # by class; `image` is the sample's number
     bad: dict[int, str]
 
-    def truths(self, data: Boxes) -> list[list[Truth]]:
+    def truths(self, data: BoxDataset) -> list[list[Truth]]:
         """By class, of the images that could be read; VOC's own pixels from 1."""
         shift = 1.0 if data.style == "voc" else 0.0
         truths: list[list[Truth]] = [[] for _ in data.classes]
@@ -178,7 +178,7 @@ class Outcome:
                 truths[label].append(Truth(number, own, bool(difficult)))
         return truths
 
-    def scores(self, data: Boxes) -> dict[Metric, Precisions]:
+    def scores(self, data: BoxDataset) -> dict[Metric, Precisions]:
         """By metric, the one to quote first: COCO's own for its json, else VOC's two."""
         truths = self.truths(data)
         if data.style == "coco":
@@ -190,7 +190,7 @@ class Outcome:
         }
 
 
-def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -> Outcome:
+def detect_in(trainer: Trainer, data: BoxDataset, tell: Callable[[int, int], None]) -> Outcome:
     """Detect in every test image, one at a time, at the test's size."""
     plan, detector = trainer.plan, trainer.detector.eval()
     found: list[list[Detection]] = [[] for _ in data.classes]
@@ -209,7 +209,7 @@ def detect_in(trainer: Trainer, data: Boxes, tell: Callable[[int, int], None]) -
     return Outcome(found, bad)
 
 
-def _in_the_file(found: Found, seen: View) -> Iterator[tuple[Box, float, int]]:
+def _in_the_file(found: Detections, seen: View) -> Iterator[tuple[Box, float, int]]:
     """What was found in the pixels of the file's picture; boxes that vanish there are left out."""
     (right, down), (height, width) = seen.scale, seen.size
     scale = torch.tensor([right, down, right, down], dtype=torch.float64)
@@ -222,7 +222,7 @@ def _in_the_file(found: Found, seen: View) -> Iterator[tuple[Box, float, int]]:
             yield (left, top, end, bottom), score, label
 
 
-def _look(data: Boxes, plan: Plan, number: int) -> View | str:
+def _look(data: BoxDataset, plan: Plan, number: int) -> View | str:
     try:
         return view(data.samples[number], plan.test_side, plan.max_side, False)
     except BadImage as error:

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from mocokit.detection import pictures
-from mocokit.detection.dataset import Boxes
+from mocokit.detection.dataset import BoxDataset
 from mocokit.detection.train import Trainer, detect_in
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder, held
-from mocokit.engine.record import Meter, Metrics, Speaker, StatusLine, clock, read_metrics
+from mocokit.engine.record import Console, Meter, Metrics, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
 from mocokit.files import write_text
@@ -35,10 +35,10 @@ class DetectionTrial:
     """What a trial works with. `every` steps it is tested on the way; 0: at the end alone."""
 
     folder: RunFolder
-    test_data: Boxes
+    test_data: BoxDataset
     every: int
     pictures: int
-    speaker: Speaker
+    console: Console
     stop: StopSignals
 
     def __post_init__(self) -> None:
@@ -60,9 +60,9 @@ class DetectionTrial:
             state = checkpoint.load_newest(self.folder.checkpoints)
             if state is not None:
                 trainer.load(state)
-                self.speaker.say(f"{self.folder.path.name}: goes on after step {trainer.step}")
+                self.console.say(f"{self.folder.path.name}: goes on after step {trainer.step}")
             metrics = Metrics(self.folder.metrics, trainer.step)
-            self._status = StatusLine(self.speaker.console)
+            self._status = StatusLine(self.console.terminal)
             try:
                 self._train(trainer, metrics)
                 result = self._result(trainer, started=time.perf_counter())
@@ -126,7 +126,7 @@ class DetectionTrial:
         found = self._test(trainer)[1]
         metrics.write({"step": trainer.step, **found})
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
-        self.speaker.say(f"{self.folder.path.name}: step {trainer.step}: {numbers}")
+        self.console.say(f"{self.folder.path.name}: step {trainer.step}: {numbers}")
 
     def _test(self, trainer: Trainer) -> tuple[Any, dict[str, float], dict[str, Precisions]]:
         def tell(what: str) -> Callable[[int, int], None]:

@@ -62,7 +62,7 @@ def view(sample: Sample, side: int, cap: int, flip: bool) -> View:
     return View(np.array(small), boxes.astype(np.float32), sample.labels, scale, (height, width))
 
 
-class Training:
+class ViewSampler:
     """The views of any step of training, as a function of the seed."""
 
     def __init__(self, samples: Sequence[Sample], plan: Plan, seed: int) -> None:

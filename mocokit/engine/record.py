@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console as Terminal
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -84,12 +84,12 @@ class Meter:
 class StatusLine:
     """One line that redraws itself on a terminal; elsewhere a line every ten seconds."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, terminal: Terminal) -> None:
         self._last = time.monotonic()
-        self._console = console
+        self._terminal = terminal
         self._live: Live | None = None
-        if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        if self._terminal.is_terminal:
+            self._live = Live(console=self._terminal, refresh_per_second=4, transient=True)
             self._live.start()
 
     def show(self, line: str, last: bool = False) -> None:
@@ -98,7 +98,7 @@ class StatusLine:
             self._live.update(Text(line))
         elif last or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            self._console.print(Text(line))
+            self._terminal.print(Text(line))
 
     def close(self) -> None:
         if self._live:
@@ -109,11 +109,11 @@ class Progress:
     """The status line of pre-training."""
 
     def __init__(
-        self, console: Console, total_steps: int, first_step: int, steps_per_epoch: int
+        self, terminal: Terminal, total_steps: int, first_step: int, steps_per_epoch: int
     ) -> None:
         self._total, self._first, self._per_epoch = total_steps, first_step, steps_per_epoch
         self._start = time.monotonic()
-        self._status = StatusLine(console)
+        self._status = StatusLine(terminal)
 
     def show(self, step: int, values: Mapping[str, Any]) -> None:
         """Redraw after `step` steps."""
@@ -140,14 +140,14 @@ class Progress:
         return " · ".join(parts)
 
 
-class Speaker:
+class Console:
     """Says sentences and small tables to a person; silent on all but the first process."""
 
     def __init__(self, on: bool = True) -> None:
-        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
+        self.terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(Text(text, style=style or ""))
+        self.terminal.print(Text(text, style=style or ""))
 
     def note(self, text: str) -> None:
         """Say what a person should know of, though nothing stops for it."""
@@ -160,7 +160,7 @@ class Speaker:
             table.add_column(name, justify="left" if number == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self.console.print(table)
+        self.terminal.print(table)
 
     @contextmanager
     def counting(self, done: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -168,9 +168,9 @@ class Speaker:
 
         Elsewhere than on a terminal, a line every ten seconds.
         """
-        if self.console.is_terminal:
+        if self.terminal.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            with Bar(*columns, TimeRemainingColumn(), console=self.console) as bar:
+            with Bar(*columns, TimeRemainingColumn(), console=self.terminal) as bar:
                 task = bar.add_task(done, total=total)
                 yield lambda count: bar.advance(task, count)
             return

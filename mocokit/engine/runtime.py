@@ -91,7 +91,7 @@ def _leave() -> None:
     dist.destroy_process_group()
 
 
-def on_first(world: World, decide: Callable[[], T]) -> T:
+def decided_by_rank_zero(world: World, decide: Callable[[], T]) -> T:
     """What the first process decides, on every process; its UserError too."""
     if world.size == 1:
         return decide()

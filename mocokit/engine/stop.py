@@ -18,16 +18,16 @@ class Stopped(BaseException):
     """Raised out of work that a signal breaks off; whoever allowed it, catches it."""
 
 
-_giving_way: "StopSignals | None" = None
+_interruptible: "StopSignals | None" = None
 
 
-def break_off_point() -> None:
+def raise_if_interrupted() -> None:
     """Here work may be broken off: raises Stopped if that is allowed, and a signal has come.
 
     Not from the signal's handler, anywhere: a loader of images broken off while it starts its
     processes leaves one behind, whose end would later be taken for a failure of training's.
     """
-    if _giving_way is not None and _giving_way.asked:
+    if _interruptible is not None and _interruptible.asked:
         raise Stopped
 
 
@@ -71,15 +71,15 @@ class StopSignals:
             raise Stopped
 
     @contextmanager
-    def giving_way(self) -> Iterator[None]:
-        """Work that a signal, taken before or during it, ends at the next `break_off_point`."""
-        global _giving_way
-        before, _giving_way = _giving_way, self
+    def interruptible(self) -> Iterator[None]:
+        """A signal, taken before or during this work, ends it at `raise_if_interrupted`."""
+        global _interruptible
+        before, _interruptible = _interruptible, self
         try:
-            break_off_point()
+            raise_if_interrupted()
             yield
         finally:
-            _giving_way = before
+            _interruptible = before
 
     @contextmanager
     def before_the_first_step(self) -> Iterator[None]:

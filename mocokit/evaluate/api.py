@@ -11,7 +11,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.results import Evaluation
-from mocokit.evaluate.session import PIXELS, Options, Trial
+from mocokit.evaluate.session import PIXELS, Options, Session
 from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.knn import knn_grid_of
 from mocokit.protocols.table import CENTRE, Transform
@@ -37,7 +37,7 @@ def evaluate_knn(
         raise UserError(f"k = {list(k)}: neighbours are counted from 1")
     if not temperature or min(temperature) <= 0:
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
-    trial = Trial(run, Options(data, **options), leave_one_out=True)
+    trial = Session(run, Options(data, **options), leave_one_out=True)
     task = trial.task
     subjects, most = [*trial.subjects(), *trial.pixels()], len(task.train_numbers)
     for subject in subjects:
@@ -63,8 +63,8 @@ def evaluate_knn(
             own,
             subject.device,
         )
-        for count, warmth, predicted in grid:
-            setting = {"k": count, "temperature": warmth}
+        for count, tau, predicted in grid:
+            setting = {"k": count, "temperature": tau}
             trial.add(subject, predicted.numpy(), truth, setting)
     shown = ", ".join(str(min(one, most)) for one in k)
     protocol = (
@@ -100,7 +100,7 @@ def evaluate_linear(
         raise UserError("--epochs and --lr belong to --protocol paper; quick sets its own step")
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
-    trial = Trial(run, Options(data, **options))
+    trial = Session(run, Options(data, **options))
     trial.task.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
@@ -157,13 +157,13 @@ def evaluate_finetune(
         raise UserError("epochs and lr must be positive, layer_decay above 0 and at most 1")
     if options.get("precision") == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
-    trial = Trial(run, Options(data, **options))
+    trial = Session(run, Options(data, **options))
     trial.task.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
     for share in percent:
         part = trial.task.with_share(share / 100, trial.options.seed)
-        trial.speaker.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
+        trial.console.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
         for subject in trial.subjects(calibrate=False):
             predicted, truth, details = finetune.fine_tune(
                 subject,

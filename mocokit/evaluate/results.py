@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import Speaker, clock
+from mocokit.engine.record import Console, clock
 from mocokit.errors import UserError
 from mocokit.files import write_text
 from mocokit.protocols.scores import Scores
@@ -95,7 +95,7 @@ def circumstances() -> dict[str, Any]:
 
 def publish(
     evaluation: Evaluation,
-    speaker: Speaker,
+    console: Console,
     folder: RunFolder | None,
     path: str | Path | None,
     *,
@@ -104,19 +104,19 @@ def publish(
 ) -> None:
     """Print it, write it to `path` if there is one, and append it to the run's report."""
     rows = [(_label(result), f"{result.accuracy:.1%}") for result in evaluation.results]
-    speaker.table(f"{evaluation.run}: {evaluation.kind}", ["features", "accuracy"], rows)
-    speaker.say(evaluation.protocol)
+    console.table(f"{evaluation.run}: {evaluation.kind}", ["features", "accuracy"], rows)
+    console.say(evaluation.protocol)
     for note in evaluation.notes:
-        speaker.say(f"note: {note}", "yellow")
+        console.say(f"note: {note}", "yellow")
     if per_class:
-        _show_classes(evaluation, speaker)
+        _show_classes(evaluation, console)
     if confusion:
-        _show_confusion(evaluation, speaker)
-    keep(evaluation.as_dict(confusion), speaker, folder, path)
+        _show_confusion(evaluation, console)
+    keep(evaluation.as_dict(confusion), console, folder, path)
 
 
 def keep(
-    record: Mapping[str, Any], speaker: Speaker, folder: RunFolder | None, path: str | Path | None
+    record: Mapping[str, Any], console: Console, folder: RunFolder | None, path: str | Path | None
 ) -> None:
     """Write a result to `path` if there is one, and append it to the run's report."""
     if path is not None:
@@ -125,19 +125,19 @@ def keep(
         except OSError as error:
             why = f"cannot write {path} ({error.strerror})"
             raise UserError(f"{why}; choose another place with --json") from None
-        speaker.say(f"written: {path}")
+        console.say(f"written: {path}")
     if folder is None:
         if path is None:
-            speaker.say("no run folder keeps this; --json FILE writes it down")
+            console.say("no run folder keeps this; --json FILE writes it down")
     else:
         try:
             readme.append(folder, record)
-            speaker.say(f"added to {folder.readme} and {folder.evaluations.name}")
+            console.say(f"added to {folder.readme} and {folder.evaluations.name}")
         except OSError as error:  # another's run, say: the result stands all the same
             reason = f"cannot add this to {folder.path} ({error.strerror})"
-            speaker.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
+            console.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
     took, memory = clock(record["seconds"]), record["peak_memory_gib"]
-    speaker.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
+    console.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
 
 
 def check_writable(path: str | Path) -> None:
@@ -158,7 +158,7 @@ def _label(result: Result) -> str:
     return label_of({"features": result.features, **result.setting})
 
 
-def _show_classes(evaluation: Evaluation, speaker: Speaker) -> None:
+def _show_classes(evaluation: Evaluation, console: Console) -> None:
     scores = evaluation.results[0].scores
     shares, images = scores.per_class, scores.confusion.sum(1)
     rows = [
@@ -170,15 +170,15 @@ def _show_classes(evaluation: Evaluation, speaker: Speaker) -> None:
         for at in np.argsort(np.nan_to_num(shares, nan=2.0), kind="stable")
     ]
     name = _label(evaluation.results[0])
-    speaker.table(f"{name}: by class, the weakest first", ["class", "accuracy", "images"], rows)
+    console.table(f"{name}: by class, the weakest first", ["class", "accuracy", "images"], rows)
 
 
-def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
+def _show_confusion(evaluation: Evaluation, console: Console) -> None:
     matrix, classes = evaluation.results[0].scores.confusion, evaluation.classes
     if len(classes) <= SHOWN_CLASSES:
         rows = [(classes[at], *map(str, row)) for at, row in enumerate(matrix.tolist())]
         title = "confusion: rows are what the images are, columns what they were taken for"
-        speaker.table(title, ["", *classes], rows)
+        console.table(title, ["", *classes], rows)
         return
     wrong = matrix - np.diag(np.diag(matrix))
     order = np.argsort(-wrong, axis=None, kind="stable")[:SHOWN_CLASSES]
@@ -190,7 +190,7 @@ def _show_confusion(evaluation: Evaluation, speaker: Speaker) -> None:
         for at in order.tolist()
         if wrong.flat[at]
     ]
-    speaker.table("the commonest mistakes", ["mistake", "images"], rows)
+    console.table("the commonest mistakes", ["mistake", "images"], rows)
 
 
 def _hardware() -> str:

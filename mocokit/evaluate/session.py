@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from mocokit.data import locations
 from mocokit.data.open import Labels, open_data
 from mocokit.data.source import Source, Splits
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
 from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
@@ -23,8 +23,8 @@ from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.protocols.task import Task, task_of
 from mocokit.settings.schema import Settings
-from mocokit.weights.resolve import Opened, is_ours, open_subject
-from mocokit.weights.subject import Layer, Pixels, Subject
+from mocokit.weights.resolve import Opened, is_ours, open_model
+from mocokit.weights.subject import FrozenModel, Layer, Pixels
 
 MAX_WORKERS = 8
 PIXELS = "raw pixels, centred"
@@ -49,7 +49,7 @@ class Options:
     json: str | Path | None = None
 
 
-class Trial:
+class Session:
     """What an evaluation works with, and what it has found so far."""
 
     def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
@@ -59,10 +59,10 @@ class Trial:
         # Mistakes come before weights are fetched.
         ours = is_ours(run)
         known = None if options.data is None and ours else labelled(options.data, None)
-        self.speaker, self.started = Speaker(), time.perf_counter()
+        self.console, self.started = Console(), time.perf_counter()
         self.device = choose_device(options.device)
         self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
-        self.opened: Opened = open_subject(
+        self.opened: Opened = open_model(
             run,
             self.device,
             layer=options.layer,
@@ -82,9 +82,9 @@ class Trial:
         self.notes: list[str] = []
         self.calibrated = False
         self._told = time.monotonic()
-        self._untrained: dict[bool, Subject] = {}
+        self._untrained: dict[bool, FrozenModel] = {}
 
-    def subjects(self, calibrate: bool = True) -> list[Subject]:
+    def subjects(self, calibrate: bool = True) -> list[FrozenModel]:
         """The subject, and its random weights if they are wanted."""
         if self.opened.untrained is None:
             subject = self.opened.subject
@@ -96,7 +96,7 @@ class Trial:
             self._untrained[calibrate] = self._calibrate(untrained) if calibrate else untrained
         return [self.opened.subject, self._untrained[calibrate]]
 
-    def pixels(self) -> list[Subject]:
+    def pixels(self) -> list[FrozenModel]:
         """The images themselves as features, where they are small and baselines are wanted."""
         first = self.opened.subject
         width = 3 * first.spec.size**2
@@ -106,16 +106,16 @@ class Trial:
             self.notes.append("raw pixels are left out, which would take over 2 GiB")
             return []
         network = Pixels().to(self.device).eval()
-        return [Subject(PIXELS, network, width, first.spec, "pixels")]
+        return [FrozenModel(PIXELS, network, width, first.spec, "pixels")]
 
-    def _calibrate(self, subject: Subject) -> Subject:
+    def _calibrate(self, subject: FrozenModel) -> FrozenModel:
         """Random weights are judged with batch-norm statistics that fit the images."""
         self.calibrated = True
         with evaluating(subject.network):
             calibrated(subject.network, self.task.train, subject.spec, self.device)
         return subject
 
-    def table(self, subject: Subject, source: Source, transform: Transform = CENTRE) -> Table:
+    def table(self, subject: FrozenModel, source: Source, transform: Transform = CENTRE) -> Table:
         """Features of a source, from the cache where it holds them."""
         table = features_of(
             subject,
@@ -136,7 +136,7 @@ class Trial:
                 self.notes.append(note)
         return table
 
-    def tell_epochs(self, subject: Subject, what: str = "") -> TellEpoch:
+    def tell_epochs(self, subject: FrozenModel, what: str = "") -> TellEpoch:
         return lambda done, total, loss: self._tell(
             f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
         )
@@ -145,9 +145,9 @@ class Trial:
         now = time.monotonic()
         if now - self._told > QUIET_SECONDS:
             self._told = now
-            self.speaker.say(text)
+            self.console.say(text)
 
-    def add_fitted(self, subject: Subject, fitted: Fitted, table: Table) -> None:
+    def add_fitted(self, subject: FrozenModel, fitted: Fitted, table: Table) -> None:
         queries, truth = test_features(self.task, table)
         predicted = fitted.predict(queries).numpy()
         self.add(subject, predicted, truth, {}, fitted.details)
@@ -155,7 +155,7 @@ class Trial:
 
     def add(
         self,
-        subject: Subject,
+        subject: FrozenModel,
         predicted: ArrayLike,
         truth: ArrayLike,
         setting: Mapping[str, Any],
@@ -190,7 +190,7 @@ class Trial:
         options = self.options
         publish(
             evaluation,
-            self.speaker,
+            self.console,
             self.opened.folder,
             options.json,
             per_class=options.per_class,

@@ -12,12 +12,12 @@ import torch
 
 from mocokit.chance import Slot
 from mocokit.detection.c4 import Detector
-from mocokit.detection.open import Data, open_boxes
+from mocokit.detection.open import DetectionData, open_boxes
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.train import Trainer
 from mocokit.detection.trial import DetectionTrial
 from mocokit.engine.folder import ROOT, RunFolder
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import (
     choose_device,
     default_precision,
@@ -28,7 +28,7 @@ from mocokit.engine.runtime import (
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_results import Detected, DetectionReport
-from mocokit.weights.resolve import Opened, open_subject
+from mocokit.weights.resolve import Opened, open_model
 
 MAX_THREADS = 8
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -62,11 +62,11 @@ def evaluate_voc(
     if trials < 1 or every < 0 or pictures < 0:
         raise UserError("trials are counted from 1; every and pictures from 0")
     plan = plan_for(split, iterations, ims_per_step, settings)
-    speaker, started = Speaker(), time.perf_counter()
+    console, started = Console(), time.perf_counter()
     place = choose_device(device)
     precision = _precision(precision, place)
-    opened = open_subject(run, place, seed=seed)
-    boxes = open_boxes(data, split, tuple(classes), speaker.counting)
+    opened = open_model(run, place, seed=seed)
+    boxes = open_boxes(data, split, tuple(classes), console.counting)
     names = boxes.train.classes
     Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
     random = opened.untrained is None  # then each trial draws its own weights
@@ -77,7 +77,7 @@ def evaluate_voc(
 
     def trainer(own: int) -> Trainer:
         again = random and own != seed
-        subject = (open_subject(run, place, seed=own) if again else opened).subject
+        subject = (open_model(run, place, seed=own) if again else opened).subject
         seed_libraries(own, 0, Slot.DETECTION_WEIGHTS)
         detector = Detector(subject.network, len(names), plan)
         look = subject.spec.mean, subject.spec.std
@@ -87,12 +87,12 @@ def evaluate_voc(
     report = DetectionReport(
         str(run), str(data), split, plan, boxes, opened, place, precision, folder
     )
-    report.start(speaker)
+    report.start(console)
     results = []
     with StopSignals() as stop:
         for own in range(seed, seed + trials):
             run_folder = RunFolder(folder / f"trial-{own}")
-            trial = DetectionTrial(run_folder, boxes.test, every, pictures, speaker, stop)
+            trial = DetectionTrial(run_folder, boxes.test, every, pictures, console, stop)
             try:
                 results.append(trial.run(partial(trainer, own)))
             except torch.OutOfMemoryError:
@@ -100,7 +100,7 @@ def evaluate_voc(
                     f"{plan.ims_per_step} images a step do not fit into the memory of {place}; try "
                     f"--ims-per-step {max(1, plan.ims_per_step // 2)}, which is another protocol"
                 ) from None
-    return report.finish(results, time.perf_counter() - started, speaker, json)
+    return report.finish(results, time.perf_counter() - started, console, json)
 
 
 def _precision(asked: str, device: torch.device) -> str:
@@ -111,7 +111,7 @@ def _precision(asked: str, device: torch.device) -> str:
     return own if asked == "auto" else asked
 
 
-def _identity(opened: Opened, boxes: Data, plan: Plan, precision: str) -> dict[str, Any]:
+def _identity(opened: Opened, boxes: DetectionData, plan: Plan, precision: str) -> dict[str, Any]:
     """All that changes a trial's numbers, beside its seed."""
     subject = opened.subject
     return {

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mocokit import published
-from mocokit.detection.open import Data
+from mocokit.detection.open import DetectionData
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.trial import COLUMNS
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import peak_memory
 from mocokit.evaluate.results import circumstances, keep
 from mocokit.weights.resolve import Opened
@@ -40,7 +40,7 @@ class DetectionReport:
     data_path: str
     split: str
     plan: Plan
-    data: Data
+    data: DetectionData
     opened: Opened
     device: torch.device
     precision: str
@@ -50,9 +50,9 @@ class DetectionReport:
     def _network(self) -> str:
         return self.opened.subject.architecture.split()[0]
 
-    def start(self, speaker: Speaker) -> None:
+    def start(self, console: Console) -> None:
         """What will run, what is wrong with the annotations, and what differs from the paper."""
-        say, plan, data = speaker.say, self.plan, self.data
+        say, plan, data = console.say, self.plan, self.data
         say(
             f"{self.run}: Faster R-CNN {self._network}-C4, {len(data.train.classes)} classes",
             "bold",
@@ -87,7 +87,7 @@ class DetectionReport:
         self,
         results: list[dict[str, Any]],
         seconds: float,
-        speaker: Speaker,
+        console: Console,
         path: str | Path | None,
     ) -> Detected:
         """Print beside the published numbers, write to `path`, append to the run's report."""
@@ -105,10 +105,10 @@ class DetectionReport:
             source = published.VOC_SOURCE[self.split]
             notes.append(f"published: {source}; its authors expect deviations of {spread}")
         title = f"{self.run}: detection, {results[0]['metric']}"
-        speaker.table(title, ["trial", *COLUMNS], rows)
-        speaker.say(protocol)
+        console.table(title, ["trial", *COLUMNS], rows)
+        console.say(protocol)
         for note in notes:
-            speaker.say(f"note: {note}", "yellow")
+            console.say(f"note: {note}", "yellow")
         record = {
             "kind": "voc",
             "run": self.run,
@@ -127,7 +127,7 @@ class DetectionReport:
             "pictures": self._pictures(results),
             **circumstances(),
         }
-        keep(record, speaker, self.opened.folder, path)
+        keep(record, console, self.opened.folder, path)
         return Detected(self.folder, mean, std, tuple(results), protocol, tuple(notes))
 
     def _protocol(self, results: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mocokit.methods.method import Draw, Method
 from mocokit.methods.processes import rank_and_world
-from mocokit.nets.batchnorm import moving_once
+from mocokit.nets.batchnorm import one_statistics_update
 
 Step = tuple[Any, Tensor, Draw]  # views, numbers of the images, chance
 
@@ -43,7 +43,7 @@ def contrast_by_grouping(
     """
     trained, regrouped, images = [], [], 0
     for views, index, draw in steps:
-        with moving_once(method, 0), precision():
+        with one_statistics_update(method, 0), precision():
             images += draw.images
             here = len(index)
             top1 = method(views, index, draw).metrics["contrast_top1"].float()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mocokit.methods.pieces import Encoding, Piece
-from mocokit.nets.batchnorm import moving_once
+from mocokit.nets.batchnorm import one_statistics_update
 
 # Of vectors (n, C) and the rows that they are among this process's images.
 LossOf = Callable[[Tensor, slice], Tensor]
@@ -50,7 +50,7 @@ def _one_by_one(
     encoding: Encoding, pieces: Sequence[Piece], loss_of: LossOf, gradients: "_Gradients"
 ) -> Tensor:
     losses = []
-    with moving_once(encoding.network, len(pieces)) as statistics:
+    with one_statistics_update(encoding.network, len(pieces)) as statistics:
         for piece in pieces:
             loss = loss_of(encoding(piece), piece.rows)
             statistics.part(len(piece.groups))
@@ -63,7 +63,7 @@ def _all_together(
     encoding: Encoding, pieces: Sequence[Piece], loss_of: LossOf, gradients: "_Gradients"
 ) -> Tensor:
     chance = [_RandomState(encoding.network) for _ in pieces]
-    with torch.no_grad(), moving_once(encoding.network, len(pieces)) as statistics:
+    with torch.no_grad(), one_statistics_update(encoding.network, len(pieces)) as statistics:
         parts = []
         for piece, state in zip(pieces, chance, strict=True):
             state.remember()
@@ -73,7 +73,7 @@ def _all_together(
     loss = loss_of(vectors, slice(0, len(vectors)))
     with torch.autocast(vectors.device.type, enabled=False):  # as where a loop differentiates
         (wanted,) = torch.autograd.grad(loss * gradients.scale, [vectors])
-    with moving_once(encoding.network, 0):  # they have moved
+    with one_statistics_update(encoding.network, 0):  # they have moved
         for piece, state in zip(pieces, chance, strict=True):
             state.restore()
             gradients.add((encoding(piece) * wanted[piece.rows]).sum())

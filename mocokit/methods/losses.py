@@ -160,9 +160,9 @@ def nce(
     """
     noise = negatives.shape[1] / images
     own, others = ((s / temperature).exp() / constant for s in (positive, negatives))
-    told = torch.log(own / (own + noise))
-    untold = torch.log(noise / (others + noise)).sum(1)
-    return -(told + untold).mean()
+    log_own = torch.log(own / (own + noise))
+    log_noise = torch.log(noise / (others + noise)).sum(1)
+    return -(log_own + log_noise).mean()
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Method(nn.Module, ABC):
     def update(self, keep: Any, step: int, progress: float) -> None:
         """After the optimiser's step, and only if it was taken: what follows from it."""
 
-    def begin_anew(self) -> None:
+    def encoder_replaced(self) -> None:
         """The encoder was given other weights before the first step: take them over."""
 
     def trained(self) -> list[nn.Parameter]:

@@ -69,7 +69,7 @@ class MoCo(Method):
     def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
         plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
         turns = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]
-        order = plan.key_order(draw, self.shuffle)
+        order = plan.key_permutation(draw, self.shuffle)
         keys = [self.keys(views[key], plan, order) for _, key in turns]  # each (B, C)
         contrast = Contrast(self.loss, plan)
         losses = [
@@ -121,7 +121,7 @@ class MoCo(Method):
             return self.momentum
         return 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
 
-    def begin_anew(self) -> None:
+    def encoder_replaced(self) -> None:
         follow(self.key_encoder, self.encoder, 0.0)
 
     def health(self) -> dict[str, float]:

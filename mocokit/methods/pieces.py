@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mocokit.chance import Slot
 from mocokit.methods.method import Draw, Views, as_float
 from mocokit.methods.processes import exchange, rank_and_world
-from mocokit.nets.batchnorm import group_sizes, moving_once, set_groups, share_of_groups
+from mocokit.nets.batchnorm import group_sizes, one_statistics_update, set_groups, share_of_groups
 from mocokit.transfer import to_device
 
 
@@ -60,7 +60,7 @@ class GroupPlan:
         sizes = [sum(own) * views] if self.whole else own * views
         return _cut(sizes, self._micro_batch or sum(sizes))
 
-    def key_order(self, draw: Draw, shuffle: bool) -> NDArray[np.int64]:
+    def key_permutation(self, draw: Draw, shuffle: bool) -> NDArray[np.int64]:
         """The order (B,) in which key images are cut into groups: position i holds order[i].
 
         Shuffled, so that a query and its key seldom share statistics (MoCo v1, section 3.3).
@@ -117,7 +117,7 @@ class Encoding:
 
     def all(self, pieces: Sequence[Piece]) -> Tensor:
         """Unit vectors of all pieces; running statistics move as in one undivided forward."""
-        with moving_once(self.network, len(pieces)) as statistics:
+        with one_statistics_update(self.network, len(pieces)) as statistics:
             vectors = []
             for piece in pieces:
                 vectors.append(self(piece))

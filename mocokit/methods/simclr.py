@@ -53,7 +53,7 @@ class SimCLR(Method):
 
     def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
         plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
-        order = plan.key_order(draw, self.shuffle)
+        order = plan.key_permutation(draw, self.shuffle)
         contrast = Contrast(self.loss, plan, queries=2 if self.symmetric else 1)
         first, second = (lambda rows: views[0][rows]), taken(views[1], order, plan)
         here = plan.own.stop - plan.own.start

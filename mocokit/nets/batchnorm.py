@@ -301,7 +301,7 @@ def alone(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def moving_once(module: nn.Module, parts: int) -> Iterator["RunningStatistics"]:
+def one_statistics_update(module: nn.Module, parts: int) -> Iterator["RunningStatistics"]:
     """Let forwards of several parts of one batch move the running statistics as one would."""
     statistics = RunningStatistics(module, parts)
     try:

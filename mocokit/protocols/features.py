@@ -11,7 +11,7 @@ from torch import Tensor
 from mocokit.data.batch import Batch
 from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
-from mocokit.engine.stop import break_off_point
+from mocokit.engine.stop import raise_if_interrupted
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import evaluation_views, make_views
 
@@ -35,7 +35,7 @@ def evaluation_batches(
     random = probe_spec(spec)
     bound = canvas_bound(spec if crops is None else random)
     for batch in read_batches(source, indices, BATCH, bound, workers):
-        break_off_point()
+        raise_if_interrupted()
         if len(batch.index):
             sizes = batch.heights, batch.widths
             if crops is None:

@@ -24,7 +24,7 @@ from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.linear_paper import TellEpoch, training_views
 from mocokit.protocols.table import CENTRE
 from mocokit.protocols.task import Task
-from mocokit.weights.subject import Subject
+from mocokit.weights.subject import FrozenModel
 
 LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to this many steps
 
@@ -55,7 +55,7 @@ class Plan:
             f"{steps:,} steps{least * (epochs > self.epochs)}"
         )
 
-    def describe(self, subject: Subject, images: int) -> str:
+    def describe(self, subject: FrozenModel, images: int) -> str:
         layers = "" if self.layer_decay == 1 else f" ({self.layer_decay:g} of it a layer down)"
         lasting = f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
         return (
@@ -84,7 +84,7 @@ class Classifier(nn.Module):
 
 
 def fine_tune(
-    subject: Subject,
+    subject: FrozenModel,
     task: Task,
     plan: Plan,
     *,
@@ -171,7 +171,7 @@ def block_of(name: str) -> str:
 
 
 def _predict(
-    model: Classifier, subject: Subject, task: Task, workers: int
+    model: Classifier, subject: FrozenModel, task: Task, workers: int
 ) -> tuple[Tensor, NDArray[Any]]:
     labels = task.test.labels
     assert labels is not None

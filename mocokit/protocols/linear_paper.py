@@ -28,7 +28,7 @@ from mocokit.protocols.table import CENTRE, Table
 from mocokit.protocols.task import Task
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import make_views
-from mocokit.weights.subject import Subject
+from mocokit.weights.subject import FrozenModel
 
 LR, MOMENTUM, EPOCHS, BATCH = 30.0, 0.9, 100, 256
 DROPS = (0.6, 0.8)  # epochs 60 and 80 of 100
@@ -53,7 +53,7 @@ class Fitted:
         return torch.cat(scores).cpu()
 
 
-def protocol(subject: Subject, epochs: int, lr: float) -> str:
+def protocol(subject: FrozenModel, epochs: int, lr: float) -> str:
     """What `fit_paper` does, in words."""
     drops = " and ".join(f"{share * epochs:.0f}" for share in DROPS)
     own = "" if (epochs, lr) == (EPOCHS, LR) else " (the paper's are 100 and 30)"
@@ -67,7 +67,7 @@ def protocol(subject: Subject, epochs: int, lr: float) -> str:
 
 
 def fit_paper(
-    subject: Subject,
+    subject: FrozenModel,
     task: Task,
     *,
     seed: int,
@@ -85,7 +85,7 @@ def fit_paper(
     optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
     spec = probe_spec(subject.spec)
-    watch, losses, energy = FiniteWatch(device), list[float](), 0.0
+    watch, losses, mean_square = FiniteWatch(device), list[float](), 0.0
     for epoch in range(epochs):
         rate = lr * 0.1 ** sum(epoch >= round(share * epochs) for share in DROPS)
         for group in optimizer.param_groups:
@@ -96,7 +96,7 @@ def fit_paper(
             with evaluating(subject.network):
                 features = subject.features(views)
             if epoch == 0 and step == 0:
-                energy = float(features.square().sum(1).mean())
+                mean_square = float(features.square().sum(1).mean())
             value = F.cross_entropy(layer(features), labels)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(value)
@@ -104,14 +104,14 @@ def fit_paper(
             watch.note(epoch * 10**6 + step, value)
             total += value.detach() * len(labels)
             seen += len(labels)
-        _check(watch, epoch, lr, energy)
+        _check(watch, epoch, lr, mean_square)
         losses.append(float(total) / max(seen, 1))
         tell(epoch + 1, epochs, losses[-1])
     if subject.weights != before:
         raise RuntimeError("the frozen network changed during a linear probe")
     details = {"epochs": epochs, "lr": lr, "batch_size": BATCH, "seed": seed}
-    details |= {"train_loss": losses[-1], "square_length": energy}
-    notes = _doubts(losses, classes, lr, energy)
+    details |= {"train_loss": losses[-1], "square_length": mean_square}
+    notes = _doubts(losses, classes, lr, mean_square)
     return Fitted(layer.weight.detach(), layer.bias.detach(), details, notes)
 
 
@@ -154,17 +154,17 @@ def training_views(
             yield views, torch.from_numpy(labels[batch.index]).to(device)
 
 
-def _check(watch: FiniteWatch, epoch: int, lr: float, energy: float) -> None:
+def _check(watch: FiniteWatch, epoch: int, lr: float, mean_square: float) -> None:
     try:
         watch.check()
     except NonFiniteLoss:
         raise NonFiniteLoss(
             f"the linear probe diverged in epoch {epoch + 1}: its loss is not finite; "
-            + _remedy(lr, energy)
+            + _remedy(lr, mean_square)
         ) from None
 
 
-def _doubts(losses: list[float], classes: int, lr: float, energy: float) -> tuple[str, ...]:
+def _doubts(losses: list[float], classes: int, lr: float, mean_square: float) -> tuple[str, ...]:
     """Why the result should not be believed, if so."""
     chance_loss = math.log(classes)
     if losses[-1] > chance_loss:
@@ -175,17 +175,18 @@ def _doubts(losses: list[float], classes: int, lr: float, energy: float) -> tupl
         )
     else:
         return ()
-    return (f"{what} above that of guessing, {chance_loss:.3g}; {_remedy(lr, energy)}",)
+    return (f"{what} above that of guessing, {chance_loss:.3g}; {_remedy(lr, mean_square)}",)
 
 
-def _remedy(lr: float, energy: float) -> str:
+def _remedy(lr: float, mean_square: float) -> str:
     """What to do. SGD with momentum m is stable for lr < 2 (1 + m) / L; for softmax L <= |x|^2 / 2.
 
-    `energy` is the mean of |x|^2 over the features of a batch.
+    `mean_square` is the mean of |x|^2 over the features of a batch.
     """
-    stable = 4 * (1 + MOMENTUM) / max(energy, 1e-12)
+    stable = 4 * (1 + MOMENTUM) / max(mean_square, 1e-12)
     tried = float(f"{min(stable, lr / 3):.1g}")
     return (
         f"the paper's 30 was found for a ResNet-50 on ImageNet, and these features have a mean "
-        f"square length of {energy:.3g}; try --lr {tried:g}, or --protocol quick, which needs none"
+        f"square length of {mean_square:.3g}; try --lr {tried:g}, or --protocol quick, which "
+        "needs none"
     )

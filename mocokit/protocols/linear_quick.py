@@ -24,7 +24,7 @@ from mocokit.protocols.linear_paper import Fitted
 from mocokit.protocols.split import hold_out, stratified
 from mocokit.protocols.table import CENTRE, Table, Transform
 from mocokit.protocols.task import Task
-from mocokit.weights.subject import Subject
+from mocokit.weights.subject import FrozenModel
 
 PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
 CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty
@@ -67,7 +67,7 @@ class Data:
         )
 
 
-def protocol(subject: Subject, transform: Transform, seed: int) -> str:
+def protocol(subject: FrozenModel, transform: Transform, seed: int) -> str:
     """What `fit_quick` does, in words."""
     low, high = PENALTIES[0], PENALTIES[-1]
     return (

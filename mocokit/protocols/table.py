@@ -23,7 +23,7 @@ from mocokit.errors import MocokitError, UserError
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches
 from mocokit.views.params import ViewSpec
-from mocokit.weights.subject import Subject
+from mocokit.weights.subject import FrozenModel
 
 FORMAT = 2
 LIMIT_GIB = 20.0  # of finished tables; past it the longest unused go
@@ -63,7 +63,7 @@ def cache_folder() -> Path:
     return root / "mocokit" / "features"
 
 
-def key_of(subject: Subject, source: Source, transform: Transform = CENTRE) -> str:
+def key_of(subject: FrozenModel, source: Source, transform: Transform = CENTRE) -> str:
     """The name of the table of these images under these weights."""
     spec = subject.spec
     parts = (
@@ -93,7 +93,7 @@ class Table:
 
 
 def features_of(
-    subject: Subject,
+    subject: FrozenModel,
     source: Source,
     transform: Transform = CENTRE,
     *,
@@ -137,7 +137,7 @@ def _checked(rows: NDArray[np.float32], source: Source) -> Table:
 
 
 def _batches(
-    subject: Subject, source: Source, transform: Transform, start: int, workers: int
+    subject: FrozenModel, source: Source, transform: Transform, start: int, workers: int
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(first image, rows) of batch after batch."""
     numbers = np.arange(start, len(source))
@@ -160,7 +160,7 @@ def _batches(
 
 
 def _compute(
-    subject: Subject, source: Source, transform: Transform, path: Path, workers: int, tell: Tell
+    subject: FrozenModel, source: Source, transform: Transform, path: Path, workers: int, tell: Tell
 ) -> None:
     """Write the table to a partial file, from where an earlier attempt stopped, and rename it."""
     partial = path.with_suffix(".partial")

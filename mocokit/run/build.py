@@ -32,7 +32,7 @@ from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.settings import get, replace
 from mocokit.settings.schema import Settings
-from mocokit.settings.sizes import InEffect, count_groups, count_shares
+from mocokit.settings.sizes import Resolved, count_groups, count_shares
 from mocokit.views.fused import can_compile
 from mocokit.views.params import ViewSpec, canvas_bound
 from mocokit.weights.encoder import build_encoder, view_spec
@@ -68,7 +68,7 @@ def settle(settings: Settings, device: torch.device, stored: Settings | None) ->
     return replace(settings, changes)
 
 
-def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
+def build_schedule(settings: Settings, effect: Resolved) -> Schedule:
     """The learning rate of every step."""
     optim = settings.optim
     return Schedule(
@@ -84,7 +84,7 @@ def build_schedule(settings: Settings, effect: InEffect) -> Schedule:
     )
 
 
-def build_parts(settings: Settings, effect: InEffect, device: torch.device) -> Parts:
+def build_parts(settings: Settings, effect: Resolved, device: torch.device) -> Parts:
     """The method on its device, its optimiser and schedule, as they are before the first step."""
     optim = settings.optim
     method = build_method(settings, effect).to(device)
@@ -165,7 +165,7 @@ def count_workers(settings: Settings, device: torch.device) -> int:
     return 1 if device.type == "cpu" else min(MAX_WORKERS, default_threads())
 
 
-def build_due(settings: Settings, effect: InEffect, world: World) -> Due:
+def build_due(settings: Settings, effect: Resolved, world: World) -> Due:
     """When to record, score and save."""
     return Due(
         effect.total_steps,
@@ -212,7 +212,7 @@ def build_health(settings: Settings, splits: Splits, device: torch.device) -> He
     )
 
 
-def build_method(settings: Settings, effect: InEffect) -> Method:
+def build_method(settings: Settings, effect: Resolved) -> Method:
     """The mechanism that the settings name, on the CPU."""
     build = {"moco": _moco, "simclr": _simclr, "memorybank": _memorybank}[settings.method.name]
     method = build(settings, effect)
@@ -221,7 +221,7 @@ def build_method(settings: Settings, effect: InEffect) -> Method:
     return method
 
 
-def _moco(settings: Settings, effect: InEffect) -> Method:
+def _moco(settings: Settings, effect: Resolved) -> Method:
     method, net = settings.method, settings.net
     encoder = build_encoder(settings)
     predictor = None
@@ -247,7 +247,7 @@ def _moco(settings: Settings, effect: InEffect) -> Method:
     )
 
 
-def _simclr(settings: Settings, effect: InEffect) -> Method:
+def _simclr(settings: Settings, effect: Resolved) -> Method:
     method = settings.method
     return SimCLR(
         build_encoder(settings),
@@ -262,7 +262,7 @@ def _simclr(settings: Settings, effect: InEffect) -> Method:
     )
 
 
-def _memorybank(settings: Settings, effect: InEffect) -> Method:
+def _memorybank(settings: Settings, effect: Resolved) -> Method:
     method = settings.method
     return MemoryBank(
         build_encoder(settings),

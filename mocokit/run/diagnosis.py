@@ -15,16 +15,20 @@ from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor, positives_in_queue
 from mocokit.methods.method import Draw
 from mocokit.run import build
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 from mocokit.transfer import to_device
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 
-MakeViews = Callable[[Job, int, Batch], Sequence[Any]]
+MakeViews = Callable[[RunState, int, Batch], Sequence[Any]]
 
 
 def diagnose(
-    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
+    run: RunState,
+    loader: Loader,
+    make_views: MakeViews,
+    monitor: KnnMonitor | None,
+    stop: StopSignals,
 ) -> dict[str, Any]:
     """Every process calls it; the one that writes also scores, and measures the geometry.
 
@@ -35,31 +39,35 @@ def diagnose(
     """
     # Without gradients, and in evaluation, each encoder would be another graph to compile.
     with torch.compiler.set_stance("force_eager"):
-        return _diagnose(job, loader, make_views, monitor, stop)
+        return _diagnose(run, loader, make_views, monitor, stop)
 
 
 def _diagnose(
-    job: Job, loader: Loader, make_views: MakeViews, monitor: KnnMonitor | None, stop: StopSignals
+    run: RunState,
+    loader: Loader,
+    make_views: MakeViews,
+    monitor: KnnMonitor | None,
+    stop: StopSignals,
 ) -> dict[str, Any]:
-    method, settings = job.parts.method, job.settings
-    precision = partial(autocast, job.device, settings.engine.precision)
+    method, settings = run.parts.method, run.settings
+    precision = partial(autocast, run.device, settings.engine.precision)
     found: dict[str, Any] = {}
     if has_groups(method):
-        images = min(CONTRASTED, job.effect.images)
+        images = min(CONTRASTED, run.effect.images)
         steps = -(-images // settings.train.batch_size)
-        coming = upcoming(job, loader, make_views, steps)
+        coming = upcoming(run, loader, make_views, steps)
         found |= contrast_by_grouping(method, coming, precision)
     if (queue := getattr(method, "queue", None)) is not None:
         both = getattr(method, "symmetric", False) and getattr(method, "enqueue", "both") == "both"
         per_image = 2 if both else 1
-        share = positives_in_queue(job.effect.images, len(queue.rows), per_image)
+        share = positives_in_queue(run.effect.images, len(queue.rows), per_image)
         found["positives_in_queue"] = share
-    if not job.world.writes:
+    if not run.world.writes:
         return {}
-    health: HealthMonitor = build.build_health(settings, job.splits, job.device)
+    health: HealthMonitor = build.build_health(settings, run.splits, run.device)
     try:
-        with stop.giving_way():
-            views, _, _ = next(upcoming(job, loader, make_views, 1))
+        with stop.interruptible():
+            views, _, _ = next(upcoming(run, loader, make_views, 1))
             found |= health.run(method.encoder, views)
             if monitor is not None:
                 found |= dict(monitor.run(method.encoder))
@@ -68,9 +76,9 @@ def _diagnose(
     return found
 
 
-def upcoming(job: Job, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Step]:
+def upcoming(run: RunState, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Step]:
     """The next steps, as the loop will see them."""
-    for step in range(job.step, job.step + count):
+    for step in range(run.step, run.step + count):
         batch = loader.batch_at(step)
-        draw = Draw(job.settings.seed, step, job.images_of(step))
-        yield make_views(job, step, batch), to_device(batch.index, job.device), draw
+        draw = Draw(run.settings.seed, step, run.images_of(step))
+        yield make_views(run, step, batch), to_device(batch.index, run.device), draw

@@ -6,20 +6,20 @@ from mocokit import settings as settings_
 from mocokit.recipes import RECIPES
 from mocokit.run import readme
 from mocokit.run.readme import JUDGED, NAMES
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 
 
-def start(job: Job) -> None:
+def start(run: RunState) -> None:
     """What runs, how it differs from its recipe, and what to expect of the loss."""
-    say, settings, effect = job.speaker.say, job.settings, job.effect
-    images, classes = len(job.splits.train), len(job.splits.train.classes)
+    say, settings, effect = run.console.say, run.settings, run.effect
+    images, classes = len(run.splits.train), len(run.splits.train.classes)
     say(
         f"{settings.recipe}: {images:,} images" + (f", {classes} classes" if classes else ""),
         "bold",
     )
     if settings.data.path is None:
         say("A procedural demonstration on embedded textures, not a benchmark.")
-    shown = f"{settings.engine.precision} on {job.device}"
+    shown = f"{settings.engine.precision} on {run.device}"
     say(
         f"{effect.total_steps:,} steps of {settings.train.batch_size} images in {effect.groups} "
         f"batch-norm group{'s' if effect.groups > 1 else ''}, lr {effect.lr:.3g}, "
@@ -31,24 +31,24 @@ def start(job: Job) -> None:
         own = {k: v for k, v in changed.items() if not k.startswith(("engine.", "data.path"))}
         for path, (before, after) in own.items():
             say(f"  {path}: {before} in the recipe -> {after}")
-    if job.step:
-        say(f"resumed after step {job.step} of {effect.total_steps}")
+    if run.step:
+        say(f"resumed after step {run.step} of {effect.total_steps}")
     else:
-        say(f"What to expect: {job.parts.method.expectation}")
-    say(f"run folder: {job.folder.path}")
-    if job.world.writes:
-        job.folder.readme.write_text(readme.text(job, {}), encoding="utf-8")
+        say(f"What to expect: {run.parts.method.expectation}")
+    say(f"run folder: {run.folder.path}")
+    if run.world.writes:
+        run.folder.readme.write_text(readme.text(run, {}), encoding="utf-8")
 
 
-def result(job: Job, result: dict[str, Any]) -> None:
+def result(run: RunState, result: dict[str, Any]) -> None:
     """The closing table, and where everything is."""
     rows = [(text, f"{result[name]:.1%}") for name, text in NAMES.items() if name in result]
     if rows:
-        job.speaker.table(f"{job.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
-        job.speaker.say(result["protocol"])
+        run.console.table(f"{run.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)
+        run.console.say(result["protocol"])
     for name in JUDGED:
         if name in result:
-            job.speaker.say(result[name])
-    if job.settings.data.path is None:
-        job.speaker.say("A procedural demonstration on embedded textures, not a benchmark.")
-    job.speaker.say(f"finished: {job.folder.path}")
+            run.console.say(result[name])
+    if run.settings.data.path is None:
+        run.console.say("A procedural demonstration on embedded textures, not a benchmark.")
+    run.console.say(f"finished: {run.folder.path}")

@@ -17,17 +17,17 @@ from mocokit.data.sources.several import renumbered
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
-from mocokit.engine.record import Speaker
-from mocokit.engine.runtime import choose_device, on_first, prepare
+from mocokit.engine.record import Console
+from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
-from mocokit.nets.batchnorm import alone, group_sizes, moving_once, set_groups
+from mocokit.nets.batchnorm import alone, group_sizes, one_statistics_update, set_groups
 from mocokit.nets.heads import calibrate_head
 from mocokit.run import build
 from mocokit.run.diagnosis import MakeViews
 from mocokit.run.resident import hold
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
 from mocokit.views.params import canvas_bound
@@ -36,7 +36,7 @@ from mocokit.views.sheet import contact_sheet
 SHEET_IMAGES = 8
 
 
-class Decision(NamedTuple):
+class RunPlan(NamedTuple):
     """What the first process decides for all: where, how, on which images, and what to tell.
 
     It is sent to the others, so it names the images only: a large index is for each to read.
@@ -61,7 +61,7 @@ def kept_index(folder: RunFolder, train: Source) -> Index:
     return load_index(folder.index) if folder.index.is_file() else train.index()
 
 
-class Asking(NamedTuple):
+class RunRequest(NamedTuple):
     """A command's settings, those its user stated, its images, and the device to run on."""
 
     settings: Settings
@@ -70,15 +70,15 @@ class Asking(NamedTuple):
     device: torch.device
     restarted: bool  # by torchrun, after processes had failed
 
-    def anew(self, folder: RunFolder) -> Decision:
+    def start(self, folder: RunFolder) -> RunPlan:
         """A new run in this folder."""
         self.splits.check_classes()
         settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
         settings = build.settle(settings, self.device, None)
         notices = [*self.splits.train.notes, *notices]
-        return Decision(folder, settings, self.splits.train.fingerprint, notices, True)
+        return RunPlan(folder, settings, self.splits.train.fingerprint, notices, True)
 
-    def going_on(self, folder: RunFolder) -> tuple[Decision, list[str]]:
+    def resume(self, folder: RunFolder) -> tuple[RunPlan, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
         index = kept_index(folder, self.splits.train)
@@ -88,16 +88,16 @@ class Asking(NamedTuple):
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
         notices = [*self.splits.train.notes, *changed, *notices]
-        return Decision(folder, settings, index.fingerprint, notices, False), conflicts
+        return RunPlan(folder, settings, index.fingerprint, notices, False), conflicts
 
 
-def decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
+def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
     recipe, name = asking.settings.recipe, asking.splits.train.name
     if out is not None:
         folder = _named_folder(out, resume)
         if not folder.is_run:
-            return asking.anew(folder)
-        decision, conflicts = asking.going_on(folder)
+            return asking.start(folder)
+        decision, conflicts = asking.resume(folder)
         if conflicts:
             raise UserError(
                 f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
@@ -105,16 +105,16 @@ def decide(asking: Asking, out: str | Path | None, resume: bool) -> Decision:
             )
         return decision
     if not (resume or asking.restarted):
-        return asking.anew(next_folder(recipe, name))
+        return asking.start(next_folder(recipe, name))
     for folder in unfinished(recipe, name):
         try:
-            decision, conflicts = asking.going_on(folder)
+            decision, conflicts = asking.resume(folder)
         except UserError:
             continue  # another run's broken config.yaml
         if not conflicts:
             return decision
     if not resume:  # it ended before it had a folder
-        return asking.anew(next_folder(recipe, name))
+        return asking.start(next_folder(recipe, name))
     raise UserError(
         f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
         "settings; leave --resume out to start one"
@@ -133,102 +133,104 @@ def _named_folder(out: str | Path, resume: bool) -> RunFolder:
     return folder
 
 
-def open_job(
+def open_run(
     asked: Settings,
     stated: Collection[str],
     splits: Splits,
     out: str | Path | None,
     resume: bool,
     world: World,
-) -> Job:
+) -> RunState:
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
-    speaker = Speaker(world.writes)
+    console = Console(world.writes)
     device = choose_device(asked.engine.device, world)
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    asking = Asking(asked, stated, splits, device, restarted)
-    decision = on_first(world, lambda: decide(asking, out, resume))
+    asking = RunRequest(asked, stated, splits, device, restarted)
+    decision = decided_by_rank_zero(world, lambda: decide(asking, out, resume))
     folder, settings, notices = decision.folder, decision.settings, decision.notices
     found = renumbered(splits.train, decision.images(splits.train))
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
     splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
-    effect = sizes.in_effect(settings, len(splits.train))
+    effect = sizes.resolve(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
     for notice in notices:
-        speaker.note(notice)
+        console.note(notice)
     parts = build.build_parts(settings, effect, device)
     if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
-        folder = on_first(world, lambda: claim_folder(settings.recipe, splits.train.name))
+        folder = decided_by_rank_zero(
+            world, lambda: claim_folder(settings.recipe, splits.train.name)
+        )
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
     bound = canvas_bound(parts.spec)
     for lack in lacking(splits.train, bound):
-        speaker.note(lack)
+        console.note(lack)
     upload = Upload(device)
-    return Job(settings, effect, world, device, splits, folder, parts, speaker, bad, upload)
+    return RunState(settings, effect, world, device, splits, folder, parts, console, bad, upload)
 
 
 @contextlib.contextmanager
-def begun(job: Job) -> Iterator[None]:
+def begun(run: RunState) -> Iterator[None]:
     """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
-    with held(job.folder) if job.world.writes else contextlib.nullcontext():
-        if job.world.writes:
-            _write_start(job)
-        note = job.speaker.note
-        state = _newest(job)
+    with held(run.folder) if run.world.writes else contextlib.nullcontext():
+        if run.world.writes:
+            _write_start(run)
+        note = run.console.note
+        state = _newest(run)
         if state is not None:
-            job.load(state)
-            if (before := state["processes"]) != job.world.size:
-                now = "is 1" if job.world.size == 1 else f"are {job.world.size}"
+            run.load(state)
+            if (before := state["processes"]) != run.world.size:
+                now = "is 1" if run.world.size == 1 else f"are {run.world.size}"
                 note(
                     f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
                     f"there {now}: the same computation, up to the order of sums"
                 )
             del state  # or it would live as long as the run
-        job.bad.check()
-        job.resident = hold(job.splits.train, canvas_bound(job.parts.spec), job.device)
+        run.bad.check()
+        run.resident = hold(run.splits.train, canvas_bound(run.parts.spec), run.device)
         yield
 
 
-def _newest(job: Job) -> dict[str, Any] | None:
+def _newest(run: RunState) -> dict[str, Any] | None:
     """The newest good checkpoint, which the first process chooses: a disk may show others less."""
     state: dict[str, Any] | None = None
 
     def choose() -> int | None:
         nonlocal state
-        state = checkpoint.load_newest(job.folder.checkpoints, tell=job.speaker.note)
+        state = checkpoint.load_newest(run.folder.checkpoints, tell=run.console.note)
         return None if state is None else int(state["step"])
 
-    step = on_first(job.world, choose)
+    step = decided_by_rank_zero(run.world, choose)
     if step is not None and state is None:
-        return checkpoint.load(job.folder.checkpoints / checkpoint.name_of(step))
+        return checkpoint.load(run.folder.checkpoints / checkpoint.name_of(step))
     return state
 
 
-def _write_start(job: Job) -> None:
+def _write_start(run: RunState) -> None:
     """config.yaml, images.idx and views.png, before the first step."""
-    job.folder.create(job.settings, job.effect.as_dict())
-    if job.folder.index.is_file():
+    run.folder.create(run.settings, run.effect.as_dict())
+    if run.folder.index.is_file():
         return
-    save_index(job.splits.train.index(), job.folder.index)
-    spec = job.parts.spec
-    canvases, _ = look(job.splits.train, SHEET_IMAGES, canvas_bound(spec))
+    save_index(run.splits.train.index(), run.folder.index)
+    spec = run.parts.spec
+    canvases, _ = look(run.splits.train, SHEET_IMAGES, canvas_bound(spec))
     if canvases:
-        seed, path = job.settings.seed, job.folder.sheet
+        seed, path = run.settings.seed, run.folder.sheet
         contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)
 
 
-def calibrate_on_first_group(job: Job, make_views: MakeViews) -> None:
+def calibrate_on_first_group(run: RunState, make_views: MakeViews) -> None:
     """Scale the head's start on the first group of the first batch, whatever a process's share."""
-    method = job.parts.method
-    if job.world.writes:
-        known = job.settings, job.unread(), World(), job.device, 0, job.bad.known
-        views = make_views(job, 0, build.build_loader(*known).batch_at(0))[0][:]
-        first = group_sizes(job.images_of(0), job.effect.groups)[0]
-        with moving_once(method.encoder, 0), alone(method.encoder):
+    method = run.parts.method
+    if run.world.writes:
+        known = run.settings, run.unread(), World(), run.device, 0, run.bad.known
+        views = make_views(run, 0, build.build_loader(*known).batch_at(0))[0][:]
+        first = group_sizes(run.images_of(0), run.effect.groups)[0]
+        with one_statistics_update(method.encoder, 0), alone(method.encoder):
             set_groups(method.encoder, 1)
             calibrate_head(method.encoder, views[:first])
-    if job.world.size > 1:
+    if run.world.size > 1:
         for parameter in method.encoder.parameters():
             dist.broadcast(parameter.data, 0)
-    method.begin_anew()
+    method.encoder_replaced()

@@ -9,7 +9,7 @@ from typing import Any
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import clock, read_metrics
 from mocokit.files import write_text
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
 NAMES = {
@@ -21,26 +21,26 @@ NAMES = {
 JUDGED = ("verdict", "advice")
 
 
-def _command(job: Job) -> str:
+def _command(run: RunState) -> str:
     """The command that goes on with this run, wherever it was started from."""
-    path = job.folder.path.resolve()
+    path = run.folder.path.resolve()
     return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
 
 
-def text(job: Job, result: dict[str, Any]) -> str:
+def text(run: RunState, result: dict[str, Any]) -> str:
     """README.md of the run folder: what it holds and how to go on; no result: not finished."""
-    path, settings = job.folder.path.resolve(), job.settings
+    path, settings = run.folder.path.resolve(), run.settings
     rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
     table = (
         ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
     )
-    going = ["Not finished. Go on with:", "", "```sh", _command(job), "```", ""]
+    going = ["Not finished. Go on with:", "", "```sh", _command(run), "```", ""]
     lines = [
         f"# {path.name}",
         "",
-        f"{settings.recipe}, seed {settings.seed}, {len(job.splits.train):,} images of "
-        f"{job.splits.train.name}, {settings.train.epochs} epochs, "
-        f"{job.effect.total_steps:,} steps.",
+        f"{settings.recipe}, seed {settings.seed}, {len(run.splits.train):,} images of "
+        f"{run.splits.train.name}, {settings.train.epochs} epochs, "
+        f"{run.effect.total_steps:,} steps.",
         "",
         *(table if result else going),
         *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
@@ -51,7 +51,7 @@ def text(job: Job, result: dict[str, Any]) -> str:
         "import mocokit",
         "",
         f"backbone = mocokit.load({str(path)!r})  # eval mode; (N, 3, H, W) -> "
-        f"(N, {job.parts.method.encoder.num_features})",
+        f"(N, {run.parts.method.encoder.num_features})",
         "```",
         "",
         f"Pixels are divided by 255, then normalised by mean {settings.views.mean} and std "
@@ -75,7 +75,7 @@ def text(job: Job, result: dict[str, Any]) -> str:
         "| evaluations.jsonl | what `mocokit evaluate` found, if it was asked |",
         "",
     ]
-    return "\n".join(lines) + section(job.folder)
+    return "\n".join(lines) + section(run.folder)
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:

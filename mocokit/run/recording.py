@@ -15,12 +15,12 @@ from mocokit.data.batch import Batch
 from mocokit.data.sources.pack import is_pack
 from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
-from mocokit.engine.runtime import default_threads, on_first, peak_memory
+from mocokit.engine.runtime import decided_by_rank_zero, default_threads, peak_memory
 from mocokit.health.advice import advise
 from mocokit.health.verdict import verdict
 from mocokit.methods.method import Output
 from mocokit.run import build, readme
-from mocokit.run.state import Job
+from mocokit.run.state import RunState
 from mocokit.weights.encoder import build_encoder
 from mocokit.weights.write import write_backbone
 
@@ -31,11 +31,11 @@ WAITS = 5  # records over which it is taken
 class Recording:
     """Writes the health line of recorded steps, and keeps the progress line up to date."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.meter = job, Meter()
-        self.metrics = Metrics(job.folder.metrics, job.step) if job.world.writes else None
-        effect, console = job.effect, job.speaker.console
-        self.progress = Progress(console, effect.total_steps, job.step, effect.steps_per_epoch)
+    def __init__(self, run: RunState) -> None:
+        self.run, self.meter = run, Meter()
+        self.metrics = Metrics(run.folder.metrics, run.step) if run.world.writes else None
+        effect, terminal = run.effect, run.console.terminal
+        self.progress = Progress(terminal, effect.total_steps, run.step, effect.steps_per_epoch)
         self._wait = 0.0
         self._waits: list[float] = []  # shares of time, of the last records
         self._advised = False
@@ -46,7 +46,7 @@ class Recording:
         self._batches = iter(loader)
         while True:
             asked = time.perf_counter()
-            with self.job.between_steps():
+            with self.run.between_steps():
                 item = next(self._batches, None)
             if item is None:
                 return
@@ -56,15 +56,15 @@ class Recording:
     def step(self, output: Output, images: int, bad: Bad, norm: Tensor | None) -> None:
         """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
         self.meter.step(images, self._wait)
-        self.job.bad.note(bad, self.job.step - 1)
-        if norm is not None or self.job.step % self.job.effect.steps_per_epoch == 0:
-            self.job.bad.share()
+        self.run.bad.note(bad, self.run.step - 1)
+        if norm is not None or self.run.step % self.run.effect.steps_per_epoch == 0:
+            self.run.bad.share()
         if norm is None:
             return
         line = self._line(output, images, norm)
         if self.metrics:
             self.metrics.write(line)
-        self.progress.show(self.job.step, line)
+        self.progress.show(self.run.step, line)
         self._advise(line["data_wait"])
 
     def _advise(self, share: float) -> None:
@@ -74,15 +74,15 @@ class Recording:
         if self._advised or len(latest) < WAITS or sum(latest) / WAITS <= WAIT_LIMIT:
             return
         self._advised = True
-        settings = self.job.settings
-        workers, cores = build.count_workers(settings, self.job.device), default_threads()
+        settings = self.run.settings
+        workers, cores = build.count_workers(settings, self.run.device), default_threads()
         more = f"--set data.workers={min(2 * max(workers, 1), cores)}"
         remedies = [f"{more} (now {workers}) would read more at once"] if workers < cores else []
         if settings.data.path is not None and not is_pack(Path(settings.data.path)):
             remedies.append(
                 f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
             )
-        self.job.speaker.note(
+        self.run.console.note(
             f"{sum(latest) / WAITS:.0%} of the time went into waiting for images; "
             + ("; ".join(remedies) or "more cores or a faster disk would help")
         )
@@ -91,24 +91,24 @@ class Recording:
         """What a diagnosis found, at an epoch's end, and what it means."""
         if self.metrics is None or not scores:
             return
-        if self.job.step == self.job.effect.total_steps:
-            self.job.health = scores  # for the result, which is the last line
+        if self.run.step == self.run.effect.total_steps:
+            self.run.health = scores  # for the result, which is the last line
             return
-        epoch = self.job.step // self.job.effect.steps_per_epoch
-        self.metrics.write({"step": self.job.step, "epoch": epoch, **scores})
+        epoch = self.run.step // self.run.effect.steps_per_epoch
+        self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
         accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
         if accuracies:
-            self.job.speaker.say(f"epoch {epoch}: {', '.join(accuracies)}")
-        if found := verdict(read_metrics(self.job.folder.metrics)):
-            self.job.speaker.say(
+            self.run.console.say(f"epoch {epoch}: {', '.join(accuracies)}")
+        if found := verdict(read_metrics(self.run.folder.metrics)):
+            self.run.console.say(
                 f"epoch {epoch}: {found.text}", None if found.healthy else "yellow"
             )
 
     def unscored(self) -> bool:
         """Whether the scores due after the last step are missing; the first process decides."""
-        if self.job.step == self.job.effect.total_steps:
+        if self.run.step == self.run.effect.total_steps:
             return True  # they would be in the result
-        return self.job.step > 0 and on_first(self.job.world, self.job.folder.unscored)
+        return self.run.step > 0 and decided_by_rank_zero(self.run.world, self.run.folder.unscored)
 
     def close(self) -> None:
         """End the loading processes too, which a traceback would otherwise keep alive."""
@@ -119,65 +119,65 @@ class Recording:
         self.progress.close()
 
     def _line(self, output: Output, images: int, norm: Tensor) -> dict[str, Any]:
-        job, method = self.job, self.job.parts.method
-        share = build.share_of_process(job.settings, job.world, images) * job.world.size
+        run, method = self.run, self.run.parts.method
+        share = build.share_of_process(run.settings, run.world, images) * run.world.size
         metrics = {name: value * share for name, value in output.metrics.items()}
         values = {"loss": output.loss.detach(), **metrics, "grad_norm": norm}
         stacked = torch.stack([value.float() for value in values.values()])
-        if job.world.size > 1:
+        if run.world.size > 1:
             dist.all_reduce(stacked)
-            stacked /= job.world.size
+            stacked /= run.world.size
         numbers = dict(zip(values, stacked.tolist(), strict=True))
         return {
-            "step": job.step,
-            "epoch": (job.step - 1) // job.effect.steps_per_epoch,
+            "step": run.step,
+            "epoch": (run.step - 1) // run.effect.steps_per_epoch,
             **numbers,
             "chance_loss": method.chance_loss,
             **method.health(),
-            "lr": job.parts.optimizer.param_groups[0]["lr"],
+            "lr": run.parts.optimizer.param_groups[0]["lr"],
             **self.meter.read(),
-            "peak_memory_gib": peak_memory(job.device),
-            "bad_images": job.bad.count,
+            "peak_memory_gib": peak_memory(run.device),
+            "bad_images": run.bad.count,
         }
 
 
 @contextmanager
-def recording(job: Job) -> Iterator[Recording]:
-    record = Recording(job)
+def recording(run: RunState) -> Iterator[Recording]:
+    record = Recording(run)
     try:
         yield record
     finally:
         record.close()
 
 
-def finish(job: Job) -> dict[str, Any]:
+def finish(run: RunState) -> dict[str, Any]:
     """Score the final weights beside what they must beat; write the backbone and the README."""
-    result: dict[str, Any] = {"step": job.step, "epoch": job.settings.train.epochs}
-    if not job.world.writes:
+    result: dict[str, Any] = {"step": run.step, "epoch": run.settings.train.epochs}
+    if not run.world.writes:
         return result
-    result |= job.health
-    method = job.parts.method
-    write_backbone(job.folder.backbone, method.encoder.backbone, job.settings)
-    monitor = build.build_monitor(job.settings, job.splits, job.device)
+    result |= run.health
+    method = run.parts.method
+    write_backbone(run.folder.backbone, method.encoder.backbone, run.settings)
+    monitor = build.build_monitor(run.settings, run.splits, run.device)
     if monitor is not None:
-        job.speaker.say("scoring the final weights ...")
+        run.console.say("scoring the final weights ...")
         result |= dict(monitor.run(method.encoder))
-        untrained = build_encoder(job.settings).to(job.device)
+        untrained = build_encoder(run.settings).to(run.device)
         baselines = {
             "knn_random_weights": monitor.random_weights(untrained),
             "knn_raw_pixels": monitor.raw_pixels(),
         }
         result |= {name: score for name, score in baselines.items() if score is not None}
         result["protocol"] = monitor.protocol
-    lines = [*read_metrics(job.folder.metrics), result]
+    lines = [*read_metrics(run.folder.metrics), result]
     found = verdict(lines)
     if found is not None:
         result["verdict"] = found.text
     if (found is None or found.healthy) and (advice := advise(lines)):
         result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
-    job.folder.readme.write_text(readme.text(job, result), encoding="utf-8")
-    metrics = Metrics(job.folder.metrics, job.step)
+    run.folder.readme.write_text(readme.text(run, result), encoding="utf-8")
+    metrics = Metrics(run.folder.metrics, run.step)
     metrics.write(result)
     metrics.close()
-    return job.folder.result() or result  # with the digits that are kept
+    return run.folder.result() or result  # with the digits that are kept

@@ -18,7 +18,7 @@ from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.finite import check_weights
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.run import build
@@ -29,17 +29,17 @@ from mocokit.settings.schema import Settings
 
 
 @dataclass
-class Job:
+class RunState:
     """A run with everything it needs. `step` counts finished steps."""
 
     settings: Settings
-    effect: sizes.InEffect
+    effect: sizes.Resolved
     world: World
     device: torch.device
     splits: Splits
     folder: RunFolder
     parts: Parts
-    speaker: Speaker
+    console: Console
     bad: BadImages
     upload: Upload
     resident: Resident | None = None
@@ -108,7 +108,7 @@ class Job:
         except Exception:
             if self.world.size == 1 and self.step > max(self.saved, 0):
                 self.save()
-                self.speaker.note(f"saved after step {self.step}, before what follows")
+                self.console.note(f"saved after step {self.step}, before what follows")
             raise
 
     def last_good(self) -> str:

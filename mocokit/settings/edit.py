@@ -83,14 +83,14 @@ def difference(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """The settings that make a run what it is: all but those declared with `place`."""
-    return {path: get(settings, path) for path, field in fields() if not is_place(field)}
+    """The settings that make a run what it is: all but those declared with `incidental`."""
+    return {path: get(settings, path) for path, field in fields() if not is_incidental(field)}
 
 
-def is_place(field: FieldInfo) -> bool:
+def is_incidental(field: FieldInfo) -> bool:
     """Whether a setting says only where or how often, and so changes no training number."""
     extra = field.json_schema_extra
-    return isinstance(extra, dict) and bool(extra.get("place"))
+    return isinstance(extra, dict) and bool(extra.get("incidental"))
 
 
 def to_yaml(settings: Settings, resolved: Mapping[str, Any] | None = None) -> str:

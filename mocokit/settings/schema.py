@@ -1,7 +1,7 @@
 """Every setting of a run: its type, default, range and a line of meaning, declared once.
 
 Sizes are global: batch, queue and learning rate mean the same on one GPU or eight. A setting made
-with `place` says where or how often something happens and never changes a training number; all
+with `incidental` says where or how often something happens and never changes a training number; all
 others are the run's identity. `auto` is settled from the device when a run starts, and stored.
 """
 
@@ -24,9 +24,9 @@ def setting(default: Any, meaning: str, **limits: Any) -> Any:
     return Field(default=default, description=meaning, **limits)
 
 
-def place(default: Any, meaning: str, **limits: Any) -> Any:
+def incidental(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting that changes no training number: device, paths, logging, saving."""
-    extra: dict[str, Any] = {"place": True}
+    extra: dict[str, Any] = {"incidental": True}
     return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
 
 
@@ -39,18 +39,20 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    path: str | None = place(
+    path: str | None = incidental(
         None, "folder, archives, list, arrays, a known set, or several joined by ::; null: the demo"
     )
-    root: str | None = place(
+    root: str | None = incidental(
         None, "where sets known by name lie or are downloaded to; null: the user's cache folder"
     )
     labels: Literal["auto", "folders", "none"] = setting(
         "auto", "auto: labels of an .npz or of train/ and val/; folders: every folder is a class"
     )
     last: Literal["drop", "keep"] = setting("drop", "what to do with an epoch's last partial batch")
-    workers: Count | Literal["auto"] = place("auto", "decoding processes of each GPU's process")
-    bad_share: float = place(
+    workers: Count | Literal["auto"] = incidental(
+        "auto", "decoding processes of each GPU's process"
+    )
+    bad_share: float = incidental(
         0.01, "share of unreadable images (at least 10 images) at which the run stops", ge=0, le=1
     )
 
@@ -162,7 +164,7 @@ class Method(Section):
         "auto", "batch-norm groups of a batch; auto is batch / group_size, at least two"
     )
     shuffle: bool = setting(True, "permute the key images before they are cut into groups")
-    chunk: Positive | None = place(
+    chunk: Positive | None = incidental(
         None, "compare with this many negatives at a time, to save memory; null: with all at once"
     )
 
@@ -219,13 +221,13 @@ class Optim(Section):
 class Train(Section):
     epochs: int = setting(200, "passes over the images", ge=1)
     batch_size: int = setting(256, "images in a step, over all GPUs", ge=2)
-    micro_batch: Positive | None = place(
+    micro_batch: Positive | None = incidental(
         None, "do a step in pieces of about this many images, to save memory"
     )
 
 
 class Engine(Section):
-    device: str = place("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = incidental("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the encoders; auto: bfloat16 where native, float16 on older GPUs, else float32"
     )
@@ -233,40 +235,42 @@ class Engine(Section):
         "auto", "layout of images in memory; auto is channels_last"
     )
     compile: Literal["auto"] | bool = setting("auto", "torch.compile the encoders; auto: on CUDA")
-    cuda_graphs: Literal["auto"] | bool = place(
+    cuda_graphs: Literal["auto"] | bool = incidental(
         "auto", "replay the compiled encoders as CUDA graphs; auto: on one GPU"
     )
     deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
-    threads: Positive | Literal["auto"] = place("auto", "CPU threads of each process")
-    compare_steps: int = place(
+    threads: Positive | Literal["auto"] = incidental("auto", "CPU threads of each process")
+    compare_steps: int = incidental(
         500, "steps between comparisons of what several processes hold copies of", ge=1
     )
 
 
 class Save(Section):
-    minutes: float = place(15.0, "minutes between checkpoints", gt=0)
-    every_epochs: int = place(1, "also at the end of every n-th epoch; 0: only the last", ge=0)
-    every_steps: Positive | None = place(None, "also every n steps")
-    keep: int = place(2, "newest checkpoints kept", ge=1)
-    milestone_epochs: Positive | None = place(None, "keep for good every n-th epoch's checkpoint")
+    minutes: float = incidental(15.0, "minutes between checkpoints", gt=0)
+    every_epochs: int = incidental(1, "also at the end of every n-th epoch; 0: only the last", ge=0)
+    every_steps: Positive | None = incidental(None, "also every n steps")
+    keep: int = incidental(2, "newest checkpoints kept", ge=1)
+    milestone_epochs: Positive | None = incidental(
+        None, "keep for good every n-th epoch's checkpoint"
+    )
 
 
 class Log(Section):
-    every_steps: int = place(10, "steps between lines of metrics.jsonl", ge=1)
+    every_steps: int = incidental(10, "steps between lines of metrics.jsonl", ge=1)
 
 
 class Monitor(Section):
-    every_epochs: int = place(
+    every_epochs: int = incidental(
         10, "epochs between kNN scores and health checks; 0: only at the end", ge=0
     )
-    images: int = place(4096, "training images that health is measured on, at most", ge=2)
-    k: int = place(200, "neighbours that vote", ge=1)
-    temperature: float = place(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
-    bank: int = place(100_000, "training images in the bank, at most", ge=1)
+    images: int = incidental(4096, "training images that health is measured on, at most", ge=2)
+    k: int = incidental(200, "neighbours that vote", ge=1)
+    temperature: float = incidental(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
+    bank: int = incidental(100_000, "training images in the bank, at most", ge=1)
 
 
 class Settings(Section):
-    recipe: str = place(
+    recipe: str = incidental(
         "mocov2", "the recipe that the settings started from", pattern=r"^\w[\w.-]*$"
     )
     seed: int = setting(0, "every random number of the run follows from it", ge=0, lt=2**63)

@@ -1,6 +1,6 @@
 """How the sizes of a run follow from its settings and the number of its images.
 
-`fit` adapts a recipe's default sizes to small data, never what a user stated; `in_effect` gives the
+`fit` adapts a recipe's default sizes to small data, never what a user stated; `resolve` gives the
 values that the settings stand for. Both are pure, and the only places where sizes are rescaled.
 """
 
@@ -16,7 +16,7 @@ SMALLEST = 64  # images; below, two groups of 32 cannot be filled
 
 
 @dataclass(frozen=True)
-class InEffect:
+class Resolved:
     """What the settings come to for a number of images; printed, stored, never read back."""
 
     images: int
@@ -30,14 +30,14 @@ class InEffect:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def in_effect(settings: Settings, images: int) -> InEffect:
+def resolve(settings: Settings, images: int) -> Resolved:
     """Learning rate, key momentum, groups and steps of a run on this number of images."""
     batch, optim, method = settings.train.batch_size, settings.optim, settings.method
     steps = images // batch if settings.data.last == "drop" else -(-images // batch)
     ratio = batch / optim.lr_batch
     factor = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[optim.scale]
     horizon = batch / method.momentum_batch if method.momentum_batch else 1.0
-    return InEffect(
+    return Resolved(
         images=images,
         steps_per_epoch=steps,
         total_steps=steps * settings.train.epochs,

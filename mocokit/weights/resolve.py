@@ -17,7 +17,7 @@ from mocokit import recipes, settings as settings_
 from mocokit.chance import Slot
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import Speaker
+from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
@@ -25,7 +25,7 @@ from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.layouts import SUFFIXES, read_resnet
-from mocokit.weights.subject import Layer, Subject
+from mocokit.weights.subject import FrozenModel, Layer
 
 RANDOM = "random"
 DEFAULT_RANDOM = "resnet50"
@@ -35,8 +35,10 @@ DEFAULT_RANDOM = "resnet50"
 class Opened:
     """A subject with what belongs to it."""
 
-    subject: Subject
-    untrained: Callable[[], Subject] | None  # the same network with random weights; None: it is one
+    subject: FrozenModel
+    untrained: (
+        Callable[[], FrozenModel] | None
+    )  # the same network with random weights; None: it is one
     settings: Settings | None  # of the run that it came from
     folder: RunFolder | None  # that run's folder
 
@@ -56,7 +58,7 @@ def is_ours(run: str | Path) -> bool:
     return False
 
 
-def open_subject(
+def open_model(
     run: str | Path,
     device: torch.device,
     *,
@@ -97,7 +99,7 @@ def _subject(
     device: torch.device,
     precision: str,
     size: int | None,
-) -> Subject:
+) -> FrozenModel:
     if size is not None:
         if size < 8:
             raise UserError(f"size {size} is too small for an image; set at least 8")
@@ -115,10 +117,10 @@ def _subject(
             ) from None
     width = width or int(network.num_features)  # type: ignore[arg-type]
     kind = partial(autocast, device, precision)
-    return Subject(name, network, width, spec, architecture, layer, precision, kind)
+    return FrozenModel(name, network, width, spec, architecture, layer, precision, kind)
 
 
-def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
     if path.suffix in SUFFIXES and path.is_file():
         return _open_foreign(path, place, layer, seed)
     folder = folder_of(path)
@@ -131,7 +133,7 @@ def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: in
     architecture = f"{net.backbone} stem={net.stem} head={net.head}"
     spec = view_spec(settings)
 
-    def of(encoder: Any, name: str) -> Subject:
+    def of(encoder: Any, name: str) -> FrozenModel:
         network, width = (encoder, net.dim) if layer == "head" else (encoder.backbone, None)
         return place(name, network, spec, architecture, layer, width)
 
@@ -145,7 +147,7 @@ def _open_path(path: Path, place: Callable[..., Subject], layer: Layer, seed: in
         encoder.backbone.load_state_dict(state)
     called = "trained backbone" if layer == "backbone" else "trained, head's output"
 
-    def untrained() -> Subject:
+    def untrained() -> FrozenModel:
         return of(build_encoder(settings.model_copy(update={"seed": seed})), "random weights")
 
     return Opened(of(encoder, called), untrained, settings, folder)
@@ -189,7 +191,7 @@ def _random_backbone(model: str, seed: int) -> nn.Module:
     return build_backbone(model)
 
 
-def _open_foreign(path: Path, place: Callable[..., Subject], layer: Layer, seed: int) -> Opened:
+def _open_foreign(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
     """A ResNet of the authors' or of torchvision, with the views of ImageNet."""
     if layer == "head":
         raise UserError(f"{path} is judged by its backbone; only our own runs have a head")
@@ -202,7 +204,7 @@ def _open_foreign(path: Path, place: Callable[..., Subject], layer: Layer, seed:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit {model} ({reason})") from None
 
-    def untrained() -> Subject:
+    def untrained() -> FrozenModel:
         return place("random weights", _random_backbone(model, seed), spec, model)
 
     return Opened(place(path.name, network, spec, model), untrained, None, None)
@@ -235,12 +237,12 @@ def _without_retries() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
+def _open_timm(name: str, place: Callable[..., FrozenModel], seed: int) -> Opened:
     import timm
     from timm.data import resolve_model_data_config
 
     model = _timm_name(name)
-    Speaker().say(f"timm {model}: its weights, from Hugging Face's cache or from the network")
+    Console().say(f"timm {model}: its weights, from Hugging Face's cache or from the network")
     try:
         with _without_retries():
             network = timm.create_model(model, pretrained=True, num_classes=0)
@@ -254,7 +256,7 @@ def _open_timm(name: str, place: Callable[..., Subject], seed: int) -> Opened:
     network.num_features = int(width)
     spec = timm_spec(resolve_model_data_config(network))
 
-    def untrained() -> Subject:
+    def untrained() -> FrozenModel:
         backbone = _random_backbone(model.partition(".")[0], seed)
         return place("random weights", backbone, spec, model)
 

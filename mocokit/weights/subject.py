@@ -15,7 +15,7 @@ Layer = Literal["backbone", "head"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class FrozenModel:
     """A network (N, 3, H, W) -> (N, width), on its device and in eval mode."""
 
     name: str  # what a person calls it
