@@ -26,7 +26,7 @@ from mocokit import recipes
 from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
 from mocokit.engine.runtime import autocast, prepare, seed_libraries
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 from mocokit.nets import batchnorm
 from mocokit.run import build
 from mocokit.settings import replace
@@ -35,6 +35,7 @@ from mocokit.train import optimizer_step
 from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
+from mocokit.weights.encoder import view_spec
 
 BEGAN = time.perf_counter()
 
@@ -135,9 +136,10 @@ def train_some(settings, device, steps, inputs=None, watch_waits=False):
                 seed_libraries(settings.seed, step)
                 set_lr(optimizer, parts.schedule(step))
                 number = to_device(index, device)
-                method.loss_scale = scaler.get_scale()
                 with autocast(device, settings.engine.precision):
-                    output = method(views, number, Draw(settings.seed, step, batch))
+                    output = method(
+                        views, number, Step(settings.seed, step, batch, scaler.get_scale())
+                    )
                 watch.note(step + 1, output.loss)
                 torch.autograd.backward(scaler.scale(output.loss))
                 if step == 0:
@@ -161,7 +163,7 @@ def train_some(settings, device, steps, inputs=None, watch_waits=False):
 def micro():
     name, steps = ARGS.name, 4 if ARGS.tiny else 20
     base = settings_for(name, "float32", False)
-    spec, batch = build.view_spec(base), base.train.batch_size
+    spec, batch = view_spec(base), base.train.batch_size
     draw = np.random.default_rng(0)
     coarse = draw.integers(0, 256, (10 * batch, 8, 8, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     count = 1 if base.method.name == "memorybank" else 2
@@ -316,7 +318,7 @@ class Rig:
         self.batch = settings.train.batch_size
 
     def views(self):
-        spec, batch = self.parts.spec, self.batch
+        (spec, *_), batch = self.parts.specs.values(), self.batch
         index = (np.random.default_rng(self.step).permutation(self.count)[:batch]).astype(np.int64)
         sizes = np.full(batch, self.side[0]), np.full(batch, self.side[1])
         starts = index * (self.side[0] * self.side[1])
@@ -331,7 +333,7 @@ class Rig:
         seed_libraries(0, self.step)
         set_lr(parts.optimizer, parts.schedule(self.step))
         with autocast(DEVICE, self.settings.engine.precision):
-            output = method(views, index, Draw(0, self.step, self.batch))
+            output = method(views, index, Step(0, self.step, self.batch))
         torch.autograd.backward(output.loss)
         parts.optimizer.step()
         method.update(output.keep, self.step, 0.1)

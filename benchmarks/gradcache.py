@@ -17,7 +17,7 @@ import time
 import torch
 
 from mocokit import recipes
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 from mocokit.run.build import build_method
 from mocokit.settings import replace
 from mocokit.settings.sizes import resolve
@@ -40,7 +40,7 @@ def measure(arguments, batch, micro_batch):
     method = build_method(settings, resolve(settings, 10 * batch)).to(device).train()
     views = torch.randn(2, batch, 3, arguments.size, arguments.size, device=device)
     index = torch.arange(batch, device=device)
-    method(tuple(views[:, : 2 * 64]), index[: 2 * 64], Draw(0, 0, min(batch, 128))).loss.backward()
+    method(tuple(views[:, : 2 * 64]), index[: 2 * 64], Step(0, 0, min(batch, 128))).loss.backward()
     method.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -49,7 +49,7 @@ def measure(arguments, batch, micro_batch):
         before = resident()
     for _ in range(2):
         started = time.perf_counter()
-        method(tuple(views), index, Draw(0, 0, batch)).loss.backward()
+        method(tuple(views), index, Step(0, 0, batch)).loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -16,11 +16,9 @@ from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
-from mocokit.run import command
+from mocokit.run import build, command
 from mocokit.settings import sizes
-from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
-from mocokit.weights.encoder import view_spec
 
 QUICK = 200  # images that a quick look decodes
 SHOWN = 10  # groups of equal images that are named
@@ -45,8 +43,8 @@ def check(
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
     for note in splits.train.notes:
         console.say(f"note: {note}", "yellow")
-    spec = view_spec(asked)
-    bound = canvas_bound(spec)
+    specs = build.view_specs(asked)
+    bound = build.largest_canvas(specs.values())
     for lack in lacking(splits.train, bound):
         console.say(f"note: {lack}", "yellow")
     examined: list[Examined] = []
@@ -71,7 +69,7 @@ def check(
         console.say(f"note: {notice}", "yellow")
     canvases, _ = look(splits.train, images, bound)
     try:
-        contact_sheet(spec, list(canvases.values()), list(canvases), asked.seed, path)
+        contact_sheet(specs, list(canvases.values()), list(canvases), asked.seed, path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path} ({error}); choose another --out") from None
     console.say(f"views of {asked.recipe}: {path}")

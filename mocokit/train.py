@@ -22,14 +22,14 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, decided_by_rank_zero, joined_world, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.methods.method import Draw, Output, Views
+from mocokit.methods.method import Output, Step, Views
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.open import begun, calibrate_on_first_group, open_run
 from mocokit.run.state import RunState
 from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
-from mocokit.views.views import ViewsOnDemand, make_views
+from mocokit.views.views import View, ViewsOnDemand, make_views
 
 HELD_VIEWS = 2**30  # bytes of views that a step in pieces holds at once
 
@@ -92,7 +92,7 @@ def pretrain(
 
 
 def train(run: RunState, stop: StopSignals) -> None:
-    """Go from the job's step to the last: views, loss, gradient, update; then record, score, save.
+    """Go from the run's step to the last: views, loss, gradient, update; then record, score, save.
 
     Raises Interrupted once saved, if asked to stop, UserError for too many bad images, likewise,
     and NonFiniteLoss.
@@ -101,7 +101,9 @@ def train(run: RunState, stop: StopSignals) -> None:
     method, optimizer, scaler = parts.method.train(), parts.optimizer, parts.scaler
     monitor = build.build_monitor(settings, run.splits, device) if run.world.writes else None
     known, note = run.bad.known, run.console.note
-    loader = build.build_loader(settings, run.unread(), run.world, device, run.step, known, note)
+    loader = build.build_loader(
+        settings, run.unread(), run.bound, run.world, device, run.step, known, note
+    )
     if run.step == 0 and settings.net.calibrate_head:
         calibrate_on_first_group(run, make_batch_views)
     average = GradientAverage(method.trained())
@@ -121,15 +123,17 @@ def train(run: RunState, stop: StopSignals) -> None:
             images = run.images_of(step)
             views = make_batch_views(run, step, batch)
             index = to_device(batch.index, device)
-            method.loss_scale = scaler.get_scale()
+            now = Step(settings.seed, step, images, scaler.get_scale())
             with autocast(device, settings.engine.precision):
-                output: Output = method(views, index, Draw(settings.seed, step, images))
+                output: Output = method(views, index, now)
             watch.note(step + 1, output.loss)
             torch.autograd.backward(scaler.scale(output.loss))
             average.finish()
             scaler.unscale_(optimizer)
             logged = due.log(step + 1)
             norm = gradient_norm(method.trained()) if logged else None
+            if method.clip is not None:
+                torch.nn.utils.clip_grad_norm_(method.trained(), method.clip)
             if optimizer_step(scaler, optimizer):
                 method.update(output.keep, step, (step + 1) / run.effect.total_steps)
             run.average_statistics(images)
@@ -156,17 +160,20 @@ def make_batch_views(run: RunState, step: int, batch: Batch) -> tuple[Views, ...
 
     In a step that is done in pieces, views too large to be held are made again for each piece.
     """
-    epoch, spec, seed = step // run.effect.steps_per_epoch, run.parts.spec, run.settings.seed
+    epoch, seed = step // run.effect.steps_per_epoch, run.settings.seed
     sizes = batch.heights, batch.widths
     pixels, starts = run.canvases(batch)
-    tables = [
-        draw_table(spec, seed, epoch, batch.index, view, *sizes)
-        for view in range(run.parts.method.views)
-    ]
+    specs = list(run.parts.specs.values())
+    held = len(batch.index) * sum(spec.bytes for spec in specs)
     make: Callable[..., Tensor | ViewsOnDemand] = make_views
-    if run.settings.train.micro_batch and len(batch.index) * len(tables) * spec.bytes > HELD_VIEWS:
+    if run.settings.train.micro_batch and held > HELD_VIEWS:
         make = ViewsOnDemand
-    return tuple(make(spec, table, pixels, *sizes, run.device, starts) for table in tables)
+    views = []
+    for number, spec in enumerate(specs):
+        table = draw_table(spec, seed, epoch, batch.index, number, *sizes)
+        images = make(spec, table, pixels, *sizes, run.device, starts)
+        views.append(View(images, table, *sizes))
+    return tuple(views)
 
 
 def optimizer_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

@@ -8,10 +8,10 @@ from nets import small_encoder
 
 import mocokit
 from mocokit.engine import checkpoint
-from mocokit.health.bn_leak import contrast_by_grouping, has_groups
+from mocokit.health.bn_leak import contrast_by_grouping
 from mocokit.health.verdict import verdict
 from mocokit.methods.losses import InfoNCE
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 from mocokit.methods.moco import MoCo
 
 SMALL = {"engine.threads": 1, "log.every_steps": 1, "save.keep": 9}
@@ -97,7 +97,7 @@ def images_of(seed, count=32):
 def test_measuring_changes_nothing():
     method = moco(shuffle=False).train()
     before = {k: v.clone() for k, v in method.state_dict().items()}
-    steps = [((images_of(1), images_of(2)), torch.arange(32), Draw(0, 7, 32))]
+    steps = [((images_of(1), images_of(2)), torch.arange(32), Step(0, 7, 32))]
     contrast_by_grouping(method, steps, torch.no_grad)
     assert same(dict(method.state_dict()), before)
     assert method.shuffle is False and method.count_groups(32) == 8 and method.training
@@ -133,7 +133,7 @@ def test_a_pure_leak_is_seen_and_honest_features_are_not_accused():
             shuffle=shuffle,
         )
         steps = [
-            ((images_of(n, 64), images_of(n, 64)), torch.arange(64), Draw(0, n, 64))
+            ((images_of(n, 64), images_of(n, 64)), torch.arange(64), Step(0, n, 64))
             for n in range(4)
         ]
         return contrast_by_grouping(method, steps, torch.no_grad)
@@ -145,10 +145,6 @@ def test_a_pure_leak_is_seen_and_honest_features_are_not_accused():
     assert abs(found["contrast_trained"] - found["contrast_regrouped"]) < 0.2
     found = measured(Telling(1), shuffle=False)  # groups of one: a function of the image alone
     assert found["contrast_trained"] == found["contrast_regrouped"] == 1.0
-
-
-def test_methods_without_groups_are_left_alone():
-    assert has_groups(moco(True)) and not has_groups(torch.nn.Identity())
 
 
 PROVOKED = {

@@ -16,7 +16,7 @@ from mocokit import recipes
 from mocokit.engine.average import GradientAverage, average_statistics
 from mocokit.engine.optim import build_optimizer
 from mocokit.methods.losses import LOSSES, InfoNCE
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 from mocokit.methods.moco import MoCo
 from mocokit.methods.parts import Queue, follow
 from mocokit.methods.simclr import SimCLR
@@ -46,7 +46,7 @@ def views(step=0, images=BATCH):
 
 def forward(method, step=0, pair=None, images=BATCH):
     pair = views(step, images) if pair is None else pair
-    return method(pair, torch.arange(images), Draw(0, step, images))
+    return method(pair, torch.arange(images), Step(0, step, images))
 
 
 def sgd(method):
@@ -193,7 +193,7 @@ def test_invariant_08_no_gradient_reaches_keys_key_encoder_or_queue():
     assert all(p.grad is None for p in method.key_encoder.parameters())
     assert all(p.grad is not None for p in method.encoder.parameters())
     ours = {id(p) for p in method.key_encoder.parameters()}
-    optimizer = build_optimizer("sgd", method.trained(), 0.1, 0.9, 1e-4)
+    optimizer = build_optimizer("sgd", method.parameter_groups(), 0.1, 0.9, 1e-4)
     assert not ours & {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -286,7 +286,7 @@ def test_invariant_21_the_bank_scores_with_old_entries_and_knows_the_images():
     method = build_method(settings, resolve(settings, 256)).double()
     before = method.bank.rows.clone()
     index = torch.tensor([200, 3])
-    output = method((torch.randn(2, 3, 32, 32).double(),), index, Draw(0, 0, 2))
+    output = method((torch.randn(2, 3, 32, 32).double(),), index, Step(0, 0, 2))
     assert torch.equal(method.bank.rows, before)
     method.update(output.keep, 0, 0.0)
     assert (method.bank.rows != before).any(1).nonzero()[:, 0].tolist() == [3, 200]
@@ -296,7 +296,9 @@ def test_invariant_21_the_bank_scores_with_old_entries_and_knows_the_images():
 def test_invariant_24_weight_decay_covers_batch_norm_and_biases(name):
     optim = recipes.by_name(name).optim
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    optimizer = build_optimizer(optim.name, net.parameters(), 0.1, 0.9, optim.weight_decay)
+    optimizer = build_optimizer(
+        optim.name, [{"params": [*net.parameters()]}], 0.1, 0.9, optim.weight_decay
+    )
     before = [p.detach().clone() for p in net.parameters()]
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -308,7 +310,9 @@ def test_invariant_24_weight_decay_covers_batch_norm_and_biases(name):
 def test_invariant_24_lars_spares_them():
     optim = recipes.simclr().optim
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    optimizer = build_optimizer(optim.name, net.parameters(), 0.1, 0.9, 0.5, optim.trust)
+    optimizer = build_optimizer(
+        optim.name, [{"params": [*net.parameters()]}], 0.1, 0.9, 0.5, optim.trust
+    )
     before = [p.detach().clone() for p in net.parameters()]
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
@@ -320,11 +324,13 @@ def test_invariant_24_lars_spares_them():
 @pytest.mark.parametrize("name", ["moco", "simclr", "memorybank"])
 def test_invariant_25_all_state_of_a_method_is_saved(name):
     """A killed and resumed run against a straight one: test_resume.py and test_pretrain.py."""
-    queue = 64 if name == "moco" else None
-    changes = {"net.backbone": "resnet_tiny", "method.name": name, "method.queue_size": queue}
+    queue = {"method.queue_size": 64} if name == "moco" else {}
+    changes = {"net.backbone": "resnet_tiny", "method.name": name, **queue}
     settings = replace(recipes.mocov2_cifar10(), changes)
     method, other = (build_method(settings, resolve(settings, 512)) for _ in range(2))
-    output = method(tuple(torch.randn(method.views, 8, 3, 32, 32)), torch.arange(8), Draw(0, 0, 8))
+    output = method(
+        tuple(torch.randn(len(method.views), 8, 3, 32, 32)), torch.arange(8), Step(0, 0, 8)
+    )
     method.update(output.keep, 0, 0.5)
     other.load_state_dict(method.state_dict())
     for (key, a), b in zip(method.named_buffers(), other.buffers(), strict=True):

@@ -15,8 +15,8 @@ from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.simclr import SimCLR
 
 FAST = {"log.every_steps": 1, "engine.threads": 1, "monitor.every_epochs": 0}
-ENDTOEND = {"method.name": "simclr", "method.queue_size": None, "method.symmetric": True}
-BANK = {"method.name": "memorybank", "method.queue_size": None}
+ENDTOEND = {"method.name": "simclr", "method.symmetric": True}
+BANK = {"method.name": "memorybank"}
 MECHANISMS = {
     "endtoend": (SimCLR, ENDTOEND | {"train.micro_batch": 32}),
     "simclr": (

@@ -11,7 +11,7 @@ from reference import ReferenceBank
 from mocokit.chance import Slot
 from mocokit.methods.losses import LOSSES
 from mocokit.methods.memorybank import MemoryBank
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 
 BATCH, GROUPS, IMAGES, M, T = 12, 3, 40, 9, 0.2
 
@@ -29,15 +29,15 @@ def batches(steps=6):
     for number in range(steps):
         view = torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64)
         index = torch.randperm(IMAGES, generator=generator)[:BATCH]
-        yield number, view, index, Draw(0, number, BATCH)
+        yield number, view, index, Step(0, number, BATCH)
 
 
 def sgd(module):
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
 
 
-def take(method, optimizer, view, index, draw, number):
-    output = method((view,), index, draw)
+def take(method, optimizer, view, index, now, number):
+    output = method((view,), index, now)
     output.loss.backward()
     optimizer.step()
     method.update(output.keep, number, 0.0)
@@ -53,10 +53,10 @@ def test_equals_the_transcription(noise, negatives):
     method = build(grouped, noise, negatives)
     reference = ReferenceBank(plain.double(), method.bank.rows, T, GROUPS)
     ours, theirs = sgd(method.encoder), sgd(plain)
-    for number, view, index, draw in batches():
+    for number, view, index, now in batches():
         count = (BATCH if noise else 1) * (negatives or 0)
         drawn = torch.from_numpy(
-            np.floor(draw(Slot.BANK_NEGATIVES, count) * IMAGES).astype(np.int64)
+            np.floor(now.draw(Slot.BANK_NEGATIVES, count) * IMAGES).astype(np.int64)
         )
         drawn = drawn.view(BATCH, M) if noise else drawn if count else torch.arange(IMAGES)
         q = reference.encode(view)
@@ -67,7 +67,7 @@ def test_equals_the_transcription(noise, negatives):
         loss.backward()
         theirs.step()
         reference.blend(q.detach(), index)
-        actual = take(method, ours, view, index, draw, number)
+        actual = take(method, ours, view, index, now, number)
         assert actual == pytest.approx(float(loss.detach()), abs=1e-10)
     torch.testing.assert_close(method.bank.rows, reference.rows, atol=1e-10, rtol=0)
     for p, q in zip(method.encoder.parameters(), plain.parameters(), strict=True):
@@ -83,9 +83,9 @@ def test_pieces_equal_the_undivided_step(noise, micro_batch):
     whole = build(copy.deepcopy(encoder), noise)
     pieces = build(copy.deepcopy(encoder), noise, micro_batch=micro_batch)
     a, b = sgd(whole.encoder), sgd(pieces.encoder)
-    for number, view, index, draw in batches(3):
-        first = take(whole, a, view, index, draw, number)
-        assert take(pieces, b, view, index, draw, number) == pytest.approx(first, abs=1e-10)
+    for number, view, index, now in batches(3):
+        first = take(whole, a, view, index, now, number)
+        assert take(pieces, b, view, index, now, number) == pytest.approx(first, abs=1e-10)
     for (name, p), q in zip(whole.state_dict().items(), pieces.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-10, rtol=0, msg=name)
 
@@ -93,9 +93,9 @@ def test_pieces_equal_the_undivided_step(noise, micro_batch):
 def test_scores_come_before_the_bank_moves():
     _, encoder = small_encoder()
     method = build(encoder, negatives=None)
-    _, view, index, draw = next(batches())
+    _, view, index, now = next(batches())
     before = method.bank.rows.clone()
-    output = method((view,), index, draw)
+    output = method((view,), index, now)
     assert torch.equal(method.bank.rows, before)
     method.update(output.keep, 0, 0.0)
     moved = (method.bank.rows != before).any(1)
@@ -107,8 +107,8 @@ def test_scores_come_before_the_bank_moves():
 def test_bank_and_constant_are_saved():
     _, encoder = small_encoder()
     method = build(encoder, noise=True)
-    for number, view, index, draw in batches(2):
-        take(method, sgd(method.encoder), view, index, draw, number)
+    for number, view, index, now in batches(2):
+        take(method, sgd(method.encoder), view, index, now, number)
     _, encoder = small_encoder(seed=5)
     other = build(encoder, noise=True)
     other.load_state_dict(method.state_dict())
@@ -118,7 +118,7 @@ def test_bank_and_constant_are_saved():
 
 
 def test_one_view_is_asked_for():
-    assert MemoryBank.views == 1
+    assert [role.name for role in MemoryBank.views] == ["query"]
 
 
 @pytest.mark.parametrize("negatives", [None, M])

@@ -61,7 +61,7 @@ def test_drops_are_shares_of_the_run(epochs):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_all_parameters_decay_alike(name):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    optimizer = build_optimizer(name, net.parameters(), 0.1, 0.9, 1e-2)
+    optimizer = build_optimizer(name, [{"params": [*net.parameters()]}], 0.1, 0.9, 1e-2)
     assert len(optimizer.param_groups) == 1
     assert len(optimizer.param_groups[0]["params"]) == 4
     before = [p.detach().clone() for p in net.parameters()]
@@ -77,7 +77,7 @@ def test_all_parameters_decay_alike(name):
 def test_sgd_is_the_textbooks_without_nesterov():
     net = nn.Linear(2, 1, bias=False)
     weight, velocity = net.weight.detach().clone(), torch.zeros(1, 2)
-    optimizer = build_optimizer("sgd", net.parameters(), 0.1, 0.9, 0.01)
+    optimizer = build_optimizer("sgd", [{"params": [*net.parameters()]}], 0.1, 0.9, 0.01)
     for step in range(4):
         gradient = torch.tensor([[1.0, -2.0]]) * (step + 1)
         net.weight.grad = gradient.clone()

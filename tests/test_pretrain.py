@@ -321,9 +321,9 @@ def test_weights_that_are_not_finite_are_never_saved(toy_npz, tmp_path, monkeypa
     """A finite loss whose gradient overflows, at the very step that ends an epoch."""
     forward = MoCo.forward
 
-    def breaking(self, views, index, draw):
-        output = forward(self, views, index, draw)
-        if draw.step != 9:
+    def breaking(self, views, index, step):
+        output = forward(self, views, index, step)
+        if step.number != 9:
             return output
         return output._replace(loss=output.loss + 0 * (output.loss - output.loss.detach()).sqrt())
 
@@ -393,8 +393,8 @@ def test_two_new_runs_get_two_folders(toy_npz, tmp_path, monkeypatch):
     build_parts = build.build_parts
 
     def meanwhile(*arguments):  # another run is faster while this one builds its network
-        taken = RunFolder(tmp_path / "runs" / "demo-toy-001")
-        taken.create(recipes.demo(), {})
+        shuffled_rows = RunFolder(tmp_path / "runs" / "demo-toy-001")
+        shuffled_rows.create(recipes.demo(), {})
         return build_parts(*arguments)
 
     monkeypatch.setattr(build, "build_parts", meanwhile)

@@ -153,19 +153,32 @@ class TestAsked:
         assert stated == {"method.queue_size", "data.path", "seed"}
 
 
-MOCOV2_TO_ENDTOEND = {
-    "method.name": ("moco", "simclr"),
-    "method.queue_size": (65536, None),
-    "method.symmetric": (False, True),
+def left_out(*names, **values):
+    """What MoCo's settings have and another method's lack, by default or with these values."""
+    own = {
+        "queue_size": 65536, "momentum": 0.999, "momentum_batch": 256, "enqueue": "both",
+        "momentum_schedule": "constant",
+    } | values  # fmt: skip
+    own |= {name: default for name, default in OF_BOTH_VIEWS.items() if name in names}
+    return {f"method.{name}": (value, None) for name, value in own.items()}
+
+
+OF_BOTH_VIEWS = {"symmetric": False, "shuffle": True}
+TO_ENDTOEND = {"method.name": ("moco", "simclr"), **left_out()}
+SYMMETRIC = {"method.symmetric": (False, True)}
+TO_BANK = {
+    "method.name": ("moco", "memorybank"),
+    **left_out("symmetric", "shuffle"),
+    "method.bank_momentum": (None, 0.5),
 }
-BANK = {"method.name": ("moco", "memorybank"), "method.queue_size": (65536, None)}
+CIFAR = {"queue_size": 4096, "momentum": 0.99, "momentum_batch": 512}
 
 
 @pytest.mark.parametrize(
     ("one", "other", "changed"),
     [
-        ("mocov2", "endtoend", MOCOV2_TO_ENDTOEND),
-        ("mocov1", "endtoend_v1", {k: v for k, v in MOCOV2_TO_ENDTOEND.items() if "sym" not in k}),
+        ("mocov2", "endtoend", TO_ENDTOEND | SYMMETRIC),
+        ("mocov1", "endtoend_v1", TO_ENDTOEND),
         (
             "endtoend",
             "endtoend_4096",
@@ -175,19 +188,19 @@ BANK = {"method.name": ("moco", "memorybank"), "method.queue_size": (65536, None
         (
             "mocov1",
             "memorybank",
-            BANK | {"method.loss": ("info_nce", "nce"), "method.bank_negatives": (None, 4096)},
+            TO_BANK | {"method.loss": ("info_nce", "nce"), "method.bank_negatives": (None, 4096)},
         ),
-        ("mocov1", "memorybank_softmax", BANK | {"method.bank_negatives": (None, 65536)}),
+        ("mocov1", "memorybank_softmax", TO_BANK | {"method.bank_negatives": (None, 65536)}),
         ("mocov2", "mocov2_symmetric", {"method.symmetric": (False, True)}),
         (
             "mocov2_cifar10",
             "endtoend_cifar10",
-            MOCOV2_TO_ENDTOEND | {"method.queue_size": (4096, None)},
+            TO_ENDTOEND | SYMMETRIC | left_out(**CIFAR),
         ),
         (
             "mocov2_cifar10",
             "memorybank_softmax_cifar10",
-            BANK | {"method.queue_size": (4096, None), "method.bank_negatives": (None, 4096)},
+            TO_BANK | left_out(**CIFAR) | {"method.bank_negatives": (None, 4096)},
         ),
     ],
 )
@@ -236,23 +249,31 @@ def test_v2_plus_is_megviis(path, value):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method.name": "simclr"}, "queue_size must be null for simclr"),
-        ({"method.queue_size": None}, "queue_size must be a number for moco"),
-        ({"method.loss": "nce"}, "nce needs name=memorybank"),
+        ({"method.queue_size": None}, "setting: method.queue_size = None: .*integer"),
+        ({"method.loss": "nce"}, "setting: method.loss = 'nce': input should be 'info_nce'"),
         (
-            {"method.name": "memorybank", "method.queue_size": None, "method.loss": "nce"},
-            "nce needs bank_negatives",
-        ),
-        ({"method.bank_negatives": 5}, "bank_negatives must be null for moco"),
-        ({"method.enqueue": "one"}, "enqueue one needs moco with symmetric"),
-        (
-            {"method.name": "simclr", "method.queue_size": None, "net.predictor": True},
-            "net.predictor must be false for simclr",
+            {"method.name": "memorybank", "method.loss": "nce"},
+            "setting: method.bank_negatives must be a number for loss nce",
         ),
         (
-            {"method.name": "memorybank", "method.queue_size": None, "method.symmetric": True},
-            "symmetric must be false for memorybank",
+            {"method.bank_negatives": 5},
+            "method.bank_negatives does not exist for method moco; it belongs to memorybank",
         ),
+        ({"method.enqueue": "one"}, "setting: method.enqueue = 'one' needs method.symmetric=true"),
+        (
+            {"method.name": "simclr", "net.predictor": True},
+            "setting: net.predictor must be false for simclr",
+        ),
+        (
+            {"method.name": "simclr", "method.queue_size": 64},
+            "method.queue_size does not exist for method simclr; it belongs to moco",
+        ),
+        (
+            {"method.name": "memorybank", "method.symmetric": True},
+            "method.symmetric does not exist for method memorybank; it belongs to moco and simclr",
+        ),
+        ({"method.name": "simsiam"}, "setting: method.name = 'simsiam' is no method; use moco,"),
+        ({"views.order": ["flip"]}, "setting: views.order must begin with crop"),
     ],
 )
 def test_mechanisms_that_cannot_be_are_refused(changes, sentence):

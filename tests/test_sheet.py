@@ -22,6 +22,10 @@ def read(path):
         return np.asarray(image).astype(int)
 
 
+def both(spec):
+    return {"query": spec, "key": spec}
+
+
 def contains(page, tile, tolerance=1):
     """Whether a tile stands somewhere on the page, found by its top left corner."""
     height, width = tile.shape[:2]
@@ -35,7 +39,7 @@ def contains(page, tile, tolerance=1):
 @pytest.mark.parametrize("spec, zoom", [(cifar(), 5), (v2(64), 2), (v2(128), 1)])
 def test_the_views_of_the_first_epoch_stand_on_the_sheet(spec, zoom, tmp_path):
     images = canvases((40, 50), (90, 70))
-    contact_sheet(spec, images, [7, 3], 11, tmp_path / "views.png")
+    contact_sheet(both(spec), images, [7, 3], 11, tmp_path / "views.png")
     page = read(tmp_path / "views.png")
     pixels, heights, widths = flat(images)
     for view in (0, 1):
@@ -63,15 +67,15 @@ def placed(monkeypatch):
 def test_every_picture_has_its_own_caption(placed, tmp_path):
     """Image, query and key, in this order, each with what was drawn for it and no other."""
     spec, images, index = v2(64), canvases((40, 50), (90, 70), (64, 64)), [7, 3, 12]
-    contact_sheet(spec, images, index, 11, tmp_path / "views.png")
+    contact_sheet(both(spec), images, index, 11, tmp_path / "views.png")
     pixels, heights, widths = flat(images)
     assert len(placed) == 9
     for place, number in enumerate(index):
         height, width = images[place].shape[:2]
         _, lines, ink = placed[place, 0]
         assert lines == [f"image {number}", f"{width}x{height}"]
-        assert ink not in (sheet._QUERY, sheet._KEY)
-    for view, expected in ((0, sheet._QUERY), (1, sheet._KEY)):
+        assert ink not in (sheet._COLOURS[0], sheet._COLOURS[1])
+    for view, expected in ((0, sheet._COLOURS[0]), (1, sheet._COLOURS[1])):
         table = draw_table(spec, 11, 0, index, view, heights, widths)
         tiles = levels(spec, make_views(spec, table, pixels, heights, widths, "cpu"))
         for place, tile in enumerate(tiles):
@@ -90,10 +94,10 @@ def test_columns_are_headed_by_what_stands_below(monkeypatch, tmp_path):
         text(self, place, words, *rest, fill=fill, **keywords)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
-    contact_sheet(cifar(), canvases((32, 32), (32, 32)), [0, 1], 7, tmp_path / "v.png")
-    blank = sheet._Sheet.blank(32, 2, 2)
+    contact_sheet(both(cifar()), canvases((32, 32), (32, 32)), [0, 1], 7, tmp_path / "v.png")
+    blank = sheet._Sheet.blank(32, 2, 2, 2)
     assert "query (view 0) and key (view 1), epoch 0, seed 7" in written
-    for cell, (name, ink) in enumerate((("query", sheet._QUERY), ("key", sheet._KEY)), 1):
+    for cell, (name, ink) in enumerate(zip(("query", "key"), sheet._COLOURS[:2], strict=True), 1):
         assert written[name] == [(blank._corner(block, cell)[0], ink) for block in (0, 1)]
 
 
@@ -101,7 +105,7 @@ def test_the_boxes_of_query_and_key_are_outlined(placed, tmp_path):
     """On gray images, so that what has a colour is an outline; the key's lies on top."""
     spec, sizes = v2(64), [(40, 50), (90, 70), (500, 300), (16, 16)]
     images = [np.full((*size, 3), 128, np.uint8) for size in sizes]
-    contact_sheet(spec, images, range(4), 5, tmp_path / "views.png")
+    contact_sheet(both(spec), images, range(4), 5, tmp_path / "views.png")
     heights, widths = np.array(sizes).T
     query, key = (draw_table(spec, 5, 0, range(4), view, heights, widths).boxes for view in (0, 1))
     for place, size in enumerate(sizes):
@@ -112,11 +116,11 @@ def test_the_boxes_of_query_and_key_are_outlined(placed, tmp_path):
             where = np.argwhere((picture == ImageColor.getrgb(colour)).all(-1))
             return where.min(0), where.max(0), len(where)
 
-        first, last, count = ends(sheet._KEY)
+        first, last, count = ends(sheet._COLOURS[1])
         assert count > 40
         assert np.abs(first - scale * key[place, :2]).max() <= 1
         assert np.abs(last + 1 - scale * (key[place, :2] + key[place, 2:])).max() <= 1
-        first, last, count = ends(sheet._QUERY)
+        first, last, count = ends(sheet._COLOURS[0])
         assert count > 40
         assert (first >= scale * query[place, :2] - 1).all()
         assert (last + 1 <= scale * (query[place, :2] + query[place, 2:]) + 1).all()
@@ -127,7 +131,7 @@ def test_at_most_eight_images_and_any_number_of_columns(tmp_path):
     images = canvases(*[(32, 32)] * 10)
     pages = {}
     for count, columns in ((1, 2), (7, 2), (8, 2), (10, 2), (8, 1), (3, 4)):
-        contact_sheet(spec, images[:count], range(count), 0, tmp_path / "v.png", columns)
+        contact_sheet(both(spec), images[:count], range(count), 0, tmp_path / "v.png", columns)
         pages[count, columns] = read(tmp_path / "v.png")
     assert np.array_equal(pages[8, 2], pages[10, 2])
     assert not np.array_equal(pages[7, 2], pages[8, 2])
@@ -137,17 +141,17 @@ def test_at_most_eight_images_and_any_number_of_columns(tmp_path):
 
 @pytest.mark.parametrize("size", [8, 32, 100, 107, 127, 224, 300])
 def test_pictures_have_a_readable_size(size):
-    cell = sheet._Sheet.blank(size, 1, 1).cell
+    cell = sheet._Sheet.blank(size, 1, 1, 2).cell
     assert 128 <= cell <= 256
     assert size > 127 or cell % size == 0
 
 
 def test_odd_canvases(tmp_path):
     images = canvases((1, 1), (1, 300), (500, 2), (900, 700))
-    contact_sheet(spec_of(size=32, resize=32), images, range(4), 0, tmp_path / "v.png")
+    contact_sheet(both(spec_of(size=32, resize=32)), images, range(4), 0, tmp_path / "v.png")
     assert read(tmp_path / "v.png").std() > 10
     with pytest.raises(ValueError, match="at least one"):
-        contact_sheet(cifar(), [], [], 0, tmp_path / "v.png")
+        contact_sheet(both(cifar()), [], [], 0, tmp_path / "v.png")
 
 
 def test_captions_name_what_was_drawn():
@@ -194,5 +198,5 @@ def test_captions_name_randaugment_and_solarisation_too():
 def test_random_state_is_untouched(tmp_path):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    contact_sheet(cifar(), canvases((32, 32)), [0], 0, tmp_path / "v.png")
+    contact_sheet(both(cifar()), canvases((32, 32)), [0], 0, tmp_path / "v.png")
     assert torch.equal(before, torch.get_rng_state())

@@ -10,7 +10,7 @@ from reference import reference_endtoend, reference_simclr
 
 from mocokit.chance import Slot
 from mocokit.methods.losses import LOSSES
-from mocokit.methods.method import Draw
+from mocokit.methods.method import Step
 from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import use_whole
 
@@ -30,16 +30,16 @@ def build(encoder, loss="info_nce", whole=False, **options):
 def batch(step=0, images=BATCH):
     generator = torch.Generator().manual_seed(step)
     views = torch.randn(2, images, 3, 16, 16, generator=generator, dtype=torch.float64)
-    return views, Draw(0, step, images)
+    return views, Step(0, step, images)
 
 
 def gradients(module):
     return [p.grad.clone() for p in module.parameters()]
 
 
-def step(method, views, draw):
+def step(method, views, now):
     method.zero_grad()
-    output = method(tuple(views), torch.arange(len(views[0])), draw)
+    output = method(tuple(views), torch.arange(len(views[0])), now)
     output.loss.backward()
     return output, gradients(method.encoder)
 
@@ -53,8 +53,8 @@ def test_simclr_is_algorithm_1_with_one_batch_of_2n_views():
     plain, grouped = small_encoder()
     plain, method = plain.double(), build(grouped, whole=True)
     for number in range(3):
-        views, draw = batch(number)
-        output, ours = step(method, views, draw)
+        views, now = batch(number)
+        output, ours = step(method, views, now)
         plain.zero_grad()
         loss = reference_simclr(plain, *views, T)
         loss.backward()
@@ -68,9 +68,9 @@ def test_endtoend_is_mocos_in_shuffled_groups(symmetric):
     plain, grouped = small_encoder()
     plain, method = plain.double(), build(grouped, symmetric=symmetric)
     for number in range(3):
-        views, draw = batch(number)
-        order = torch.from_numpy(np.argsort(draw(Slot.KEY_SHUFFLE, BATCH), kind="stable"))
-        output, ours = step(method, views, draw)
+        views, now = batch(number)
+        order = torch.from_numpy(np.argsort(now.draw(Slot.KEY_SHUFFLE, BATCH), kind="stable"))
+        output, ours = step(method, views, now)
         plain.zero_grad()
         loss = reference_endtoend(plain, *views, order, T, GROUPS, symmetric)
         loss.backward()
@@ -84,10 +84,10 @@ def test_endtoend_is_mocos_in_shuffled_groups(symmetric):
 def test_pieces_equal_the_undivided_step(micro_batch, symmetric, loss):
     """GradCache: gradients, loss and metrics; running statistics move once."""
     _, encoder = small_encoder()
-    views, draw = batch(images=11)  # uneven groups
+    views, now = batch(images=11)  # uneven groups
     whole = build(copy.deepcopy(encoder), loss, symmetric=symmetric)
     pieces = build(copy.deepcopy(encoder), loss, symmetric=symmetric, micro_batch=micro_batch)
-    (a, ours), (b, theirs) = step(whole, views, draw), step(pieces, views, draw)
+    (a, ours), (b, theirs) = step(whole, views, now), step(pieces, views, now)
     torch.testing.assert_close(a.loss, b.loss, atol=1e-12, rtol=0)
     same(ours, theirs)
     same(whole.buffers(), pieces.buffers(), 1e-12)
@@ -97,10 +97,10 @@ def test_pieces_equal_the_undivided_step(micro_batch, symmetric, loss):
 
 def test_pieces_in_float32_are_right_to_1e_5():
     _, encoder = small_encoder()
-    views, draw = batch()
+    views, now = batch()
     whole = build(copy.deepcopy(encoder)).float()
     pieces = build(copy.deepcopy(encoder), micro_batch=4).float()
-    (_, ours), (_, theirs) = step(whole, views.float(), draw), step(pieces, views.float(), draw)
+    (_, ours), (_, theirs) = step(whole, views.float(), now), step(pieces, views.float(), now)
     for x, y in zip(ours, theirs, strict=True):
         assert float((x - y).norm()) <= 1e-5 * float(x.norm()) + 1e-8
 
@@ -110,7 +110,7 @@ def test_cached_gradients_are_computed_outside_autocast(monkeypatch, chunk):
     """The gradient by the vectors is float32's, as where a loop differentiates; not bfloat16's."""
     _, encoder = small_encoder()
     method = build(encoder, micro_batch=4, chunk=chunk).float()
-    views, draw = batch()
+    views, now = batch()
     found, differentiate = [], torch.autograd.grad
 
     def watched(loss, inputs, **options):
@@ -123,7 +123,7 @@ def test_cached_gradients_are_computed_outside_autocast(monkeypatch, chunk):
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        method(tuple(views.float()), torch.arange(BATCH), draw)
+        method(tuple(views.float()), torch.arange(BATCH), now)
     ((again, exact),) = found
     torch.testing.assert_close(again, exact, rtol=1e-6, atol=1e-8)
 
@@ -132,13 +132,13 @@ def test_dropout_is_the_same_in_both_passes():
     """Otherwise the cached gradients belong to other vectors than those they are handed to."""
     _, encoder = small_encoder(batch_norm=False)
     encoder.head.append(torch.nn.Dropout(0.5))
-    views, draw = batch()
+    views, now = batch()
     pieces = build(copy.deepcopy(encoder), micro_batch=4)
     torch.manual_seed(7)
-    output, ours = step(pieces, views, draw)
+    output, ours = step(pieces, views, now)
     torch.manual_seed(7)
     net, vectors = copy.deepcopy(encoder).double(), []
-    order = np.argsort(draw(Slot.KEY_SHUFFLE, BATCH), kind="stable")
+    order = np.argsort(now.draw(Slot.KEY_SHUFFLE, BATCH), kind="stable")
     for view in (views[0], views[1][order]):
         vectors += [net(part) for part in view.split(4)]
     z = torch.nn.functional.normalize(torch.cat(vectors), dim=1)
@@ -152,17 +152,17 @@ def test_dropout_is_the_same_in_both_passes():
 
 def test_negatives_in_chunks_change_nothing():
     _, encoder = small_encoder()
-    views, draw = batch()
+    views, now = batch()
     a, b = (build(copy.deepcopy(encoder), chunk=chunk) for chunk in (None, 5))
-    same(step(a, views, draw)[1], step(b, views, draw)[1])
+    same(step(a, views, now)[1], step(b, views, now)[1])
 
 
 def test_nothing_follows_a_step():
     _, encoder = small_encoder()
     method = build(encoder)
-    views, draw = batch()
+    views, now = batch()
     before = {name: t.clone() for name, t in method.state_dict().items() if "running" not in name}
-    method.update(step(method, views, draw)[0].keep, 0, 0.1)
+    method.update(step(method, views, now)[0].keep, 0, 0.1)
     for name, tensor in before.items():
         if "num_batches" not in name:
             assert torch.equal(method.state_dict()[name], tensor), name
@@ -173,8 +173,8 @@ def test_the_loss_starts_near_chance():
     method = build(encoder)
     assert method.negatives == 2 * (BATCH - 1)
     assert build(encoder, symmetric=False).negatives == BATCH - 1
-    views, draw = batch()
-    loss = float(method(tuple(views), torch.arange(BATCH), draw).loss.detach())
+    views, now = batch()
+    loss = float(method(tuple(views), torch.arange(BATCH), now).loss.detach())
     assert loss == pytest.approx(method.chance_loss, abs=1.0)
 
 
@@ -182,9 +182,9 @@ def test_an_image_that_is_twice_in_a_batch_is_no_negative_of_itself():
     """A bad image's substitute may be there already: at 2N - 2 negatives it has two fewer."""
     _, grouped = small_encoder()
     method = build(grouped, whole=True)
-    views, draw = batch()
+    views, now = batch()
     twice = torch.tensor([*range(BATCH - 1), 0])
-    output = method(tuple(views), twice, draw)
+    output = method(tuple(views), twice, now)
     a, b = (torch.nn.functional.normalize(v, dim=1) for v in method.encoder(
         torch.cat([*views])).detach().chunk(2))  # fmt: skip
     queries, keys, owners = torch.cat([a, b]), torch.cat([b, a]), torch.cat([twice, twice])

@@ -74,10 +74,12 @@ def test_default_sizes_shrink_to_small_data(images, batch, queue):
 @given(st.integers(64, 10**7), st.sampled_from(sorted(recipes.RECIPES)))
 def test_fitted_sizes_are_possible(images, recipe):
     settings, _ = fit(recipes.by_name(recipe), images)
-    batch, queue = settings.train.batch_size, settings.method.queue_size
+    batch = settings.train.batch_size
+    queue, default = (
+        getattr(one.method, "queue_size", None) for one in (settings, recipes.by_name(recipe))
+    )
     assert 2 <= batch <= images
     assert batch <= max(images / 4, 2 * settings.method.group_size)
-    default = recipes.by_name(recipe).method.queue_size
     assert queue == default or (
         queue is not None and queue >= batch and (queue <= images / 10 or queue == batch)
     )

@@ -33,7 +33,7 @@ SETTINGS = {
     "data.labels": "none",  # no scores: their views are float32
 }
 SHORT = SETTINGS | {"train.epochs": 1}
-ENDTOEND = {"method.name": "simclr", "method.queue_size": None, "method.symmetric": True}
+ENDTOEND = {"method.name": "simclr", "method.symmetric": True}
 WHOLE = {"method.batch_norm": "whole", "optim.name": "lars", "optim.lr": 0.3}
 PLUS = {"net.head": "mlp_bn", "net.predictor": True, "method.symmetric": True} | {
     "method.batch_norm": "whole", "method.momentum_schedule": "cosine", "method.enqueue": "one"
@@ -41,7 +41,7 @@ PLUS = {"net.head": "mlp_bn", "net.predictor": True, "method.symmetric": True} |
 V1 = {"net.head": "linear", "method.temperature": 0.07, "method.momentum": 0.99}
 EIGHT_GROUPS = {"train.batch_size": 64, "train.epochs": 10}
 PARTIAL = {"data.last": "keep", "train.batch_size": 24, "train.epochs": 3}  # 6 of 24, 1 of 16
-BANK = {"method.name": "memorybank", "method.queue_size": None, "method.temperature": 0.5}
+BANK = {"method.name": "memorybank", "method.temperature": 0.5}
 
 
 def pretrain_recorded(data, out, settings, dtype="float64", patch=setattr):

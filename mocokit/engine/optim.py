@@ -4,7 +4,7 @@ LARS as SimCLR uses it: each layer's step is as long as its weights, not as its 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class Schedule:
 
 def build_optimizer(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    groups: Iterable[Mapping[str, Any]],
     lr: float,
     momentum: float,
     weight_decay: float,
@@ -60,22 +60,28 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """SGD (no Nesterov) or AdamW on all parameters alike, fused where the device allows; or LARS.
 
-    The weight decay covers batch norm and biases too, as in the authors' code; not with LARS.
+    The weight decay covers batch norm and biases too, as in the authors' code; not with LARS. Each
+    of `groups` has `params`, and may have a `weight_decay` and a `trust` of its own; see `set_lr`
+    for `lr_scale` and `fixed_lr`.
     """
-    parameters = [p for p in parameters if p.requires_grad]
+    parameters = [dict(group) for group in groups]
     if name == "lars":
         return LARS(parameters, lr, momentum, weight_decay, trust)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-    options["fused" if parameters[0].is_cuda else "foreach"] = True
+    options["fused" if parameters[0]["params"][0].is_cuda else "foreach"] = True
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options)
     return torch.optim.SGD(parameters, momentum=momentum, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Give every parameter group this learning rate, times its `lr_scale` where it has one.
+
+    A group with `fixed_lr` keeps the rate that it was built with.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if not group.get("fixed_lr", False):
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 class LARS(torch.optim.Optimizer):
@@ -89,7 +95,7 @@ class LARS(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
@@ -105,7 +111,12 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             moved: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             layers, others = [p for p in moved if p.ndim > 1], [p for p in moved if p.ndim <= 1]
-            if layers:
+            if layers and not group["trust"]:  # a group that is not adapted, but decays
+                decayed = torch._foreach_add(
+                    _gradients(layers), layers, alpha=group["weight_decay"]
+                )
+                self._move(layers, list(decayed), group)
+            elif layers:
                 steps = _adapted(layers, group["weight_decay"], group["trust"])
                 self._move(layers, steps, group)
             if others:

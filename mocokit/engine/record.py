@@ -126,11 +126,13 @@ class Progress:
         done = step - self._first
         left = (time.monotonic() - self._start) / max(done, 1) * (self._total - step)
         width = len(str(self._total))
+        chance, contrast = values.get("chance_loss"), values.get("contrast_top1")
         parts = [
             f"step {step:{width}d}/{self._total}",
             f"epoch {(step - 1) // self._per_epoch + 1}",
-            f"loss {values['loss']:.3f} (chance {values['chance_loss']:.2f})",
-            f"contrast {values['contrast_top1']:4.0%}",
+            f"loss {values['loss']:.3f}"
+            + (f" (chance {chance:.2f})" if chance is not None else ""),
+            *([f"contrast {contrast:4.0%}"] if contrast is not None else []),
             f"{values['images_per_s']:,.0f} images/s",
             f"data wait {values['data_wait']:.0%}",
             f"{clock(left)} left",

@@ -5,53 +5,46 @@ v1, section 3.3). So the same images are contrasted twice, with the groups as th
 with the keys in other groups: what an honest network knows does not depend on its companions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocokit.methods.method import Draw, Method
-from mocokit.methods.processes import rank_and_world
+from mocokit.methods.method import Method, Step
 from mocokit.nets.batchnorm import one_statistics_update
 
-Step = tuple[Any, Tensor, Draw]  # views, numbers of the images, chance
+TOP1 = "contrast_top1"
 
-
-def has_groups(method: Method) -> bool:
-    """Whether keys are cut into groups that could be drawn anew.
-
-    Where one batch norm spans the whole batch and all negatives come from it, none is given away.
-    """
-    grouped = hasattr(method, "shuffle") and hasattr(method, "count_groups")
-    if not getattr(method, "whole", False):
-        return grouped
-    # A process's share then need not be whole groups, and its layers wait for the others.
-    return grouped and hasattr(method, "queue") and rank_and_world()[1] == 1
+Coming = tuple[Any, Tensor, Step]  # views, numbers of the images, the step
 
 
 @torch.no_grad()
 def contrast_by_grouping(
-    method: Method, steps: Iterable[Step], precision: Callable[[], AbstractContextManager[object]]
-) -> dict[str, float]:
+    method: Method, steps: Iterable[Coming], precision: Callable[[], AbstractContextManager[object]]
+) -> dict[str, Any]:
     """Contrast accuracy over some steps as trained, and with keys in other groups.
+
+    Of a method with KeyGroups. Without a metric `contrast_top1` there is nothing to compare.
 
     Nothing of the method changes, running statistics included. With several processes all of them
     call it, with their own shares.
     """
     trained, regrouped, images = [], [], 0
-    for views, index, draw in steps:
+    for views, index, step in steps:
         with one_statistics_update(method, 0), precision():
-            images += draw.images
+            images += step.images
             here = len(index)
-            top1 = method(views, index, draw).metrics["contrast_top1"].float()
-            trained.append(top1 * here)
-            with _other_groups(method):
-                other = Draw(draw.seed, draw.step + 2**40, draw.images)  # a step no run reaches
-                top1 = method(views, index, other).metrics["contrast_top1"].float()
-                regrouped.append(top1 * here)
+            metrics = method(views, index, step).metrics
+            if TOP1 not in metrics:
+                return {"leak_unchecked": f"the method records no {TOP1}"}
+            trained.append(metrics[TOP1].float() * here)
+            with method.regrouped():
+                other = replace(step, number=step.number + 2**40)  # a step no run reaches
+                regrouped.append(method(views, index, other).metrics[TOP1].float() * here)
     values = torch.stack([torch.stack(trained).sum(), torch.stack(regrouped).sum()])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values)
@@ -61,19 +54,3 @@ def contrast_by_grouping(
         "contrast_regrouped": otherwise,
         "contrasted_images": float(images),
     }
-
-
-@contextmanager
-def _other_groups(method: Any) -> Iterator[None]:
-    """Keys shuffled over at least two groups."""
-    shuffle, count, whole = method.shuffle, method.count_groups, getattr(method, "whole", None)
-    method.shuffle = True
-    method.count_groups = lambda images: max(2, count(images))
-    if whole is not None:
-        method.whole = False
-    try:
-        yield
-    finally:
-        method.shuffle, method.count_groups = shuffle, count
-        if whole is not None:
-            method.whole = whole

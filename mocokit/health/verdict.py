@@ -197,6 +197,8 @@ def _well(steps: Lines, health: Health) -> str:
     if "contrast_regrouped" in health:
         trained, other = health["contrast_trained"], health["contrast_regrouped"]
         parts.append(f"contrast {trained:.0%}, and {other:.0%} in other groups")
+    elif "leak_unchecked" in health:
+        parts.append(f"statistics leak not checked: {health['leak_unchecked']}")
     return ", ".join(parts)
 
 

@@ -13,12 +13,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mocokit.methods.pieces import GroupPlan
+from mocokit.methods.processes import gather_with_gradient
 from mocokit.methods.similarity import Negatives
 
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A loss at a temperature. `coupled` says that queries do not enter it one by one."""
+    """A loss at a temperature; with `coupled`, one query's part depends on the other queries."""
 
     temperature: float
     coupled: ClassVar[bool] = False
@@ -34,7 +36,7 @@ class Loss(ABC):
         (n,) for each of `temperatures`, number of negatives (n,)."""
 
     def by_chance(self, negatives: int) -> float:
-        """Its value where all vectors are equally alike: nothing is told from anything."""
+        """The loss of an encoder that maps every image to the same point."""
         level = torch.zeros(1, dtype=torch.float64)
         sums = [level + math.log(negatives)] * len(self.temperatures)
         return float(self(level, sums, level + negatives))
@@ -144,8 +146,8 @@ def nt_xent(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     a (N, C), b (N, C), unit vectors of the two views. SimCLR (arXiv 2002.05709), eq. 1.
     """
     views = torch.cat([a, b])  # (2N, C)
-    own = torch.arange(len(a), device=a.device).repeat(2)
-    compared = Negatives(views, own).compare(views, [temperature], own)
+    images = torch.arange(len(a), device=a.device).repeat(2)
+    compared = Negatives(views, images).compare(views, [temperature], images)
     positive = dots(views, torch.cat([b, a]))
     return InfoNCE(temperature)(positive, compared.log_sums, compared.number)
 
@@ -159,9 +161,9 @@ def nce(
     `images` (n, m); probabilities are exp(similarity / temperature) / constant, noise is uniform.
     """
     noise = negatives.shape[1] / images
-    own, others = ((s / temperature).exp() / constant for s in (positive, negatives))
-    log_own = torch.log(own / (own + noise))
-    log_noise = torch.log(noise / (others + noise)).sum(1)
+    of_own, of_drawn = ((s / temperature).exp() / constant for s in (positive, negatives))
+    log_own = torch.log(of_own / (of_own + noise))
+    log_noise = torch.log(noise / (of_drawn + noise)).sum(1)
     return -(log_own + log_noise).mean()
 
 
@@ -169,3 +171,60 @@ def dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows (n, C) and rows (n, C): (n,), outside autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return (a * b).sum(1)
+
+
+class Contrast:
+    """Compares the queries of a step, all at once or piece by piece, and keeps their metrics.
+
+    `queries` of each image. A loss is this process's share: its mean over the processes, however
+    uneven their shares are, is the mean over all queries of the global batch.
+    """
+
+    def __init__(self, loss: Loss, plan: GroupPlan, queries: int = 1) -> None:
+        self.loss, self.plan, self.queries = loss, plan, queries
+        self._seen = 0.0  # 1 for each direction in which all queries came
+        self._top1: list[Tensor] = []
+        self._moments: list[Tensor] = []
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Negatives,
+        query_images: Tensor | None = None,
+    ) -> Tensor:
+        """query (n, C) against key (n, C) and negatives; query_images (n,): see Negatives."""
+        positive = dots(query, key)
+        sums, hardest, number = negatives.compare(query, self.loss.temperatures, query_images)
+        self.record(query, positive, hardest)
+        if self.loss.coupled:
+            counts = [self.queries * count for count in self.plan.counts]
+            positive, number, *all_sums = (
+                gather_with_gradient(part, counts) for part in (positive, number, *sums)
+            )
+            return self.loss(positive, all_sums, number)
+        weight = len(query) * self.plan.world / (self.queries * self.plan.images)
+        return self.loss(positive, sums, number) * weight
+
+    @torch.no_grad()
+    def record(self, query: Tensor, positive: Tensor, hardest: Tensor) -> None:
+        """Take a piece into the metrics."""
+        rows = self.plan.rows
+        share = len(query) / (self.queries * (rows.stop - rows.start))
+        self._seen += share
+        self._top1.append((positive > hardest).to(query.dtype).mean() * share)
+        query = query.detach()
+        self._moments.append(torch.stack([query.mean(0), query.square().mean(0)]) * share)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """How many of this process's queries are nearest to their key, and how far they spread."""
+        return {
+            "contrast_top1": torch.stack(self._top1).sum() / self._seen,
+            "feature_std": self._spread(),
+        }
+
+    def _spread(self) -> Tensor:
+        """Deviation of unit vectors: 1 where they fill the sphere, 0 where collapsed to a point."""
+        mean, square = torch.stack(self._moments).sum(0) / self._seen
+        deviation: Tensor = (square - mean.square()).clamp_min(0).sqrt().mean()
+        return deviation * math.sqrt(len(mean))

@@ -5,22 +5,21 @@ InstDisc (arXiv 1805.01978), and the improved bank that MoCo compares itself wit
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mocokit.chance import Slot
-from mocokit.methods.contrast import Contrast
-from mocokit.methods.gradients import loss_in_pieces
-from mocokit.methods.losses import Loss, dots, nce
-from mocokit.methods.method import Draw, Method, Output, Views
+from mocokit.methods.losses import LOSSES, Contrast, InfoNCE, Loss, dots, nce
+from mocokit.methods.method import Context, Method, NoLeak, Output, Step, ViewRole, Views
 from mocokit.methods.parts import Bank
-from mocokit.methods.pieces import Encoding, GroupPlan
+from mocokit.methods.pieces import Encoding, GroupPlan, loss_in_pieces
 from mocokit.methods.processes import gather, sum_over_processes
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.settings.methods import MemoryBankSettings
 from mocokit.transfer import to_device
 
 # Of queries (n, C) and the numbers of their images (n,): the loss, and NCE's constant.
@@ -44,7 +43,9 @@ class MemoryBank(Method):
     move by `momentum` towards what was computed, after the scores.
     """
 
-    views = 1
+    settings = MemoryBankSettings
+    views = (ViewRole("query"),)
+    leak = NoLeak("a key is an entry of the bank, computed an epoch ago among other images")
     constant: Tensor
 
     def __init__(
@@ -70,11 +71,28 @@ class MemoryBank(Method):
         self.count_groups, self.whole = count_groups, whole
         self.micro_batch, self.chunk = micro_batch, chunk
 
-    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
+    @classmethod
+    def build(cls, settings: MemoryBankSettings, context: Context) -> Self:
+        return cls(
+            context.encoder,
+            # With NCE, the class that holds its temperature; its own formula is `nce`.
+            loss=LOSSES.get(settings.loss, InfoNCE)(settings.temperature),
+            images=context.images,
+            dim=context.dim,
+            negatives=settings.bank_negatives,
+            momentum=settings.bank_momentum,
+            count_groups=context.count_groups,
+            noise=settings.loss == "nce",
+            whole=settings.batch_norm == "whole",
+            micro_batch=context.micro_batch,
+            chunk=settings.chunk,
+        )
+
+    def forward(self, views: Sequence[Views], index: Tensor, step: Step) -> Output:
         (view,) = views
-        plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
+        plan = GroupPlan(step.images, self.count_groups(step.images), self.micro_batch, self.whole)
         contrast = Contrast(self.loss, plan)
-        compare = (self._against_noise if self.noise else self._against_bank)(draw, contrast)
+        compare = (self._against_noise if self.noise else self._against_bank)(step, contrast)
         vectors, constants = [], []
 
         def loss_of(query: Tensor, rows: slice) -> Tensor:
@@ -88,57 +106,60 @@ class MemoryBank(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
-            undivided=plan.undivided(),
+            in_one_piece=plan.in_one_piece(),
             # NCE's constant is estimated from all scores of the first batch.
-            together=self.loss.coupled or self.noise,
-            scale=self.loss_scale,
+            whole_batch_loss=self.loss.coupled or self.noise,
+            scale=step.loss_scale,
         )
-        own = torch.cat(vectors)
-        seen = Seen(gather(own, plan.counts), gather(index, plan.counts), constants[-1])
+        here = torch.cat(vectors)
+        seen = Seen(gather(here, plan.counts), gather(index, plan.counts), constants[-1])
         return Output(loss, contrast.metrics(), seen)
 
     def update(self, keep: Seen, step: int, progress: float) -> None:
         self.bank.blend(keep.images, keep.vectors, self.momentum)
         self.constant.copy_(keep.constant)
 
-    def _against_bank(self, draw: Draw, contrast: Contrast) -> Compare:
+    def _against_bank(self, step: Step, contrast: Contrast) -> Compare:
         """The loss of queries against the bank as it is, or against a part that is drawn."""
         rows = self.bank.rows
         if self.negatives is None:
-            owners = torch.arange(len(rows), device=rows.device)
-            negatives = Negatives(rows, owners, self.chunk)
+            row_images = torch.arange(len(rows), device=rows.device)
+            negatives = Negatives(rows, row_images, self.chunk)
         else:
-            owners = self._draw(draw, self.negatives, rows.device)
-            negatives = Negatives(rows[owners], owners, self.chunk)
-        return lambda query, own: (contrast(query, rows[own], negatives, own), self.constant)
+            row_images = self._draw(step, self.negatives, rows.device)
+            negatives = Negatives(rows[row_images], row_images, self.chunk)
+        return lambda query, images: (
+            contrast(query, rows[images], negatives, images),
+            self.constant,
+        )
 
-    def _against_noise(self, draw: Draw, contrast: Contrast) -> Compare:
+    def _against_noise(self, step: Step, contrast: Contrast) -> Compare:
         """InstDisc's NCE of all of this process's queries, and its constant."""
         rows, size, plan = self.bank.rows, len(self.bank.rows), contrast.plan
         count = self.negatives or size
-        drawn = self._draw(draw, plan.images * count, rows.device).view(plan.images, count)
+        drawn = self._draw(step, plan.images * count, rows.device).view(plan.images, count)
 
-        def compare(query: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        def compare(query: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
             with torch.autocast(query.device.type, enabled=False):
-                others = torch.bmm(rows[drawn[plan.own]], query[:, :, None])[:, :, 0]  # (n, m)
-            positive = dots(query, rows[own])
-            contrast.record(query, positive, others.detach().amax(1))
-            constant = self._constant(positive, others, plan)
+                noise = torch.bmm(rows[drawn[plan.rows]], query[:, :, None])[:, :, 0]  # (n, m)
+            positive = dots(query, rows[images])
+            contrast.record(query, positive, noise.detach().amax(1))
+            constant = self._constant(positive, noise, plan)
             weight = len(query) * plan.world / plan.images
-            loss = nce(positive, others, size, self.loss.temperature, constant) * weight
+            loss = nce(positive, noise, size, self.loss.temperature, constant) * weight
             return loss, constant
 
         return compare
 
-    def _draw(self, draw: Draw, count: int, device: torch.device) -> Tensor:
+    def _draw(self, step: Step, count: int, device: torch.device) -> Tensor:
         """Numbers of `count` images of the data, with replacement."""
-        numbers = (draw(Slot.BANK_NEGATIVES, count) * len(self.bank.rows)).astype(np.int64)
+        numbers = (step.draw(Slot.BANK_NEGATIVES, count) * len(self.bank.rows)).astype(np.int64)
         return to_device(numbers, device)
 
     @torch.no_grad()
-    def _constant(self, positive: Tensor, others: Tensor, plan: GroupPlan) -> Tensor:
+    def _constant(self, positive: Tensor, noise: Tensor, plan: GroupPlan) -> Tensor:
         """NCE's Z, estimated once from the first batch: N times the mean of exp(s / t)."""
-        scores = torch.cat([positive[:, None], others], 1) / self.loss.temperature
+        scores = torch.cat([positive[:, None], noise], 1) / self.loss.temperature
         total = sum_over_processes(scores.exp().sum())
         estimate = total / (plan.images * scores.shape[1]) * len(self.bank.rows)
         return torch.where(self.constant > 0, self.constant, estimate)

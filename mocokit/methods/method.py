@@ -1,20 +1,41 @@
-"""What the loop asks of a method: forward computes, update changes."""
+"""The contract of a method: what it declares, and the two functions that the loop calls.
+
+`forward` computes and changes nothing; `update` changes what follows from a step. Everything else
+that the package asks a method for is declared here by name. docs/adding/method.md has an example.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, ClassVar, NamedTuple, NotRequired, Protocol, Self, TypedDict, overload
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocokit import chance
+from mocokit.methods.parts import Queue
 from mocokit.nets.heads import Encoder
+from mocokit.settings.methods import MethodSettings
+
+__all__ = [
+    "Context",
+    "KeyGroups",
+    "Method",
+    "MethodSettings",
+    "NoLeak",
+    "Output",
+    "Step",
+    "ViewRole",
+    "Views",
+    "as_float",
+]
 
 
 class Views(Protocol):
-    """One view of each of n images: a tensor (n, 3, S, S), or what makes some of it when asked."""
+    """One view of each of n images: a tensor (n, 3, S, S), or an object that makes it on demand."""
 
     def __len__(self) -> int: ...
 
@@ -24,38 +45,92 @@ class Views(Protocol):
     def __getitem__(self, rows: NDArray[Any]) -> Tensor: ...
 
 
+class ViewRole(NamedTuple):
+    """One view of each image: its name, and how it differs from the settings `views`."""
+
+    name: str  # as the contact sheet shows it
+    key: bool = False  # whether a key is made of it
+    changes: Mapping[str, Any] = {}  # of `views.*`, such as {"size": 96, "crop_area": (0.05, 0.14)}
+
+
+QUERY_AND_KEY = (ViewRole("query"), ViewRole("key", key=True))
+
+
+class KeyGroups(NamedTuple):
+    """Keys are normalised in groups, which `Method.regrouped` can draw anew."""
+
+
+class NoLeak(NamedTuple):
+    """Why batch statistics cannot give a query its key away, or why that is not checked."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step, the same on every process; `draw` gives its chance numbers."""
+
+    seed: int
+    number: int  # counted from 0
+    images: int  # in the global batch
+    loss_scale: float = 1.0  # the loop multiplies the loss by it before it is differentiated
+
+    def draw(self, slot: int, count: int) -> NDArray[np.float64]:
+        """`count` numbers in [0, 1) for this purpose."""
+        return chance.uniform(self.seed, self.number, np.arange(count), 0, slot)
+
+
 class Output(NamedTuple):
     """What a forward gives: the loss to differentiate, metrics to record, and what update needs."""
 
     loss: Tensor  # scalar; its mean over the processes is the mean over the global batch
-    metrics: dict[str, Tensor]  # detached scalars, of this process's images
-    keep: Any  # handed to update() after the optimiser's step
+    metrics: dict[str, Tensor]  # detached scalars by any name, of this process's images
+    keep: Any = None  # handed to update() after the optimiser's step
+
+
+class ParameterGroup(TypedDict):
+    """Parameters that the optimiser treats alike; what is absent follows from `optim.*`."""
+
+    params: list[nn.Parameter]
+    lr_scale: NotRequired[float]  # times the schedule's learning rate
+    fixed_lr: NotRequired[bool]  # the schedule does not lower it
+    weight_decay: NotRequired[float]
+    trust: NotRequired[float]  # lars: 0 leaves the gradient as it is
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The chance numbers of a step, the same on every process."""
+class Context:
+    """What `Method.build` makes a method of, besides the method's own settings."""
 
-    seed: int
-    step: int
-    images: int  # in the global batch
-
-    def __call__(self, slot: int, count: int) -> NDArray[Any]:
-        """`count` numbers in [0, 1) for this purpose."""
-        import numpy as np
-
-        return chance.uniform(self.seed, self.step, np.arange(count), 0, slot)
+    encoder: Encoder  # with its first weights
+    dim: int  # of queries and keys
+    images: int  # in the data
+    batch_size: int  # over all processes
+    count_groups: Callable[[int], int]  # batch-norm groups of a batch of so many images
+    predictor: Callable[[], nn.Module | None]  # as `net.predictor` has it; drawn when called
+    micro_batch: int | None = None
 
 
 class Method(nn.Module, ABC):
     """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
 
+    settings: ClassVar[type[MethodSettings]]
     encoder: Encoder
-    views = 2  # of each image, that a forward wants
-    loss_scale = 1.0  # what the loop multiplies the loss by before it is differentiated
+    views: ClassVar[tuple[ViewRole, ...]] = QUERY_AND_KEY
+    clip: float | None = None  # the largest norm of all gradients together
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: Any, context: Context) -> Self:
+        """The method that its settings, an instance of `cls.settings`, describe; on the CPU."""
+
+    @classmethod
+    def roles(cls, settings: Any) -> tuple[ViewRole, ...]:
+        """The views of each image that forward is given under these settings, in order."""
+        return cls.views
 
     @abstractmethod
-    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
+    def forward(self, views: Sequence[Views], index: Tensor, step: Step) -> Output:
         """Views of this process's images, each (n, 3, S, S), and the images' numbers (n,).
 
         Changes no parameter, queue or bank; only running batch-norm statistics move.
@@ -63,28 +138,60 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def update(self, keep: Any, step: int, progress: float) -> None:
-        """After the optimiser's step, and only if it was taken: what follows from it."""
+        """After the optimiser's step, and only if it was taken: what follows from it.
 
-    def encoder_replaced(self) -> None:
-        """The encoder was given other weights before the first step: take them over."""
-
-    def trained(self) -> list[nn.Parameter]:
-        """What the optimiser changes."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    def health(self) -> dict[str, float]:
-        """State worth recording that is not a metric of the batch."""
-        return {}
+        progress in (0, 1]: the share of the run that is done.
+        """
 
     @property
     @abstractmethod
-    def chance_loss(self) -> float:
-        """The loss of an encoder that tells nothing apart, such as ln(1 + K)."""
+    def leak(self) -> KeyGroups | NoLeak:
+        """How batch statistics could give a query its key away (MoCo v1, section 3.3).
+
+        Either keys are normalised in groups that can be drawn anew, or why nothing leaks.
+        """
+
+    def regrouped(self) -> AbstractContextManager[None]:
+        """Within it, keys are normalised in other groups than in training, at least two.
+
+        Needed with KeyGroups alone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has KeyGroups and no regrouped()")
+
+    @property
+    def queues(self) -> Mapping[str, Queue]:
+        """Past keys, by name; empty where there are none."""
+        return {}
+
+    @property
+    def compiled(self) -> Iterable[nn.Module]:
+        """The modules worth compiling: their forwards are most of a step."""
+        return [part for part in self.children() if isinstance(part, Encoder)]
+
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss of an encoder that maps every image to the same point, such as ln(1 + K)."""
+        return None
 
     @property
     @abstractmethod
     def expectation(self) -> str:
         """What a person should expect of the loss, in a few sentences."""
+
+    def encoder_replaced(self) -> None:
+        """The encoder was given other weights before the first step: copy them where needed."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimiser changes."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The parameters that the optimiser changes, in groups that it treats alike."""
+        return [{"params": self.trained()}]
+
+    def health(self) -> dict[str, float]:
+        """State worth recording that is not a metric of the batch."""
+        return {}
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -1,13 +1,30 @@
 """Momentum contrast: MoCo v1 (arXiv 1911.05722) and v2 (arXiv 2003.04297).
 
-The method is the paper's Algorithm 1 with its second half moved to `update`: the loss is computed
-from the queue and key encoder as they are, then both follow. That is the same sequence of numbers.
+The algorithm, for a batch of N images and a queue of K keys, both of C dimensions:
+
+    q = normalise(encoder(query_view))                              # (N, C)
+    with no_grad(): k = normalise(key_encoder(key_view))            # (N, C)
+    logits = cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1)    # (N, 1 + K)
+    loss = cross_entropy(logits / temperature, zeros(N))            # InfoNCE, equation 1
+    loss.backward(); optimizer.step()
+    key_weights = m * key_weights + (1 - m) * weights               # equation 2
+    queue = cat([queue, k])[N:]                                     # the oldest keys leave
+
+`forward` is the first four lines, `update` the last two; the loop (train.py) has the one between
+them. Where to read on:
+
+    parts.py        the queue, and how the key encoder follows
+    losses.py       InfoNCE and its relatives
+    pieces.py       keys shuffled over batch-norm groups; a step in pieces, to save memory
+    processes.py    one batch on several processes
+    similarity.py   negatives all at once, or a chunk at a time
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -15,28 +32,35 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mocokit.chance import Slot
-from mocokit.methods.contrast import Contrast
-from mocokit.methods.gradients import loss_in_pieces
-from mocokit.methods.losses import Loss
-from mocokit.methods.method import Draw, Method, Output, Views
+from mocokit.methods.losses import LOSSES, Contrast, Loss
+from mocokit.methods.method import Context, KeyGroups, Method, NoLeak, Output, Step, Views
 from mocokit.methods.parts import Queue, follow
-from mocokit.methods.pieces import Encoding, GroupPlan, taken
-from mocokit.methods.processes import gather
+from mocokit.methods.pieces import (
+    Encoding,
+    GroupPlan,
+    keys_regrouped,
+    loss_in_pieces,
+    shuffled_rows,
+)
+from mocokit.methods.processes import gather, rank_and_world
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.settings.methods import MoCoSettings
 from mocokit.transfer import to_device
 
 
 class MoCo(Method):
     """A query encoder, a slowly following key encoder, and a queue of its past keys as negatives.
 
-    `count_groups` tells into how many batch-norm groups a global batch is cut, `whole` that it is
-    not cut; `micro_batch` does a step in pieces of whole groups. `symmetric` lets each view be
-    query once and key once, against the same queue, and adds the two losses, as the authors' CIFAR
-    notebook does; `enqueue` then says whether the keys of both views join the queue or those of one
-    of them, drawn at random. `predictor` comes after the query's head alone, and
-    `momentum_to_one` lets the key momentum rise to 1 by a cosine over the run (MoCo v2+).
+    `count_groups` gives the number of batch-norm groups of a global batch. With `whole` the batch
+    is one group over all processes. `micro_batch` does a step in pieces of whole groups. With
+    `symmetric` each view is query once and key once, against the same queue, and the two losses are
+    added, as in the authors' CIFAR notebook. `enqueue` then says whether the keys of both views
+    join the queue, or those of one view, drawn at random. `predictor` follows the query's head
+    alone. With `momentum_to_one` the key momentum rises to 1 by a cosine over the run (MoCo v2+).
     """
+
+    settings = MoCoSettings
 
     def __init__(
         self,
@@ -60,24 +84,46 @@ class MoCo(Method):
         self.encoder = encoder
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = nn.Identity() if predictor is None else predictor
-        self.queue = Queue(queue_size, dim)
+        keys_per_image = 2 if symmetric and enqueue == "both" else 1
+        self.queue = Queue(queue_size, dim, keys_per_image)
         self.loss, self.momentum, self.momentum_to_one = loss, momentum, momentum_to_one
         self.count_groups, self.whole, self.micro_batch = count_groups, whole, micro_batch
         self.shuffle, self.symmetric, self.enqueue, self.chunk = shuffle, symmetric, enqueue, chunk
         self._current_momentum = momentum
 
-    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
-        plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
+    @classmethod
+    def build(cls, settings: MoCoSettings, context: Context) -> Self:
+        momentum = settings.key_momentum(context.batch_size)
+        assert momentum is not None
+        return cls(
+            context.encoder,
+            loss=LOSSES[settings.loss](settings.temperature),
+            dim=context.dim,
+            queue_size=settings.queue_size,
+            momentum=momentum,
+            count_groups=context.count_groups,
+            predictor=context.predictor(),
+            momentum_to_one=settings.momentum_schedule == "cosine",
+            whole=settings.batch_norm == "whole",
+            shuffle=settings.shuffle,
+            symmetric=settings.symmetric,
+            enqueue=settings.enqueue,
+            micro_batch=context.micro_batch,
+            chunk=settings.chunk,
+        )
+
+    def forward(self, views: Sequence[Views], index: Tensor, step: Step) -> Output:
+        plan = GroupPlan(step.images, self.count_groups(step.images), self.micro_batch, self.whole)
         turns = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]
-        order = plan.key_permutation(draw, self.shuffle)
+        order = plan.key_permutation(step, self.shuffle)
         keys = [self.keys(views[key], plan, order) for _, key in turns]  # each (B, C)
         contrast = Contrast(self.loss, plan)
         losses = [
-            self.contrast(views[query], key[plan.own], plan, contrast)
+            self.contrast(views[query], key[plan.rows], plan, contrast, step.loss_scale)
             for (query, _), key in zip(turns, keys, strict=True)
         ]
         loss = torch.stack(losses).sum()
-        return Output(loss, contrast.metrics(), self.to_enqueue(keys, draw))
+        return Output(loss, contrast.metrics(), self.to_enqueue(keys, step))
 
     def update(self, keep: Tensor, step: int, progress: float) -> None:
         self._current_momentum = self.momentum_at(progress)
@@ -87,11 +133,14 @@ class MoCo(Method):
     @torch.no_grad()
     def keys(self, view: Views, plan: GroupPlan, order: NDArray[np.int64]) -> Tensor:
         """Keys (B, C) of the global batch, encoded in shuffled groups, in the batch's order."""
-        encoding = Encoding([self.key_encoder], taken(view, order, plan))
-        keys = gather(encoding.all(plan.pieces()), plan.counts)
+        encoding = Encoding([self.key_encoder], shuffled_rows(view, order, plan))
+        keys = gather(encoding.encode_all(plan.pieces()), plan.counts)
+        # argsort of a permutation is its inverse.
         return keys[to_device(np.argsort(order), keys.device)]
 
-    def contrast(self, view: Views, key: Tensor, plan: GroupPlan, contrast: Contrast) -> Tensor:
+    def contrast(
+        self, view: Views, key: Tensor, plan: GroupPlan, contrast: Contrast, loss_scale: float
+    ) -> Tensor:
         """The loss of this process's queries against their keys (n, C) and the queue."""
         negatives = Negatives(self.queue.rows, chunk=self.chunk)
 
@@ -104,15 +153,15 @@ class MoCo(Method):
             plan.pieces(),
             loss_of,
             self.trained(),
-            undivided=plan.undivided(),
-            together=self.loss.coupled,
-            scale=self.loss_scale,
+            in_one_piece=plan.in_one_piece(),
+            whole_batch_loss=self.loss.coupled,
+            scale=loss_scale,
         )
 
-    def to_enqueue(self, keys: list[Tensor], draw: Draw) -> Tensor:
+    def to_enqueue(self, keys: list[Tensor], step: Step) -> Tensor:
         """The keys that join the queue after this step."""
         if self.enqueue == "one":
-            return keys[int(draw(Slot.ENQUEUE, 1)[0] * len(keys))]
+            return keys[int(step.draw(Slot.ENQUEUE, 1)[0] * len(keys))]
         return torch.cat(keys)
 
     def momentum_at(self, progress: float) -> float:
@@ -123,6 +172,20 @@ class MoCo(Method):
 
     def encoder_replaced(self) -> None:
         follow(self.key_encoder, self.encoder, 0.0)
+
+    @property
+    def leak(self) -> KeyGroups | NoLeak:
+        if self.whole and rank_and_world()[1] > 1:
+            # A process's share need not be whole groups, and its layers wait for the others.
+            return NoLeak("one batch norm spans several processes")
+        return KeyGroups()
+
+    def regrouped(self) -> AbstractContextManager[None]:
+        return keys_regrouped(self)
+
+    @property
+    def queues(self) -> Mapping[str, Queue]:
+        return {"queue": self.queue}
 
     def health(self) -> dict[str, float]:
         return {

@@ -11,14 +11,16 @@ class Queue(nn.Module):
     """The latest keys, first in, first out: `rows` (K, C), unit vectors, kept in checkpoints.
 
     Starts with random unit vectors (MoCo v1, the authors' code); `filled` counts real keys so far.
+    `keys_per_image` join in each step.
     """
 
     rows: Tensor
     pointer: Tensor
     filled: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, keys_per_image: int = 1) -> None:
         super().__init__()
+        self.keys_per_image = keys_per_image
         self.register_buffer("rows", F.normalize(torch.randn(size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))

@@ -5,19 +5,35 @@ SimCLR (arXiv 2002.05709), and the end-to-end mechanism that MoCo compares itsel
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mocokit.methods.contrast import Contrast
-from mocokit.methods.gradients import loss_in_pieces
-from mocokit.methods.losses import Loss
-from mocokit.methods.method import Draw, Method, Output, Views
-from mocokit.methods.pieces import Encoding, GroupPlan, taken
+from mocokit.methods.losses import LOSSES, Contrast, Loss
+from mocokit.methods.method import (
+    Context,
+    KeyGroups,
+    Method,
+    NoLeak,
+    Output,
+    Step,
+    ViewRole,
+    Views,
+)
+from mocokit.methods.pieces import (
+    Encoding,
+    GroupPlan,
+    keys_regrouped,
+    loss_in_pieces,
+    shuffled_rows,
+)
 from mocokit.methods.processes import gather, gather_with_gradient
 from mocokit.methods.similarity import Negatives
 from mocokit.nets.heads import Encoder
+from mocokit.settings.methods import SimCLRSettings
 from mocokit.transfer import to_device
 
 
@@ -31,6 +47,9 @@ class SimCLR(Method):
     `micro_batch` does a step in pieces of whole groups, so that its memory does not grow with the
     batch.
     """
+
+    settings = SimCLRSettings
+    views = (ViewRole("first"), ViewRole("second", key=True))
 
     def __init__(
         self,
@@ -51,45 +70,68 @@ class SimCLR(Method):
         self.whole, self.shuffle, self.symmetric = whole, shuffle, symmetric
         self.micro_batch, self.chunk = micro_batch, chunk
 
-    def forward(self, views: Sequence[Views], index: Tensor, draw: Draw) -> Output:
-        plan = GroupPlan(draw.images, self.count_groups(draw.images), self.micro_batch, self.whole)
-        order = plan.key_permutation(draw, self.shuffle)
+    @classmethod
+    def build(cls, settings: SimCLRSettings, context: Context) -> Self:
+        return cls(
+            context.encoder,
+            loss=LOSSES[settings.loss](settings.temperature),
+            count_groups=context.count_groups,
+            batch_size=context.batch_size,
+            whole=settings.batch_norm == "whole",
+            shuffle=settings.shuffle,
+            symmetric=settings.symmetric,
+            micro_batch=context.micro_batch,
+            chunk=settings.chunk,
+        )
+
+    def forward(self, views: Sequence[Views], index: Tensor, step: Step) -> Output:
+        plan = GroupPlan(step.images, self.count_groups(step.images), self.micro_batch, self.whole)
+        order = plan.key_permutation(step, self.shuffle)
         contrast = Contrast(self.loss, plan, queries=2 if self.symmetric else 1)
-        first, second = (lambda rows: views[0][rows]), taken(views[1], order, plan)
-        here = plan.own.stop - plan.own.start
+        first, second = (lambda rows: views[0][rows]), shuffled_rows(views[1], order, plan)
+        here = plan.rows.stop - plan.rows.start
         encoding = Encoding([self.encoder], lambda rows: _both(first, second, here, rows))
         loss = loss_in_pieces(
             encoding,
             plan.pieces(views=2),
             lambda vectors, _: self.contrast(vectors, index, np.argsort(order), contrast),
             self.trained(),
-            undivided=plan.undivided(views=2),
-            together=True,
-            scale=self.loss_scale,
+            in_one_piece=plan.in_one_piece(views=2),
+            whole_batch_loss=True,
+            scale=step.loss_scale,
         )
-        return Output(loss, contrast.metrics(), None)
+        return Output(loss, contrast.metrics())
 
     def contrast(
-        self, vectors: Tensor, own: Tensor, back: np.ndarray, contrast: Contrast
+        self, vectors: Tensor, query_images: Tensor, back: np.ndarray, contrast: Contrast
     ) -> Tensor:
         """The loss of this process's vectors: n first views in order, n second ones shuffled.
 
-        own (n,) numbers the images. One that comes twice, as a substitute may, is no negative of
-        itself.
+        query_images (n,) numbers the images. An image that comes twice, as a substitute may, is no
+        negative of itself.
         """
         plan = contrast.plan
         a, shuffled = vectors.chunk(2)
         all_b = gather_with_gradient(shuffled, plan.counts)[to_device(back, vectors.device)]
-        b = all_b[plan.own]
-        images = gather(own, plan.counts)
+        b = all_b[plan.rows]
+        images = gather(query_images, plan.counts)
         if not self.symmetric:
-            return contrast(a, b, Negatives(all_b, images, self.chunk), own)
+            return contrast(a, b, Negatives(all_b, images, self.chunk), query_images)
         everything = torch.cat([gather_with_gradient(a, plan.counts), all_b])  # (2B, C)
         negatives = Negatives(everything, images.repeat(2), self.chunk)
-        return contrast(torch.cat([a, b]), torch.cat([b, a]), negatives, own.repeat(2))
+        return contrast(torch.cat([a, b]), torch.cat([b, a]), negatives, query_images.repeat(2))
 
     def update(self, keep: None, step: int, progress: float) -> None:
         """Nothing follows: there is one encoder and no memory."""
+
+    @property
+    def leak(self) -> KeyGroups | NoLeak:
+        if self.whole:
+            return NoLeak("one batch norm spans the batch, and all negatives come from that batch")
+        return KeyGroups()
+
+    def regrouped(self) -> AbstractContextManager[None]:
+        return keys_regrouped(self)
 
     @property
     def negatives(self) -> int:

@@ -22,51 +22,55 @@ class Compared(NamedTuple):
 class Negatives(NamedTuple):
     """Unit vectors (K, C) to tell queries from.
 
-    `owners` (K,) numbers the image of each row: rows of a query's own image are not among its
+    `row_images` (K,) numbers the image of each row: rows of a query's own image are not among its
     negatives. `chunk` rows are compared at a time, None compares all at once.
     """
 
     rows: Tensor
-    owners: Tensor | None = None
+    row_images: Tensor | None = None
     chunk: int | None = None
 
     def compare(
-        self, query: Tensor, temperatures: Sequence[float], own: Tensor | None = None
+        self, query: Tensor, temperatures: Sequence[float], query_images: Tensor | None = None
     ) -> Compared:
-        """query (n, C), unit vectors; own (n,) the numbers of their images.
+        """query (n, C), unit vectors; query_images (n,) the numbers of their images.
 
         In the queries' precision, outside autocast.
         """
-        if (own is None) != (self.owners is None):
+        if (query_images is None) != (self.row_images is None):
             raise ValueError("queries and negatives must both name their images, or neither")
         with torch.autocast(query.device.type, enabled=False):
             if self.chunk is None:
-                similarity = _similarity(query, self.rows, own, self.owners)  # (n, K)
+                similarity = _similarity(query, self.rows, query_images, self.row_images)  # (n, K)
                 log_sums = tuple((similarity / t).logsumexp(1) for t in temperatures)
                 hardest = similarity.detach().amax(1)
             else:
                 *sums, hardest = _Streamed.apply(
-                    query, self.rows, own, self.owners, tuple(temperatures), self.chunk
+                    query, self.rows, query_images, self.row_images, tuple(temperatures), self.chunk
                 )
                 log_sums = tuple(sums)
-        return Compared(log_sums, hardest, self._count(query, own))
+        return Compared(log_sums, hardest, self._count(query, query_images))
 
-    def _count(self, query: Tensor, own: Tensor | None) -> Tensor:
+    def _count(self, query: Tensor, query_images: Tensor | None) -> Tensor:
         size = query.new_full((len(query),), len(self.rows))
-        if own is None or self.owners is None:
+        if query_images is None or self.row_images is None:
             return size
         # By sorting, because comparing all with all would hold n x K.
-        owners = self.owners.sort().values
-        excluded = torch.searchsorted(owners, own, right=True) - torch.searchsorted(owners, own)
+        row_images = self.row_images.sort().values
+        excluded = torch.searchsorted(row_images, query_images, right=True) - torch.searchsorted(
+            row_images, query_images
+        )
         return size - excluded
 
 
-def _similarity(query: Tensor, rows: Tensor, own: Tensor | None, owners: Tensor | None) -> Tensor:
+def _similarity(
+    query: Tensor, rows: Tensor, query_images: Tensor | None, row_images: Tensor | None
+) -> Tensor:
     """Cosines (n, K); minus infinity where a row is of the query's own image."""
     similarity = query @ rows.T
-    if own is None or owners is None:
+    if query_images is None or row_images is None:
         return similarity
-    return similarity.masked_fill(own[:, None] == owners[None], -torch.inf)
+    return similarity.masked_fill(query_images[:, None] == row_images[None], -torch.inf)
 
 
 class _Streamed(torch.autograd.Function):
@@ -77,28 +81,30 @@ class _Streamed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, query, rows, own, owners, temperatures, chunk
+        ctx: Any, query, rows, query_images, row_images, temperatures, chunk
     ):
         log_sums = [query.new_full((len(query),), -torch.inf) for _ in temperatures]
         hardest = query.new_full((len(query),), -torch.inf)
         for part in _parts(len(rows), chunk):
-            similarity = _similarity(query, rows[part], own, _cut(owners, part))  # (n, chunk)
+            similarity = _similarity(
+                query, rows[part], query_images, _cut(row_images, part)
+            )  # (n, chunk)
             hardest = torch.maximum(hardest, similarity.amax(1))
             for number, t in enumerate(temperatures):
                 more = (similarity / t).logsumexp(1)
                 log_sums[number] = torch.logaddexp(log_sums[number], more)
-        ctx.save_for_backward(query, rows, own, owners, *log_sums)
+        ctx.save_for_backward(query, rows, query_images, row_images, *log_sums)
         ctx.temperatures, ctx.chunk = temperatures, chunk
         ctx.mark_non_differentiable(hardest)
         return *log_sums, hardest
 
     @staticmethod
     def backward(ctx: Any, *gradients):  # type: ignore[no-untyped-def]
-        query, rows, own, owners, *log_sums = ctx.saved_tensors
+        query, rows, query_images, row_images, *log_sums = ctx.saved_tensors
         of_query = torch.zeros_like(query)
         of_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else None
         for part in _parts(len(rows), ctx.chunk):
-            similarity = _similarity(query, rows[part], own, _cut(owners, part))
+            similarity = _similarity(query, rows[part], query_images, _cut(row_images, part))
             weight = torch.zeros_like(similarity)
             for t, log_sum, gradient in zip(ctx.temperatures, log_sums, gradients, strict=False):
                 # Of a query without a negative all shares are 0, not exp(inf - inf).
@@ -114,5 +120,5 @@ def _parts(size: int, chunk: int) -> Iterator[slice]:
     return (slice(first, first + chunk) for first in range(0, size, chunk))
 
 
-def _cut(owners: Tensor | None, part: slice) -> Tensor | None:
-    return None if owners is None else owners[part]
+def _cut(row_images: Tensor | None, part: slice) -> Tensor | None:
+    return None if row_images is None else row_images[part]

@@ -288,7 +288,7 @@ def set_groups(module: nn.Module, groups: int | tuple[int, ...] | None) -> None:
 
 
 @contextmanager
-def alone(module: nn.Module) -> Iterator[None]:
+def local_statistics(module: nn.Module) -> Iterator[None]:
     """Let one process run forwards by itself: its statistics wait for no other's."""
     layers = [layer for layer in _layers(module) if layer.whole]
     for layer in layers:

@@ -7,10 +7,9 @@ from mocokit.settings.schema import Settings
 
 END_TO_END = {  # no queue and no key encoder: all views of a batch against each other
     "method.name": "simclr",
-    "method.queue_size": None,
     "method.symmetric": True,
 }
-BANK = {"method.name": "memorybank", "method.queue_size": None}
+BANK = {"method.name": "memorybank"}
 
 
 def endtoend() -> Settings:

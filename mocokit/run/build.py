@@ -1,6 +1,6 @@
 """From settings to objects: the only place where constructors meet the settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
@@ -22,15 +23,12 @@ from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor
-from mocokit.methods.losses import LOSSES, InfoNCE
-from mocokit.methods.memorybank import MemoryBank
-from mocokit.methods.method import Method
-from mocokit.methods.moco import MoCo
+from mocokit.methods.method import Context, KeyGroups, Method, NoLeak
 from mocokit.methods.processes import rank_and_world
-from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use_whole
-from mocokit.nets.heads import Encoder, build_head
+from mocokit.nets.heads import build_head
 from mocokit.settings import get, replace
+from mocokit.settings.methods import MethodSettings, OutsideSettings, import_method
 from mocokit.settings.schema import Settings
 from mocokit.settings.sizes import Resolved, count_groups, count_shares
 from mocokit.views.fused import can_compile
@@ -48,7 +46,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
-    spec: ViewSpec
+    specs: dict[str, ViewSpec]  # of the method's views, by name
 
 
 def settle(settings: Settings, device: torch.device, stored: Settings | None) -> Settings:
@@ -94,29 +92,51 @@ def build_parts(settings: Settings, effect: Resolved, device: torch.device) -> P
         # Both encoders share one count of graphs: with and without gradient, a partial last batch.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         graphs = device.type == "cuda" and settings.engine.cuda_graphs is True
-        for part in method.children():
-            if isinstance(part, Encoder):
-                # Shapes learnt on the way would make a kernel depend on what was seen before.
-                part.compile(dynamic=False, options={"triton.cudagraphs": graphs})
+        for part in method.compiled:
+            # Shapes learnt on the way would make a kernel depend on what was seen before.
+            part.compile(dynamic=False, options={"triton.cudagraphs": graphs})
     optimizer = build_optimizer(
-        optim.name, method.trained(), effect.lr, optim.momentum, optim.weight_decay, optim.trust
+        optim.name,
+        method.parameter_groups(),
+        effect.lr,
+        optim.momentum,
+        optim.weight_decay,
+        optim.trust,
     )
     half = settings.engine.precision == "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     schedule = build_schedule(settings, effect)
-    return Parts(method, optimizer, schedule, scaler, view_spec(settings))
+    return Parts(method, optimizer, schedule, scaler, view_specs(settings))
+
+
+def view_specs(settings: Settings) -> dict[str, ViewSpec]:
+    """How each of the method's views is made, by name: `views`, with the role's own changes."""
+    roles = method_class(settings.method).roles(settings.method)
+    return {
+        role.name: view_spec(replace(settings, {f"views.{k}": v for k, v in role.changes.items()}))
+        for role in roles
+    }
+
+
+def largest_canvas(specs: Iterable[ViewSpec]) -> int:
+    """The short side in pixels beyond which no view gains from a canvas."""
+    return max(canvas_bound(spec) for spec in specs)
 
 
 def build_loader(
     settings: Settings,
     source: Source,
+    bound: int,
     world: World,
     device: torch.device,
     start_step: int,
     known_bad: Callable[[int], NDArray[np.int64]],
     tell: Callable[[str], None] = lambda text: None,
 ) -> Loader:
-    """This process's share of every global batch, from `start_step` on: whole groups of images."""
+    """This process's share of every global batch, from `start_step` on: whole groups of images.
+
+    `bound`: the short side in pixels that canvases are reduced to.
+    """
     shares_of = partial(count_shares, settings)
     last = len(source) % settings.train.batch_size
     if world.size > shares_of(settings.train.batch_size):
@@ -142,7 +162,7 @@ def build_loader(
         batch_size=settings.train.batch_size,
         epochs=settings.train.epochs,
         last=settings.data.last,
-        bound=canvas_bound(view_spec(settings)),
+        bound=bound,
         workers=count_workers(settings, device),
         share=share,
         start_step=start_step,
@@ -213,67 +233,45 @@ def build_health(settings: Settings, splits: Splits, device: torch.device) -> He
 
 
 def build_method(settings: Settings, effect: Resolved) -> Method:
-    """The mechanism that the settings name, on the CPU."""
-    build = {"moco": _moco, "simclr": _simclr, "memorybank": _memorybank}[settings.method.name]
-    method = build(settings, effect)
+    """The method that the settings name, on the CPU."""
+    encoder = build_encoder(settings)
+    context = Context(
+        encoder,
+        dim=settings.net.dim,
+        images=effect.images,
+        batch_size=settings.train.batch_size,
+        count_groups=partial(count_groups, settings),
+        predictor=partial(_predictor, settings, encoder.num_features),
+        micro_batch=settings.train.micro_batch,
+    )
+    method = method_class(settings.method).build(settings.method, context)
+    if not isinstance(method.leak, KeyGroups | NoLeak):
+        raise UserError(
+            f"method {settings.method.name} does not say how batch statistics could leak: its "
+            "`leak` must be KeyGroups() or NoLeak(reason)"
+        )
     if settings.method.batch_norm == "whole":
         use_whole(method)
     return method
 
 
-def _moco(settings: Settings, effect: Resolved) -> Method:
-    method, net = settings.method, settings.net
-    encoder = build_encoder(settings)
-    predictor = None
-    if net.predictor:
-        width = net.hidden or encoder.num_features
-        predictor = use_groups(build_head("mlp_bn", net.dim, width, net.dim), method.group_size)
-    assert method.queue_size is not None and effect.key_momentum is not None
-    return MoCo(
-        encoder,
-        loss=LOSSES[method.loss](method.temperature),
-        dim=net.dim,
-        queue_size=method.queue_size,
-        momentum=effect.key_momentum,
-        momentum_to_one=method.momentum_schedule == "cosine",
-        count_groups=partial(count_groups, settings),
-        predictor=predictor,
-        whole=method.batch_norm == "whole",
-        shuffle=method.shuffle,
-        symmetric=method.symmetric,
-        enqueue=method.enqueue,
-        micro_batch=settings.train.micro_batch,
-        chunk=method.chunk,
-    )
+def method_class(settings: MethodSettings) -> type[Method]:
+    """The class that implements a method, built-in or not. Raises UserError."""
+    if isinstance(settings, OutsideSettings):
+        module = settings.name.partition(":")[0]
+        raise UserError(
+            f"method {settings.name} is code from outside mocokit, and is imported only if you say "
+            f"so in this command: add --allow-import {module}"
+        )
+    found = import_method(settings.implementation or settings.name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(f"method {settings.name} is no subclass of mocokit.methods.method.Method")
+    return found
 
 
-def _simclr(settings: Settings, effect: Resolved) -> Method:
-    method = settings.method
-    return SimCLR(
-        build_encoder(settings),
-        loss=LOSSES[method.loss](method.temperature),
-        count_groups=partial(count_groups, settings),
-        batch_size=settings.train.batch_size,
-        whole=method.batch_norm == "whole",
-        shuffle=method.shuffle,
-        symmetric=method.symmetric,
-        micro_batch=settings.train.micro_batch,
-        chunk=method.chunk,
-    )
-
-
-def _memorybank(settings: Settings, effect: Resolved) -> Method:
-    method = settings.method
-    return MemoryBank(
-        build_encoder(settings),
-        loss=LOSSES.get(method.loss, InfoNCE)(method.temperature),
-        images=effect.images,
-        dim=settings.net.dim,
-        negatives=method.bank_negatives,
-        momentum=method.bank_momentum,
-        count_groups=partial(count_groups, settings),
-        noise=method.loss == "nce",
-        whole=method.batch_norm == "whole",
-        micro_batch=settings.train.micro_batch,
-        chunk=method.chunk,
-    )
+def _predictor(settings: Settings, features: int) -> nn.Module | None:
+    net = settings.net
+    if not net.predictor:
+        return None
+    predictor = build_head("mlp_bn", net.dim, net.hidden or features, net.dim)
+    return use_groups(predictor, settings.method.group_size)

@@ -10,10 +10,10 @@ from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.engine.runtime import autocast
 from mocokit.engine.stop import Stopped, StopSignals
-from mocokit.health.bn_leak import Step, contrast_by_grouping, has_groups
+from mocokit.health.bn_leak import Coming, contrast_by_grouping
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor, positives_in_queue
-from mocokit.methods.method import Draw
+from mocokit.methods.method import KeyGroups, Step
 from mocokit.run import build
 from mocokit.run.state import RunState
 from mocokit.transfer import to_device
@@ -52,16 +52,17 @@ def _diagnose(
     method, settings = run.parts.method, run.settings
     precision = partial(autocast, run.device, settings.engine.precision)
     found: dict[str, Any] = {}
-    if has_groups(method):
+    if isinstance(method.leak, KeyGroups):
         images = min(CONTRASTED, run.effect.images)
         steps = -(-images // settings.train.batch_size)
         coming = upcoming(run, loader, make_views, steps)
         found |= contrast_by_grouping(method, coming, precision)
-    if (queue := getattr(method, "queue", None)) is not None:
-        both = getattr(method, "symmetric", False) and getattr(method, "enqueue", "both") == "both"
-        per_image = 2 if both else 1
-        share = positives_in_queue(run.effect.images, len(queue.rows), per_image)
-        found["positives_in_queue"] = share
+    else:
+        found["leak_unchecked"] = method.leak.reason
+    for queue in method.queues.values():
+        rows, each = len(queue.rows), queue.keys_per_image
+        share = positives_in_queue(run.effect.images, rows, each)
+        found["positives_in_queue"] = max(share, found.get("positives_in_queue", 0.0))
     if not run.world.writes:
         return {}
     health: HealthMonitor = build.build_health(settings, run.splits, run.device)
@@ -76,9 +77,9 @@ def _diagnose(
     return found
 
 
-def upcoming(run: RunState, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Step]:
+def upcoming(run: RunState, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Coming]:
     """The next steps, as the loop will see them."""
     for step in range(run.step, run.step + count):
         batch = loader.batch_at(step)
-        draw = Draw(run.settings.seed, step, run.images_of(step))
-        yield make_views(run, step, batch), to_device(batch.index, run.device), draw
+        now = Step(run.settings.seed, step, run.images_of(step))
+        yield make_views(run, step, batch), to_device(batch.index, run.device), now

@@ -22,7 +22,12 @@ from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
 from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
-from mocokit.nets.batchnorm import alone, group_sizes, one_statistics_update, set_groups
+from mocokit.nets.batchnorm import (
+    group_sizes,
+    local_statistics,
+    one_statistics_update,
+    set_groups,
+)
 from mocokit.nets.heads import calibrate_head
 from mocokit.run import build
 from mocokit.run.diagnosis import MakeViews
@@ -30,7 +35,6 @@ from mocokit.run.resident import hold
 from mocokit.run.state import RunState
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
-from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 
 SHEET_IMAGES = 8
@@ -163,7 +167,7 @@ def open_run(
         )
     share, spe = settings.data.bad_share, effect.steps_per_epoch
     bad = BadImages(folder.bad_images, len(splits.train), share, spe, world)
-    bound = canvas_bound(parts.spec)
+    bound = build.largest_canvas(parts.specs.values())
     for lack in lacking(splits.train, bound):
         console.note(lack)
     upload = Upload(device)
@@ -188,7 +192,7 @@ def begun(run: RunState) -> Iterator[None]:
                 )
             del state  # or it would live as long as the run
         run.bad.check()
-        run.resident = hold(run.splits.train, canvas_bound(run.parts.spec), run.device)
+        run.resident = hold(run.splits.train, run.bound, run.device)
         yield
 
 
@@ -213,21 +217,20 @@ def _write_start(run: RunState) -> None:
     if run.folder.index.is_file():
         return
     save_index(run.splits.train.index(), run.folder.index)
-    spec = run.parts.spec
-    canvases, _ = look(run.splits.train, SHEET_IMAGES, canvas_bound(spec))
+    canvases, _ = look(run.splits.train, SHEET_IMAGES, run.bound)
     if canvases:
         seed, path = run.settings.seed, run.folder.sheet
-        contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)
+        contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
 
 
 def calibrate_on_first_group(run: RunState, make_views: MakeViews) -> None:
     """Scale the head's start on the first group of the first batch, whatever a process's share."""
     method = run.parts.method
     if run.world.writes:
-        known = run.settings, run.unread(), World(), run.device, 0, run.bad.known
+        known = run.settings, run.unread(), run.bound, World(), run.device, 0, run.bad.known
         views = make_views(run, 0, build.build_loader(*known).batch_at(0))[0][:]
         first = group_sizes(run.images_of(0), run.effect.groups)[0]
-        with one_statistics_update(method.encoder, 0), alone(method.encoder):
+        with one_statistics_update(method.encoder, 0), local_statistics(method.encoder):
             set_groups(method.encoder, 1)
             calibrate_head(method.encoder, views[:first])
     if run.world.size > 1:

@@ -132,7 +132,7 @@ class Recording:
             "step": run.step,
             "epoch": (run.step - 1) // run.effect.steps_per_epoch,
             **numbers,
-            "chance_loss": method.chance_loss,
+            **({} if method.chance_loss is None else {"chance_loss": method.chance_loss}),
             **method.health(),
             "lr": run.parts.optimizer.param_groups[0]["lr"],
             **self.meter.read(),

@@ -47,6 +47,11 @@ class RunState:
     saved: int = -1  # the step of the checkpoint that was last read or written
     health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
 
+    @property
+    def bound(self) -> int:
+        """The short side in pixels that canvases are reduced to."""
+        return build.largest_canvas(self.parts.specs.values())
+
     def canvases(self, batch: Batch) -> tuple[Tensor, NDArray[np.int64] | None]:
         """Pixels on the device, and where a batch's images begin; None: one after another."""
         if self.resident is not None:

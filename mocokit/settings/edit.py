@@ -10,19 +10,27 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mocokit.errors import UserError
+from mocokit.settings import legacy
+from mocokit.settings.methods import BUILT_IN, MethodSettings, read_method
 from mocokit.settings.schema import Settings
 
 LABELS = frozenset({"recipe"})  # names, not settings: a difference never lists them
 
 
-def fields(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting as (dotted path, its declaration), in the order of schema.py."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields(kind, f"{prefix}{name}.")
+def fields(settings: BaseModel | None = None, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting as (dotted path, its declaration), in the order of schema.py.
+
+    Those of `method` are those of the method that the settings name.
+    """
+    settings = Settings() if settings is None else settings
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            yield from fields(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field
+    for name in settings.model_extra or {}:  # of a method whose class is not here
+        yield f"{prefix}{name}", FieldInfo(annotation=None)
 
 
 def get(settings: Settings, path: str) -> Any:
@@ -35,27 +43,55 @@ def get(settings: Settings, path: str) -> Any:
 
 def flatten(settings: Settings) -> dict[str, Any]:
     """{dotted path: value} of every setting."""
-    return {path: get(settings, path) for path, _ in fields()}
+    return {path: get(settings, path) for path, _ in fields(settings)}
 
 
 def replace(settings: Settings, changes: Mapping[str, Any], origin: str = "setting") -> Settings:
     """The same settings with {dotted path: value} changed.
 
-    Raises UserError naming the path, with the nearest known one, or the value and its range.
+    With another `method.name`, what the new method has too keeps its value. Raises UserError naming
+    the path, with the nearest known one, or the value and its range.
     """
     tree = settings.model_dump()
-    known = [path for path, _ in fields()]
+    if "method.name" in changes:
+        tree["method"] = _of_other_method(tree["method"], changes["method.name"], origin)
+        settings = _validate(tree, origin)
+    known = [path for path, _ in fields(settings)]
     for path, value in changes.items():
+        if legacy.means_nothing(path, value, settings.method):
+            continue
         if any(name.startswith(f"{path}.") for name in known):
             raise UserError(f"{origin} {path} is a section; name one of its settings, {path}.…=…")
         if path not in known:
-            raise UserError(f"{origin} {path} does not exist{_did_you_mean(path, known)}")
+            raise UserError(f"{origin} {path} does not exist{_hint(path, known, settings)}")
         *sections, name = path.split(".")
         branch = tree
         for section in sections:
             branch = branch[section]
         branch[name] = value
     return _validate(tree, origin)
+
+
+def _of_other_method(before: Mapping[str, Any], name: Any, origin: str) -> dict[str, Any]:
+    """A section `method` for the method `name`, with what it shares with the one before."""
+    try:
+        found = type(read_method({"name": name}))
+    except ValueError as error:  # ValidationError is one
+        if isinstance(error, ValidationError):
+            return {"name": name}  # a setting of it has no default: it is asked for below
+        raise UserError(f"{origin}: method.{error}") from None
+    shared = {key: value for key, value in before.items() if key in found.model_fields}
+    kept = {key: value for key, value in shared.items() if _takes(found, key, value)}
+    return {**kept, "name": name}
+
+
+def _takes(method: type[MethodSettings], name: str, value: Any) -> bool:
+    """Whether a method that has this setting takes this value; not every loss fits each method."""
+    try:
+        method.model_validate({name: value})
+    except ValidationError as error:
+        return all(one["loc"][:1] != (name,) for one in error.errors())
+    return True
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
@@ -73,18 +109,19 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def difference(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
-    """{dotted path: (value in a, value in b)} where two differ; the recipe's name is left out."""
+    """{dotted path: (value in a, value in b)} where two differ; the recipe's name is left out.
+
+    A setting that only the other's method has is None.
+    """
     left, right = flatten(a), flatten(b)
-    return {
-        path: (left[path], right[path])
-        for path in left
-        if path not in LABELS and left[path] != right[path]
-    }
+    both = {path: (left.get(path), right.get(path)) for path in left | right}
+    return {path: pair for path, pair in both.items() if path not in LABELS and pair[0] != pair[1]}
 
 
 def identity(settings: Settings) -> dict[str, Any]:
     """The settings that make a run what it is: all but those declared with `incidental`."""
-    return {path: get(settings, path) for path, field in fields() if not is_incidental(field)}
+    kept = (path for path, field in fields(settings) if not is_incidental(field))
+    return {path: get(settings, path) for path in kept}
 
 
 def is_incidental(field: FieldInfo) -> bool:
@@ -112,7 +149,7 @@ def from_yaml(text: str, origin: str = "config.yaml") -> Settings:
     if not isinstance(tree, dict):
         raise UserError(f"{origin} must hold settings by name, such as `train: {{epochs: 100}}`")
     tree.pop("resolved", None)
-    return _validate(tree, origin)
+    return _validate(legacy.upgrade(tree), origin)
 
 
 def load(path: Path) -> Settings:
@@ -126,7 +163,7 @@ def load(path: Path) -> Settings:
 def stated_in(path: Path) -> set[str]:
     """Dotted paths of the settings that a YAML file states."""
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {name for name, _ in fields()}
+    known = {name for name, _ in fields(load(path))}
     return known & set(_paths(tree, ""))
 
 
@@ -140,29 +177,55 @@ def _paths(tree: Any, prefix: str) -> Iterator[str]:
 
 def _validate(tree: Mapping[str, Any], origin: str) -> Settings:
     try:
+        if "method" in tree:
+            tree = {**tree, "method": _method_of(tree["method"], origin)}
         return Settings.model_validate(tree)
     except ValidationError as error:
         raise UserError(_sentence(error, origin)) from None
 
 
-def _sentence(error: ValidationError, origin: str) -> str:
-    """The first problem in one sentence, with the number of others."""
-    errors, known = error.errors(), [path for path, _ in fields()]
+def _method_of(section: Any, origin: str) -> MethodSettings:
+    """By itself, because which settings it has follows from one of them."""
+    try:
+        found: MethodSettings = read_method(section)
+    except ValidationError as error:
+        raise UserError(_sentence(error, origin, ("method",))) from None
+    except ValueError as error:
+        raise UserError(f"{origin}: method.{error}") from None
+    return found
+
+
+def _sentence(error: ValidationError, origin: str, section: tuple[str, ...] = ()) -> str:
+    """The first problem in one sentence, with the number of others; paths are dotted and full."""
+    errors = error.errors()
+    known = [path for path, _ in fields(Settings())]
 
     def named(path: str) -> str:  # pydantic adds which member of a union it tried
         return max((name for name in known if path.startswith(name)), key=len, default=path)
 
-    paths = [".".join(str(part) for part in one["loc"]) for one in errors]
+    paths = [".".join(str(part) for part in (*section, *one["loc"])) for one in errors]
     first, path = errors[0], paths[0]
     if first["type"] == "extra_forbidden":
         text = f"{origin}: {path} does not exist{_did_you_mean(path, known)}"
     else:
         reason = first["msg"].removeprefix("Value error, ")
-        reason = reason[:1].lower() + reason[1:]
-        shown = "" if isinstance(first["input"], (dict, BaseModel)) else f" = {first['input']!r}"
-        text = f"{origin}: {named(path)}{shown}: {reason}"
+        if isinstance(first["input"], (dict, BaseModel)):
+            # A check of a whole section, which begins with a setting's name in that section.
+            text = f"{origin}: " + ".".join(part for part in (path, reason) if part)
+        else:
+            reason = reason[:1].lower() + reason[1:]
+            text = f"{origin}: {named(path)} = {first['input']!r}: {reason}"
     others = len({named(path) for path in paths}) - 1
     return text + (f" (and {others} more)" if others else "")
+
+
+def _hint(path: str, known: list[str], settings: Settings) -> str:
+    """After "does not exist": which method has it, or what is near."""
+    section, _, name = path.partition(".")
+    owners = [other for other, found in BUILT_IN.items() if name in found.model_fields]
+    if section == "method" and owners and settings.method.name not in owners:
+        return f" for method {settings.method.name}; it belongs to {' and '.join(owners)}"
+    return _did_you_mean(path, known)
 
 
 def _did_you_mean(path: str, known: list[str]) -> str:

@@ -5,37 +5,24 @@ with `incidental` says where or how often something happens and never changes a 
 others are the run's identity. `auto` is settled from the device when a run starts, and stored.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import SerializeAsAny, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Shares = Share | tuple[Share, Share]  # of both views, or of the first and of the second
-Drawn = Annotated[int, Field(ge=1, le=3)]
-Magnitude = Annotated[float, Field(ge=0, le=10)]
-Spread = Annotated[float, Field(ge=0)]
+from mocokit.settings.methods import MethodSettings, MoCoSettings, read_method
+from mocokit.settings.section import (
+    Count,
+    Drawn,
+    Magnitude,
+    Positive,
+    Section,
+    Shares,
+    Spread,
+    incidental,
+    setting,
+)
+
 ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "randaugment"]
-
-
-def setting(default: Any, meaning: str, **limits: Any) -> Any:
-    """A setting that belongs to a run's identity."""
-    return Field(default=default, description=meaning, **limits)
-
-
-def incidental(default: Any, meaning: str, **limits: Any) -> Any:
-    """A setting that changes no training number: device, paths, logging, saving."""
-    extra: dict[str, Any] = {"incidental": True}
-    return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
-
-
-class Section(BaseModel):
-    """Frozen, and closed to unknown names."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
-    )
 
 
 class Data(Section):
@@ -132,68 +119,6 @@ class Net(Section):
     )
 
 
-class Method(Section):
-    name: Literal["moco", "simclr", "memorybank"] = setting(
-        "moco", "what supplies keys and negatives: a queue, the batch itself, or a bank of the data"
-    )
-    loss: Literal["info_nce", "nce", "dcl", "dclw", "align_uniform", "dual_temperature"] = setting(
-        "info_nce", "the loss between them; nce is the memory bank's alone"
-    )
-    temperature: float = setting(0.2, "softmax temperature", gt=0)
-    queue_size: Positive | None = setting(65536, "moco: keys held as negatives; else null")
-    momentum: float = setting(0.999, "key encoder's momentum, at momentum_batch", ge=0, le=1)
-    momentum_batch: Positive | None = setting(
-        256, "batch the momentum was quoted at; null keeps it at any batch"
-    )
-    momentum_schedule: Literal["constant", "cosine"] = setting(
-        "constant", "cosine: the key encoder's momentum rises to 1 over the run"
-    )
-    symmetric: bool = setting(False, "each view is query once and key once")
-    enqueue: Literal["both", "one"] = setting(
-        "both", "moco, symmetric: keys of both views join the queue, or of one drawn at random"
-    )
-    bank_negatives: Positive | None = setting(
-        None, "memorybank: entries drawn as negatives; null compares with all of the bank"
-    )
-    bank_momentum: float = setting(0.5, "memorybank: share of the old in a new entry", ge=0, le=1)
-    batch_norm: Literal["groups", "whole"] = setting(
-        "groups", "statistics of groups of images, or of the whole batch over all GPUs"
-    )
-    group_size: int = setting(32, "images that share batch-norm statistics", ge=2)
-    groups: Literal["auto"] | Positive = setting(
-        "auto", "batch-norm groups of a batch; auto is batch / group_size, at least two"
-    )
-    shuffle: bool = setting(True, "permute the key images before they are cut into groups")
-    chunk: Positive | None = incidental(
-        None, "compare with this many negatives at a time, to save memory; null: with all at once"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.name == "moco" and self.queue_size is None:
-            raise ValueError("queue_size must be a number for moco, whose negatives are a queue")
-        if self.name != "moco" and self.queue_size is not None:
-            raise ValueError(
-                f"queue_size must be null for {self.name}, which has no queue; set "
-                "method.queue_size=null"
-            )
-        if self.name != "moco" and self.momentum_schedule != "constant":
-            raise ValueError(f"momentum_schedule must be constant for {self.name}, without keys")
-        if self.name == "memorybank" and self.symmetric:
-            raise ValueError("symmetric must be false for memorybank, which has one view")
-        if self.name != "memorybank" and self.bank_negatives is not None:
-            raise ValueError(f"bank_negatives must be null for {self.name}, which has no bank")
-        if self.enqueue == "one" and not (self.name == "moco" and self.symmetric):
-            raise ValueError("enqueue one needs moco with symmetric=true")
-        if self.loss == "nce" and self.name != "memorybank":
-            raise ValueError("loss nce needs name=memorybank; info_nce is its like elsewhere")
-        if self.loss == "nce" and self.bank_negatives is None:
-            raise ValueError("loss nce needs bank_negatives, such as InstDisc's 4096")
-        if self.loss == "nce" and self.chunk is not None:
-            raise ValueError("chunk does not apply to loss nce, whose negatives are each image's")
-        return self
-
-
 class Optim(Section):
     name: Literal["sgd", "adamw", "lars"] = setting("sgd", "optimiser")
     lr: float = setting(0.03, "peak learning rate, at lr_batch", gt=0)
@@ -239,7 +164,9 @@ class Engine(Section):
         "auto", "replay the compiled encoders as CUDA graphs; auto: on one GPU"
     )
     deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
-    threads: Positive | Literal["auto"] = incidental("auto", "CPU threads of each process")
+    threads: Positive | Literal["auto"] = setting(
+        "auto", "CPU threads of each process; on a CPU another number rounds differently"
+    )
     compare_steps: int = incidental(
         500, "steps between comparisons of what several processes hold copies of", ge=1
     )
@@ -277,7 +204,7 @@ class Settings(Section):
     data: Data = Data()
     views: Views = Views()
     net: Net = Net()
-    method: Method = Method()
+    method: SerializeAsAny[MethodSettings] = MoCoSettings()
     optim: Optim = Optim()
     train: Train = Train()
     engine: Engine = Engine()
@@ -285,8 +212,12 @@ class Settings(Section):
     log: Log = Log()
     monitor: Monitor = Monitor()
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method(cls, value: Any) -> Any:
+        return read_method(value)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.net.predictor and self.method.name != "moco":
-            raise ValueError(f"net.predictor must be false for {self.method.name}, without keys")
+        self.method.check_net(predictor=self.net.predictor)
         return self

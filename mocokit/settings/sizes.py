@@ -32,18 +32,17 @@ class Resolved:
 
 def resolve(settings: Settings, images: int) -> Resolved:
     """Learning rate, key momentum, groups and steps of a run on this number of images."""
-    batch, optim, method = settings.train.batch_size, settings.optim, settings.method
+    batch, optim = settings.train.batch_size, settings.optim
     steps = images // batch if settings.data.last == "drop" else -(-images // batch)
     ratio = batch / optim.lr_batch
     factor = {"linear": ratio, "sqrt": ratio**0.5, "none": 1.0}[optim.scale]
-    horizon = batch / method.momentum_batch if method.momentum_batch else 1.0
     return Resolved(
         images=images,
         steps_per_epoch=steps,
         total_steps=steps * settings.train.epochs,
         groups=count_groups(settings, batch),
         lr=optim.lr * factor,
-        key_momentum=method.momentum**horizon if method.name == "moco" else None,
+        key_momentum=settings.method.key_momentum(batch),
     )
 
 
@@ -88,8 +87,7 @@ def fit(
             f"data.last=keep leaves a last batch of one of the {images} images, which has no batch "
             "statistics; set data.last=drop, or another train.batch_size"
         )
-    changes |= _queue(settings, images, batch, stated, notices)
-    changes |= _bank(settings, images, stated, notices)
+    changes |= _method(settings, images, batch, stated, notices)
     changes |= _warmup(settings, stated, notices)
     for value, quoted_at in (
         ("optim.lr", "optim.lr_batch"),
@@ -108,12 +106,6 @@ def fit(
             f"train.micro_batch {fitted.train.micro_batch} cuts a batch whose statistics are one "
             "(method.batch_norm=whole), which would be another method; set "
             "method.batch_norm=groups, as the recipe endtoend does, or leave micro_batch out"
-        )
-    if fitted.method.name == "memorybank":
-        size = images * fitted.net.dim * 4 / 2**20
-        notices.append(
-            f"memory bank of {images:,} x {fitted.net.dim} float32: {size:,.0f} MiB on each "
-            "device, and in each checkpoint"
         )
     return fitted, notices
 
@@ -139,20 +131,11 @@ def _batch(
     return {"train.batch_size": smaller}
 
 
-def _bank(
-    settings: Settings, images: int, stated: Collection[str], notices: list[str]
-) -> dict[str, None]:
-    method = settings.method
-    if method.loss == "nce" or (method.bank_negatives or 0) < images:
-        return {}
-    if "method.bank_negatives" in stated:
-        notices.append(
-            f"method.bank_negatives {method.bank_negatives} is over the {images} images: entries "
-            "are drawn several times"
-        )
-        return {}
-    notices.append(f"bank negatives {method.bank_negatives} -> all of the bank's {images} entries")
-    return {"method.bank_negatives": None}
+def _method(
+    settings: Settings, images: int, batch: int, stated: Collection[str], notices: list[str]
+) -> dict[str, Any]:
+    changes = settings.method.fit(images, batch, settings.net.dim, stated, notices)
+    return {f"method.{name}": value for name, value in changes.items()}
 
 
 def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> dict[str, float]:
@@ -166,25 +149,3 @@ def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> 
         return {}
     notices.append(f"warm-up {warmup:g} -> {epochs / 10:g} epochs: the run has {epochs}")
     return {"optim.warmup_epochs": epochs / 10}
-
-
-def _queue(
-    settings: Settings, images: int, batch: int, stated: Collection[str], notices: list[str]
-) -> dict[str, int]:
-    size, limit = settings.method.queue_size, images / 10
-    if size is None or size <= limit:
-        return {}
-    if "method.queue_size" in stated:
-        notices.append(
-            f"method.queue_size {size} is over a tenth of the {images} images: the queue will hold "
-            "older keys of an image among its negatives"
-        )
-        return {}
-    smaller = min(size, max(2 ** (int(limit).bit_length() - 1), batch))
-    if smaller == size:
-        return {}
-    notices.append(
-        f"queue {size} -> {smaller}: at most a tenth of the {images} images, so that few of an "
-        "image's own older keys are among its negatives"
-    )
-    return {"method.queue_size": smaller}

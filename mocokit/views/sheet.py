@@ -1,6 +1,6 @@
 """The contact sheet: what the first epoch does to a few images, drawn as a picture to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,55 +25,63 @@ _MOST = 8
 _CELL = (128, 256)  # smallest and largest side of a picture on the sheet
 _GAP, _TITLE, _LINE, _FONT = 12, 30, 15, 12
 _PAPER, _INK, _FAINT = "#fcfcfa", "#202428", "#70767c"
-_QUERY, _KEY = "#c2410c", "#1d4ed8"
+_COLOURS = ("#c2410c", "#1d4ed8", "#15803d")  # of the first, the second and all other views
 _JITTER_LETTERS = {BRIGHTNESS: "b", CONTRAST: "c", SATURATION: "s", HUE: "h"}
 
 Levels = NDArray[np.uint8]
 
 
 def contact_sheet(
-    spec: ViewSpec,
+    specs: Mapping[str, ViewSpec],
     canvases: Sequence[Levels],
     index: Sequence[int],
     seed: int,
     path: str | Path,
     columns: int = 2,
 ) -> None:
-    """Write each image beside its query (view 0) and key (view 1) of epoch 0, at most 8 images.
+    """Write each image beside its views in epoch 0, at most 8 images.
 
-    canvases: (H, W, 3) each; index: their stable numbers; `columns` images stand side by side.
-    The boxes of the two crops are outlined on the image.
+    specs: how each view is made, by name; canvases: (H, W, 3) each; index: their stable numbers;
+    `columns` images are side by side. The boxes of the crops are outlined on the image.
     """
     if not canvases:
         raise ValueError("a contact sheet needs at least one image")
     canvases, index = canvases[:_MOST], index[:_MOST]
-    tables, views = _draw(spec, canvases, index, seed)
-    sheet = _Sheet.blank(spec.size, len(canvases), columns)
-    sheet.header(f"query (view 0) and key (view 1), epoch 0, seed {seed}")
+    drawn = [_draw(spec, canvases, index, seed, view) for view, spec in enumerate(specs.values())]
+    size = max(spec.size for spec in specs.values())
+    sheet = _Sheet.blank(size, len(canvases), columns, len(specs))
+    sheet.header(f"{_named(specs)}, epoch 0, seed {seed}", list(specs))
     for place, canvas in enumerate(canvases):
-        boxes = [table.boxes[place] for table in tables]
+        boxes = [table.boxes[place] for table, _ in drawn]
         original = _outlined(canvas, boxes, sheet.cell)
         height, width = canvas.shape[:2]
         sheet.put(place, 0, original, [f"image {index[place]}", f"{width}x{height}"], _INK)
-        for view, colour in enumerate((_QUERY, _KEY)):
-            picture = _fit(views[view][place], sheet.cell)
-            sheet.put(place, 1 + view, picture, _caption(spec, tables[view], place), colour)
+        for view, (spec, (table, pictures)) in enumerate(zip(specs.values(), drawn, strict=True)):
+            picture, text = _fit(pictures[place], sheet.cell), _caption(spec, table, place)
+            sheet.put(place, 1 + view, picture, text, _colour(view))
     sheet.image.save(path)
 
 
+def _named(specs: Mapping[str, ViewSpec]) -> str:
+    """query (view 0) and key (view 1)"""
+    words = [f"{name} (view {view})" for view, name in enumerate(specs)]
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+
+
+def _colour(view: int) -> str:
+    return _COLOURS[min(view, len(_COLOURS) - 1)]
+
+
 def _draw(
-    spec: ViewSpec, canvases: Sequence[Levels], index: Sequence[int], seed: int
-) -> tuple[list[Table], list[Levels]]:
-    """For both views the table and the pictures (N, size, size, 3)."""
+    spec: ViewSpec, canvases: Sequence[Levels], index: Sequence[int], seed: int, view: int
+) -> tuple[Table, Levels]:
+    """Of one view the table and the pictures (N, size, size, 3)."""
     heights, widths = np.array([canvas.shape[:2] for canvas in canvases], np.int64).T
     flat = torch.from_numpy(np.concatenate([canvas.reshape(-1) for canvas in canvases]))
-    tables = [draw_table(spec, seed, 0, index, view, heights, widths) for view in (0, 1)]
-    pictures = []
-    for table in tables:
-        views = make_views(spec, table, flat, heights, widths, "cpu")
-        levels = views.permute(0, 2, 3, 1) * torch.tensor(spec.std) + torch.tensor(spec.mean)
-        pictures.append((levels * 255).round().clamp(0, 255).to(torch.uint8).numpy())
-    return tables, pictures
+    table = draw_table(spec, seed, 0, index, view, heights, widths)
+    views = make_views(spec, table, flat, heights, widths, "cpu")
+    levels = views.permute(0, 2, 3, 1) * torch.tensor(spec.std) + torch.tensor(spec.mean)
+    return table, (levels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _caption(spec: ViewSpec, table: Table, row: int) -> list[str]:
@@ -118,41 +126,41 @@ def _outlined(canvas: Levels, boxes: Sequence[NDArray[np.int64]], cell: int) -> 
     picture = _fit(canvas, cell)
     draw = ImageDraw.Draw(picture)
     scale = cell / max(canvas.shape[:2])
-    for box, colour in zip(boxes, (_QUERY, _KEY), strict=True):
+    for view, box in enumerate(boxes):
         top, left, height, width = (float(side) * scale for side in box)
         right, bottom = left + max(width - 1, 1), top + max(height - 1, 1)
-        draw.rectangle((left, top, right, bottom), outline=colour, width=2)
+        draw.rectangle((left, top, right, bottom), outline=_colour(view), width=2)
     return picture
 
 
 @dataclass(frozen=True)
 class _Sheet:
-    """Blocks of three pictures with two lines of text below each, under a title."""
+    """Blocks of an image and its views with two lines of text below each, under a title."""
 
     image: Image.Image
     cell: int
     columns: int
+    views: int
 
     @classmethod
-    def blank(cls, size: int, count: int, columns: int) -> "_Sheet":
+    def blank(cls, size: int, count: int, columns: int, views: int) -> "_Sheet":
         small, large = _CELL
         cell = size if small <= size <= large else large
         if size < small:
             cell = size * max(2, round(1.25 * small / size))
         columns = max(1, min(columns, count))
         lines = -(-count // columns)
-        across = columns * (3 * (cell + _GAP) + _GAP) + _GAP
+        across = columns * ((1 + views) * (cell + _GAP) + _GAP) + _GAP
         down = 2 * _TITLE + lines * (cell + 2 * _LINE + _GAP)
-        return cls(Image.new("RGB", (across, down), _PAPER), cell, columns)
+        return cls(Image.new("RGB", (across, down), _PAPER), cell, columns, views)
 
-    def header(self, title: str) -> None:
+    def header(self, title: str, names: Sequence[str]) -> None:
         """The title, and over each block what its pictures are."""
         draw = ImageDraw.Draw(self.image)
         draw.text((_GAP, 8), title, fill=_INK, font=ImageFont.load_default(_FONT + 3))
         for block in range(self.columns):
-            for cell, (name, colour) in enumerate(
-                (("image", _INK), ("query", _QUERY), ("key", _KEY))
-            ):
+            over = [("image", _INK), *((name, _colour(view)) for view, name in enumerate(names))]
+            for cell, (name, colour) in enumerate(over):
                 left, _ = self._corner(block, cell)
                 font = ImageFont.load_default(_FONT + 1)
                 draw.text((left, 2 * _TITLE - 20), name, fill=colour, font=font)
@@ -173,7 +181,8 @@ class _Sheet:
 
     def _corner(self, place: int, cell: int) -> tuple[int, int]:
         block = place % self.columns
-        left = _GAP + block * (3 * (self.cell + _GAP) + _GAP) + cell * (self.cell + _GAP)
+        wide = (1 + self.views) * (self.cell + _GAP) + _GAP
+        left = _GAP + block * wide + cell * (self.cell + _GAP)
         return left, 2 * _TITLE + place // self.columns * (self.cell + 2 * _LINE + _GAP)
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import to_device
 from mocokit.views import colour
 from mocokit.views.canvases import Canvases, Sizes
 from mocokit.views.fused import finish
@@ -86,6 +87,33 @@ class ViewsOnDemand:
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> Tensor:
         return _views(self._spec, self._table.rows(rows), self._canvases.select(rows))
+
+
+class View:
+    """A view of each image, and where it was cut: what a method is given.
+
+    `images` are (n, 3, S, S), made already or on demand. For methods that match places in two
+    views: `boxes` (n, 4), top, left, height and width in pixels of the canvas, `canvas` (n, 2), its
+    height and width, and `flipped` (n,), all on the host.
+    """
+
+    def __init__(
+        self, images: Tensor | ViewsOnDemand, table: Table, heights: Sizes, widths: Sizes
+    ) -> None:
+        self.images, self.boxes, self.flipped = images, table.boxes, table.flip
+        self._sizes = heights, widths
+
+    @property
+    def canvas(self) -> Sizes:
+        return np.stack(self._sizes, axis=1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Tensor:
+        if isinstance(self.images, Tensor) and not isinstance(rows, slice):
+            return self.images[to_device(rows, self.images.device)]  # or the host would wait
+        return self.images[rows]  # type: ignore[index]
 
 
 @torch.no_grad()
