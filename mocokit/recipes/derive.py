@@ -12,7 +12,9 @@ _PARENTS: dict[str, str | None] = {}  # noted when a recipe is built
 def derive(base: Settings | None, name: str, changes: Mapping[str, Any]) -> Settings:
     """A recipe of that name: `base`, or the defaults, with {dotted path: value} changed."""
     _PARENTS[name] = base.recipe if base is not None else None
-    return replace(base or Settings(), {"recipe": name, **changes}, f"recipe {name}: setting")
+    return replace(
+        base or Settings(), {"recipe": name, **changes}, origin=f"recipe {name}: setting"
+    )
 
 
 def parent(recipe: Settings) -> str | None:
