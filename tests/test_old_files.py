@@ -4,7 +4,6 @@ tests/data/v01/README.md says how the files were made. Tests reach the package b
 `save_anew` alone knows modules inside it.
 """
 
-import ast
 import json
 import runpy
 import shutil
@@ -96,31 +95,16 @@ def flat(tree, prefix=""):
     return {path: value for part in parts for path, value in part.items()}
 
 
-def shown(text: str) -> dict:
-    """{dotted path: value} from what --show prints of every setting."""
-    pairs = (line.split(" = ", 1) for line in text.splitlines() if not line.startswith(" "))
-    values = {pair[0]: pair[1].split("  (recipe: ")[0] for pair in pairs if len(pair) == 2}
-    return {path: literal(value) for path, value in values.items()}
-
-
-def literal(text: str):
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    return list(value) if isinstance(value, tuple) else value
-
-
 @pytest.mark.parametrize("recipe", RENAMED)
 def test_an_old_config_gives_the_settings_that_it_states(recipe, toy_npz, monkeypatch, capsys):
     path = OLD / "configs" / f"{recipe}.yaml"
-    words = ["mocokit", "pretrain", str(path), str(toy_npz), "--show"]
+    words = ["mocokit", "pretrain", str(path), str(toy_npz), "--show-all"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("mocokit", run_name="__main__")
     out = capsys.readouterr()
     assert not ended.value.code, out.err
-    found = shown(out.out)
+    found = flat(yaml.safe_load(out.out))
     stated = flat(yaml.safe_load(path.read_text()))
     stated = {k: v for k, v in stated.items() if not k.startswith("resolved.")}
     assert len(stated) > 70 and {"method.queue_size", "optim.lr", "seed"} < stated.keys()

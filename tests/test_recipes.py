@@ -4,8 +4,10 @@ import re
 
 import pytest
 
-from mocokit import recipes
+from mocokit import published, recipes
 from mocokit.errors import UserError
+from mocokit.recipes.derive import parent
+from mocokit.recipes.story import GROUPS, LINES, story
 from mocokit.run import command
 from mocokit.settings import difference, get
 
@@ -105,12 +107,56 @@ def test_the_cifar_recipe_is_the_notebooks(path, value):
     assert get(recipes.mocov2_cifar10(), path) == value
 
 
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_a_recipe_documents_itself(name):
-    text = recipes.RECIPES[name].__doc__
-    for line in ("Command: mocokit pretrain", "Cost: ", "Published: ", "Measured: "):
-        assert re.search(rf"^\s+{line}", text, re.M), line
-    assert recipes.by_name(name).recipe == name
+class TestStory:
+    """The docstring of every recipe has one form, from which `mocokit recipes` is made."""
+
+    @pytest.mark.parametrize("name", recipes.RECIPES)
+    def test_the_form(self, name):
+        told = story(name)
+        assert tuple(told.lines) == LINES and all(told.lines.values())
+        assert 0 < len(told.title) <= 34 and not told.title.endswith(".")
+        assert (recipes.RECIPES[name].__doc__ or "").splitlines()[0] == f"{told.title}."
+        assert told.group in GROUPS
+        ends = [text[-1] for label, text in told.lines.items() if label != "Command"]
+        assert set(ends) == {"."}
+        assert recipes.by_name(name).recipe == name
+
+    @pytest.mark.parametrize("name", recipes.RECIPES)
+    def test_its_command_names_it(self, name):
+        words = story(name).lines["Command"].split()
+        assert words[:2] == ["mocokit", "pretrain"]
+        settings, _ = command.asked(next(iter(words[2:]), None), None, {}, needs_data=False)
+        assert settings == recipes.by_name(name)
+
+    @pytest.mark.parametrize("name", recipes.RECIPES)
+    def test_published_numbers_are_those_of_published(self, name):
+        line = story(name).lines["Published"]
+        if name in published.ACCURACY:
+            assert line == str(published.ACCURACY[name])
+        else:
+            assert line.startswith("no accuracy") and not re.search(r"\d", line)
+
+    @pytest.mark.parametrize("name", recipes.RECIPES)
+    def test_a_measured_number_has_its_seeds(self, name):
+        told = story(name)
+        line = told.lines["Measured"]
+        assert line.startswith("not ") or ("seed" in line and told.measured)
+        assert not (line.startswith("not ") and told.measured)
+
+    def test_published_values_name_recipes_and_rows(self):
+        assert published.ACCURACY.keys() | published.VOC_OF_RECIPE.keys() <= recipes.RECIPES.keys()
+        rows = {row.name for row in published.VOC["07+12"]}
+        assert set(published.VOC_OF_RECIPE.values()) <= rows
+
+    def test_several_seeds_are_a_range(self):
+        assert story("demo").measured == "kNN 94.5-95.3"
+        assert story("mocov2_cifar10").measured == "kNN 82.6"
+        assert story("simclr_cifar10").published == "linear about 91"
+
+    def test_parents(self):
+        built = {name: parent(recipe()) for name, recipe in recipes.RECIPES.items()}
+        assert built["mocov1"] is None and list(built.values()).count(None) == 1
+        assert built["mocov2"] == "mocov1" and built["mocov2_cifar10"] == "mocov2"
 
 
 def test_an_unknown_recipe_suggests_the_nearest():

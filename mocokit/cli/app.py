@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from mocokit import recipes, settings as settings_
-from mocokit.cli import evaluate, launch, slurm
+from mocokit import settings as settings_
+from mocokit.cli import evaluate, launch, show as show_, slurm
 from mocokit.errors import MocokitError, UserError
 from mocokit.run import command
 from mocokit.settings import sizes
-from mocokit.settings.schema import Settings
 
 app = typer.Typer(
     add_completion=False,
@@ -65,7 +64,10 @@ def pretrain(
         bool | None, typer.Option("--deterministic", help="bit for bit on CUDA too, and slower")
     ] = None,
     show: Annotated[
-        bool, typer.Option("--show", help="print every setting and the augmentation, and stop")
+        bool, typer.Option("--show", help="print what differs and what is in effect, then stop")
+    ] = False,
+    show_all: Annotated[
+        bool, typer.Option("--show-all", help="print every setting as a config.yaml, then stop")
     ] = False,
 ) -> None:
     """Train a backbone by a recipe on a folder of images, labelled or not.
@@ -81,9 +83,9 @@ def pretrain(
         "engine.deterministic": deterministic,
     }
     changes = command.merge(flags, changes)
-    asked, stated = command.asked(recipe, data, changes, needs_data=not show)
-    if show:
-        _show(asked, stated)
+    asked, stated = command.asked(recipe, data, changes, needs_data=not (show or show_all))
+    if show or show_all:
+        typer.echo(show_.pretrain(asked, stated, everything=show_all))
         return
     from mocokit.engine.world import announced
 
@@ -211,55 +213,13 @@ def write_slurm(
 
 
 @app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes: what each is, what it costs, what was published and what we measured."""
-    for name, recipe in recipes.RECIPES.items():
-        first, *rest = [line.strip() for line in (recipe.__doc__ or "").strip().splitlines()]
-        typer.echo(f"{name}\n  {first}")
-        for line in rest:
-            if line:
-                typer.echo(f"    {line}")
-
-
-def _show(asked: Settings, stated: frozenset[str]) -> None:
-    """Every setting as it would run here, with its meaning; what differs; the augmentation."""
-    from mocokit.data.open import open_data
-    from mocokit.engine.runtime import choose_device
-    from mocokit.run import build
-    from mocokit.views.params import describe
-    from mocokit.weights.encoder import view_spec
-
-    base = recipes.RECIPES.get(asked.recipe, recipes.mocov2)()
-    settled, effect = asked, None
-    notices: list[str] = []
-    if asked.data.path is not None or asked.recipe == "demo":
-        images = len(open_data(asked.data.path, asked.data.labels, asked.data.root).train)
-        settled, notices = sizes.fit(asked, images, stated)
-        effect = sizes.resolve(settled, images)
-    settled = build.settle(settled, choose_device(asked.engine.device), None)
-    changed = settings_.difference(base, settled)
-    for path, field in settings_.fields():
-        value = settings_.get(settled, path)
-        was = f"  (recipe: {changed[path][0]})" if path in changed else ""
-        typer.echo(f"{path} = {value}{was}\n    {field.description}")
-    typer.echo(f"\nDifference from the recipe {asked.recipe}:")
-    for path, (before, after) in changed.items():
-        typer.echo(f"  {path}: {before} -> {after}")
-    if not changed:
-        typer.echo("  none")
-    for notice in notices:
-        typer.echo(f"note: {notice}")
-    if effect is not None:
-        typer.echo(f"\nIn effect on {effect.images:,} images:")
-        for name, value in effect.as_dict().items():
-            typer.echo(
-                f"  {name}: {value:.6g}" if isinstance(value, float) else f"  {name}: {value}"
-            )
-    typer.echo("\nAugmentation of both views, in order:")
-    rows = [("operation", "probability", "parameters"), *describe(view_spec(settled))]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    for operation, probability, parameters in rows:
-        typer.echo(f"  {operation:{widths[0]}}  {probability:{widths[1]}}  {parameters}")
+def list_recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="a recipe, for its whole story; nothing: list all")
+    ] = None,
+) -> None:
+    """List the recipes with their published and measured accuracies, or describe one of them."""
+    typer.echo(show_.recipe_list() if name is None else show_.recipe_story(name))
 
 
 def main() -> None:

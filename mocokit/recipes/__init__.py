@@ -97,7 +97,13 @@ RECIPES: dict[str, Callable[[], Settings]] = {
 def by_name(name: str) -> Settings:
     """The recipe of that name; raises UserError with the nearest known one."""
     if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(RECIPES)}"
-        raise UserError(f"there is neither a recipe nor a file or folder named {name!r}; {hint}")
+        raise UserError(
+            f"there is neither a recipe nor a file or folder named {name!r}; {nearest(name)}"
+        )
     return RECIPES[name]()
+
+
+def nearest(name: str) -> str:
+    """For a name that is no recipe's: the one that may be meant, or all of them."""
+    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(RECIPES)}"

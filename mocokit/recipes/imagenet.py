@@ -17,8 +17,12 @@ COSINE = {"optim.schedule": "cosine"}
 
 
 def mocov1() -> Settings:
-    """MoCo v1: momentum contrast with InstDisc's augmentation (arXiv 1911.05722).
+    """MoCo v1: linear head, 200 epochs.
 
+    Momentum contrast: keys come from a slowly moving copy of the encoder, and a queue of earlier
+    keys gives the negatives. Views are InstDisc's.
+
+    Source: arXiv 1911.05722 and the authors' main_moco.py.
     Command: mocokit pretrain mocov1 IMAGENET/
     Cost: about 53 h on eight V100 for 200 epochs (the authors' README).
     Published: ImageNet linear 60.6 (arXiv 2003.04297, Table 1).
@@ -45,34 +49,43 @@ def mocov1() -> Settings:
         "train.epochs": 200,
         "train.batch_size": 256,
     }
-    return derive(Settings(), "mocov1", changes)
+    return derive(None, "mocov1", changes)
 
 
 def mocov2() -> Settings:
-    """MoCo v2: MoCo v1 with an MLP head, stronger augmentation, cosine (arXiv 2003.04297).
+    """MoCo v2: MLP head, aug+, cosine.
 
+    MoCo v1 with an MLP head, stronger augmentation ("aug+") and a cosine schedule: Table 1, row d.
+
+    Source: arXiv 2003.04297 and the authors' main_moco.py.
     Command: mocokit pretrain mocov2 IMAGES/
     Cost: about 53 h on eight V100 for 200 epochs of ImageNet (the authors' README).
-    Published: ImageNet linear 67.5 (Table 1, row d).
+    Published: ImageNet linear 67.5 (arXiv 2003.04297, Table 1).
     Measured: not measured.
     """
     return derive(mocov1(), "mocov2", MLP | AUG_PLUS | COSINE)
 
 
 def mocov2_800() -> Settings:
-    """MoCo v2 for 800 epochs (arXiv 2003.04297).
+    """MoCo v2 for 800 epochs.
 
+    Table 1, row e.
+
+    Source: arXiv 2003.04297.
     Command: mocokit pretrain mocov2_800 IMAGES/
     Cost: four times mocov2.
-    Published: ImageNet linear 71.1 (Table 1, row e).
+    Published: ImageNet linear 71.1 (arXiv 2003.04297, Table 1).
     Measured: not measured.
     """
     return derive(mocov2(), "mocov2_800", {"train.epochs": 800})
 
 
 def ablation_a() -> Settings:
-    """Table 1, row a: MoCo v1 with the MLP head, at its best temperature 0.2.
+    """MoCo v1 with the MLP head.
 
+    Table 1, row a. The temperature is 0.2, the best one with this head.
+
+    Source: arXiv 2003.04297.
     Command: mocokit pretrain ablation_a IMAGENET/
     Cost: as mocov1.
     Published: ImageNet linear 66.2 (arXiv 2003.04297, Table 1).
@@ -82,8 +95,11 @@ def ablation_a() -> Settings:
 
 
 def ablation_b() -> Settings:
-    """Table 1, row b: MoCo v1 with the stronger augmentation, head and temperature as in v1.
+    """MoCo v1 with aug+.
 
+    Table 1, row b: MoCo v2's augmentation with MoCo v1's head and temperature.
+
+    Source: arXiv 2003.04297.
     Command: mocokit pretrain ablation_b IMAGENET/
     Cost: as mocov1.
     Published: ImageNet linear 63.4 (arXiv 2003.04297, Table 1).
@@ -93,19 +109,25 @@ def ablation_b() -> Settings:
 
 
 def ablation_c() -> Settings:
-    """Table 1, row c: MoCo v1 with MLP head and stronger augmentation, without cosine.
+    """MoCo v1 with MLP head and aug+.
 
+    Table 1, row c: MoCo v2 without its cosine schedule. Rows d and e are mocov2 and mocov2_800.
+
+    Source: arXiv 2003.04297.
     Command: mocokit pretrain ablation_c IMAGENET/
     Cost: as mocov1.
-    Published: ImageNet linear 67.3 (arXiv 2003.04297, Table 1). Rows d, e are mocov2, mocov2_800.
+    Published: ImageNet linear 67.3 (arXiv 2003.04297, Table 1).
     Measured: not measured.
     """
     return derive(mocov1(), "ablation_c", MLP | AUG_PLUS)
 
 
 def mocov2_symmetric() -> Settings:
-    """MoCo v2 with each view once query and once key: about twice the work of each epoch.
+    """MoCo v2 with the symmetric loss.
 
+    Each view is once the query and once the key.
+
+    Source: arXiv 2011.10566, Table 4.
     Command: mocokit pretrain mocov2_symmetric IMAGES/
     Cost: about twice mocov2.
     Published: ImageNet linear 69.9 at 200 epochs (arXiv 2011.10566, Table 4, their implementation).
@@ -115,11 +137,13 @@ def mocov2_symmetric() -> Settings:
 
 
 def mocov2plus() -> Settings:
-    """MoCo v2+: MoCo v2 with BYOL's heads and rising key momentum (megvii's revisitAIRL).
+    """MoCo v2+: BYOL's heads, symmetric.
 
-    Symmetric; the keys of one view, drawn at random in each step, join the queue. The learning rate
-    is mocov2's: none is stated by the source that we have.
+    MoCo v2 with BYOL's heads and a key momentum that rises to one. The loss is symmetric. In each
+    step, the keys of one view, drawn at random, join the queue. The learning rate is mocov2's,
+    since the source states none.
 
+    Source: megvii's revisitAIRL.
     Command: mocokit pretrain mocov2plus IMAGES/
     Cost: over twice mocov2.
     Published: ImageNet linear 72.4 at 200 epochs (megvii's revisitAIRL).

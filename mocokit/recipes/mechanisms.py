@@ -13,8 +13,12 @@ BANK = {"method.name": "memorybank"}
 
 
 def endtoend() -> Settings:
-    """MoCo v2's settings with the end-to-end mechanism: gradients through both views.
+    """MoCo v2 without queue: end-to-end.
 
+    MoCo v2's settings with the end-to-end mechanism. The other images of the batch are the
+    negatives, and gradients flow through both views.
+
+    Source: arXiv 2003.04297, Table 3.
     Command: mocokit pretrain endtoend IMAGES/
     Cost: published for 200 epochs on eight V100: 7.4 GB a GPU and 65 h, where MoCo has 5.0 GB and
     53 h (arXiv 2003.04297, Table 3).
@@ -25,14 +29,15 @@ def endtoend() -> Settings:
 
 
 def endtoend_4096() -> Settings:
-    """End-to-end at batch 4096, in pieces of 256 images: the row of Table 3 that could not be run.
+    """End-to-end, batch 4096, in pieces.
 
-    The same gradients as of the undivided batch (GradCache, arXiv 2101.06983), for one more forward
-    and the memory of a piece.
+    The row of Table 3 that could not be run. A step works in pieces of 256 images (GradCache) and
+    has the gradients of the undivided batch, at the cost of one more forward pass.
 
+    Source: arXiv 2003.04297, Table 3; GradCache: arXiv 2101.06983.
     Command: mocokit pretrain endtoend_4096 IMAGES/
-    Cost: published as 93.0 GB a GPU (estimated) and n/a hours, undivided (arXiv 2003.04297,
-    Table 3).
+    Cost: published for the undivided batch as 93.0 GB a GPU (estimated), hours n/a
+    (arXiv 2003.04297, Table 3).
     Published: no accuracy at these settings.
     Measured: not measured.
     """
@@ -41,8 +46,11 @@ def endtoend_4096() -> Settings:
 
 
 def endtoend_v1() -> Settings:
-    """MoCo v1's settings with the end-to-end mechanism: first views against the second ones.
+    """MoCo v1 without queue: end-to-end.
 
+    MoCo v1's settings with the end-to-end mechanism: first views against second views.
+
+    Source: arXiv 1911.05722, Fig. 3.
     Command: mocokit pretrain endtoend_v1 IMAGES/
     Cost: not published.
     Published: ImageNet linear 54.9 at batch 256, where the dictionary is as large as the batch
@@ -53,10 +61,13 @@ def endtoend_v1() -> Settings:
 
 
 def simclr() -> Settings:
-    """SimCLR: stronger augmentation, LARS, and batch norm over all 2N views (arXiv 2002.05709).
+    """SimCLR, batch 4096, 1000 epochs.
 
+    Stronger augmentation, LARS, and batch norm over all 2N views.
+
+    Source: arXiv 2002.05709, appendix A.
     Command: mocokit pretrain simclr IMAGES/
-    Cost: a batch of 4096 at once, on many devices; its batch norm cannot be done in pieces.
+    Cost: many devices: the batch of 4096 has one batch norm, so it cannot be done in pieces.
     Published: ImageNet linear 69.3 (arXiv 2003.04297, Table 2).
     Measured: not measured.
     """
@@ -77,8 +88,11 @@ def simclr() -> Settings:
 
 
 def simclr_256() -> Settings:
-    """SimCLR at a batch that fits on few devices, for 200 epochs (arXiv 2002.05709).
+    """SimCLR, batch 256, 200 epochs.
 
+    SimCLR at a batch that fits on few devices.
+
+    Source: arXiv 2002.05709, appendix A; batch and epochs: arXiv 2003.04297, Table 2.
     Command: mocokit pretrain simclr_256 IMAGES/
     Cost: not published.
     Published: ImageNet linear 61.9 (arXiv 2003.04297, Table 2).
@@ -88,10 +102,12 @@ def simclr_256() -> Settings:
 
 
 def memorybank() -> Settings:
-    """InstDisc: noise-contrastive estimation against a bank of all images (arXiv 1805.01978).
+    """InstDisc: NCE with a memory bank.
 
-    MoCo v1's settings, which are InstDisc's, with its mechanism.
+    Noise-contrastive estimation against a bank that holds one vector of every image. The other
+    settings are MoCo v1's, which are InstDisc's.
 
+    Source: arXiv 1805.01978.
     Command: mocokit pretrain memorybank IMAGES/
     Cost: one view an image; for ImageNet the bank takes 626 MiB.
     Published: ImageNet linear 54.0, kNN 42.5 (arXiv 1805.01978).
@@ -102,8 +118,11 @@ def memorybank() -> Settings:
 
 
 def memorybank_softmax() -> Settings:
-    """MoCo's improved memory bank: InfoNCE against 65536 entries of it (arXiv 1911.05722).
+    """MoCo's improved memory bank.
 
+    InfoNCE against 65536 entries of the bank.
+
+    Source: arXiv 1911.05722.
     Command: mocokit pretrain memorybank_softmax IMAGES/
     Cost: as memorybank.
     Published: ImageNet linear 58.0 (arXiv 1911.05722, Fig. 3, K 65536).

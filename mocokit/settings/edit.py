@@ -236,4 +236,4 @@ def _did_you_mean(path: str, known: list[str]) -> str:
         close = [names[n] for n in difflib.get_close_matches(last, names, n=1, cutoff=0.6)]
     if close:
         return f"; did you mean {close[0]}?"
-    return "; `mocokit pretrain RECIPE --show` lists every setting"
+    return "; `mocokit pretrain RECIPE --show-all` lists every setting"
