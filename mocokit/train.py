@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mocokit.data.batch import Batch
 from mocokit.data.open import open_data
+from mocokit.data.source import Source, Splits, as_splits
 from mocokit.engine.average import GradientAverage, compare_replicas
 from mocokit.engine.finite import FiniteWatch, gradient_norm
 from mocokit.engine.optim import set_lr
@@ -22,11 +23,12 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, decided_by_rank_zero, joined_world, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.methods.method import Output, Step, Views
+from mocokit.methods.method import Method, Output, Step, Views
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.open import begun, calibrate_on_first_group, open_run
 from mocokit.run.state import RunState
+from mocokit.settings import methods, replace
 from mocokit.transfer import to_device
 from mocokit.views.params import draw_table
 from mocokit.views.views import View, ViewsOnDemand, make_views
@@ -44,7 +46,7 @@ class Run:
 
 def pretrain(
     recipe: str | None = None,
-    data: str | Path | None = None,
+    data: str | Path | Source | Splits | None = None,
     out: str | Path | None = None,
     *,
     epochs: int | None = None,
@@ -53,25 +55,34 @@ def pretrain(
     seed: int | None = None,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
+    method: type[Method] | None = None,
 ) -> Run:
     """Train a backbone; the same as the command `mocokit pretrain`.
 
-    `recipe` is a recipe's name, a config.yaml, or the data itself; `settings` holds
-    {"a.b": value}. Raises UserError for mistakes, Interrupted once a stopped run is saved, and
-    NonFiniteLoss.
+    `recipe` is a recipe's name, a config.yaml, or the data itself; `data` names images, or is a
+    Source of your own (docs/adding/source.md); `settings` holds {"a.b": value}; `method` is a class
+    of your own (docs/adding/method.md). Raises UserError for mistakes, Interrupted once a stopped
+    run is saved, and NonFiniteLoss.
     """
-    flags = {
+    flags: dict[str, Any] = {
         "train.epochs": epochs,
         "train.batch_size": batch_size,
         "engine.device": device,
         "seed": seed,
     }
+    if method is not None:
+        flags["method.name"] = f"{method.__module__}:{method.__qualname__}"
+        methods.use(method, flags["method.name"])
     changes = command.merge(flags, settings or {})
-    asked, stated = command.asked(recipe, None if data is None else str(data), changes)
+    given = None if data is None or isinstance(data, str | Path) else as_splits(data)
+    path = None if data is None or given is not None else str(data)
+    asked, stated = command.asked(recipe, path, changes, needs_data=given is None)
+    if given is not None:  # what a file can say of it: nothing that could be opened again
+        asked = replace(asked, {"data.path": f"Source object {given.train.name}"})
     with StopSignals() as stop, joined_world(asked.engine.device) as world:
         with stop.before_the_first_step():
             console, where = Console(world.writes), asked.data
-            splits = open_data(where.path, where.labels, where.root, console.counting)
+            splits = given or open_data(where.path, where.labels, where.root, console.counting)
             run = open_run(asked, stated, splits, out, resume, world)
         result = decided_by_rank_zero(world, run.folder.result)
         if result is None:

@@ -25,7 +25,13 @@ CLOCKS = {"images_per_s", "data_wait", "peak_memory_gib"}
 
 # By recipe: what a setting of 0.1 is called now, or None if it meant nothing for that method and
 # was dropped.
-RENAMED: dict[str, dict[str, str | None]] = {"mocov2": {}, "simclr": {}, "memorybank": {}}
+MOCOS = ["queue_size", "momentum", "momentum_batch", "momentum_schedule", "enqueue"]
+BANKS = ["bank_negatives", "bank_momentum"]
+RENAMED: dict[str, dict[str, str | None]] = {
+    "mocov2": {f"method.{name}": None for name in BANKS},
+    "simclr": {f"method.{name}": None for name in [*MOCOS, *BANKS]},
+    "memorybank": {f"method.{name}": None for name in [*MOCOS, "symmetric", "shuffle"]},
+}
 
 
 def save_anew(old: Path, new: Path) -> None:

@@ -219,9 +219,9 @@ def test_a_last_partial_batch_is_trained_on(photos, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(toy_npz, tmp_path, monkeypatch):
     forward = MoCo.forward
 
-    def breaking(self, views, index, draw):
-        output = forward(self, views, index, draw)
-        return output._replace(loss=output.loss * torch.nan) if draw.step == 7 else output
+    def breaking(self, views, index, step):
+        output = forward(self, views, index, step)
+        return output._replace(loss=output.loss * torch.nan) if step.number == 7 else output
 
     monkeypatch.setattr(MoCo, "forward", breaking)
     with pytest.raises(NonFiniteLoss, match=r"loss of step 8 is not finite.*step-00000005.pt"):

@@ -1,10 +1,12 @@
 """Settings: round trips, sentences for mistakes, identity."""
 
 import pytest
+import yaml
 from hypothesis import given, strategies as st
 
 from mocokit import recipes, settings
 from mocokit.errors import UserError
+from mocokit.settings import flatten, from_yaml, legacy, replace, to_yaml
 from mocokit.settings.schema import Settings
 
 EVERY = dict(settings.fields())
@@ -121,3 +123,52 @@ def test_stated_in_lists_the_paths_of_a_file(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("seed: 1\ntrain: {epochs: 2}\nresolved: {lr: 3}\n")
     assert settings.stated_in(path) == {"seed", "train.epochs"}
+
+
+@pytest.mark.parametrize("recipe", ["endtoend_cifar10", "memorybank_softmax_cifar10", "mocov2plus"])
+def test_what_belongs_to_no_method_of_0_1_is_dropped(recipe):
+    """0.1 wrote every setting of every method; those of other methods had no effect."""
+    now = recipes.by_name(recipe)
+    old = yaml.safe_load(to_yaml(now))
+    others = {name: 7 for name in legacy.METHOD_0_1 - old["method"].keys()}
+    old["method"] = {**others, **old["method"]}
+    assert from_yaml(yaml.safe_dump(old)) == now
+
+
+def test_what_a_person_wrote_into_a_file_is_not_dropped():
+    with pytest.raises(UserError, match="config.yaml: method.momentum does not exist"):
+        from_yaml("method: {name: simclr, momentum: 0.9}")
+    assert from_yaml("method: {name: simclr, queue_size: null}").method.name == "simclr"
+
+
+def test_another_method_keeps_what_both_have():
+    settings = replace(recipes.memorybank(), {"method.name": "moco", "method.queue_size": 64})
+    assert settings.method.temperature == 0.07 and settings.method.queue_size == 64
+    assert settings.method.loss == "info_nce"  # nce is the bank's alone
+    again = replace(settings, {"method.queue_size": None, "method.name": "simclr"})
+    assert again.method.name == "simclr" and not hasattr(again.method, "queue_size")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"net.predictor": True, "method.name": "simclr"}, "net.predictor must be"),
+        ({"views.crop_area": [0.5, 2.0]}, "views.crop_area cannot exceed 1"),
+        ({"optim.drops": [0.9, 0.1]}, "optim.drops must be"),
+        ({"method.symmetric": False, "method.enqueue": "one"}, "method.enqueue = 'one' needs"),
+        ({"method.groups": 0}, "method.groups = 0: input should be"),
+    ],
+)
+def test_messages_name_the_full_path_once(changes, path):
+    with pytest.raises(UserError) as caught:
+        replace(recipes.mocov2(), changes)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"setting: {path}") and ": :" not in sentence
+
+
+def test_methods_from_outside_are_kept_and_never_imported():
+    text = "method: {name: 'no_such_module:Method', group_size: 8, depth: 3}"
+    settings = from_yaml(text)
+    assert settings.method.name == "no_such_module:Method" and settings.method.group_size == 8
+    assert from_yaml(to_yaml(settings)) == settings
+    assert flatten(settings)["method.depth"] == 3

@@ -47,6 +47,10 @@ def pretrain(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
+    allow_import: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE", help="let a method of this module be imported; repeatable"),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on with the newest unfinished such run in runs/")
     ] = False,
@@ -83,7 +87,8 @@ def pretrain(
         "engine.deterministic": deterministic,
     }
     changes = command.merge(flags, changes)
-    asked, stated = command.asked(recipe, data, changes, needs_data=not (show or show_all))
+    needs_data, allowed = not (show or show_all), allow_import or []
+    asked, stated = command.asked(recipe, data, changes, needs_data, allowed)
     if show or show_all:
         typer.echo(show_.pretrain(asked, stated, everything=show_all))
         return

@@ -79,6 +79,11 @@ class Splits(NamedTuple):
         return self
 
 
+def as_splits(source: Source | Splits) -> Splits:
+    """A source's images to train on alone, or both splits as they are given."""
+    return source if isinstance(source, Splits) else Splits(source, None)
+
+
 def extended(classes: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:
     """The classes of both, the first ones first."""
     return tuple(dict.fromkeys((*classes, *more)))

@@ -92,13 +92,8 @@ class KnnMonitor:
 
     def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
         """Accuracy of the encoder's backbone features, and of its head's output."""
-
-        def network(views: Tensor) -> tuple[Tensor, Tensor]:
-            features = encoder.backbone(views)
-            return features, encoder.head(features)
-
         with evaluating(encoder):
-            yield from self._scores(network, ("knn_backbone", "knn_head"))
+            yield from self._scores(encoder.both, ("knn_backbone", "knn_head"))
 
     def raw_pixels(self) -> float | None:
         """Accuracy of the centred pixels themselves; None where the images are large."""

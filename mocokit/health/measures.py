@@ -56,8 +56,7 @@ class HealthMonitor:
         def network(images: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal total, square
             total, square = total + images.sum(0), square + images.square().sum(0)
-            features = encoder.backbone(images.to(precise))
-            return features, encoder.head(features)
+            return encoder.both(images.to(precise))
 
         batches = evaluation_batches(
             self.source, self.numbers, self.spec, self.device, self.workers

@@ -41,7 +41,15 @@ class ResNetTiny(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, 64, H / 8, W / 8)."""
         maps: Tensor = self.stages(self.act1(self.bn1(self.conv1(images))))
+        return maps
+
+    def forward_head(self, maps: Tensor) -> Tensor:
+        """(N, 64, h, w) -> (N, 64)."""
         return maps.mean((2, 3))
 
 

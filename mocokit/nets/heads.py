@@ -1,6 +1,6 @@
 """Projection heads and predictors, and the encoder: a backbone with its head."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,20 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         projections: Tensor = self.head(self.backbone(images))
         return projections
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's features (N, F), and their projections (N, dim)."""
+        features = self.backbone(images)
+        return features, self.head(features)
+
+    def with_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's feature map (N, C, h, w), and the projections (N, dim) of its mean.
+
+        For methods that compare places. Only for backbones with timm's two halves.
+        """
+        backbone = cast(Any, self.backbone)
+        maps: Tensor = backbone.forward_features(images)
+        return maps, self.head(backbone.forward_head(maps))
 
     @property
     def num_features(self) -> int:

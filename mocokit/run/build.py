@@ -28,7 +28,7 @@ from mocokit.methods.processes import rank_and_world
 from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use_whole
 from mocokit.nets.heads import build_head
 from mocokit.settings import get, replace
-from mocokit.settings.methods import MethodSettings, OutsideSettings, import_method
+from mocokit.settings.methods import MethodSettings, implementation
 from mocokit.settings.schema import Settings
 from mocokit.settings.sizes import Resolved, count_groups, count_shares
 from mocokit.views.fused import can_compile
@@ -257,13 +257,7 @@ def build_method(settings: Settings, effect: Resolved) -> Method:
 
 def method_class(settings: MethodSettings) -> type[Method]:
     """The class that implements a method, built-in or not. Raises UserError."""
-    if isinstance(settings, OutsideSettings):
-        module = settings.name.partition(":")[0]
-        raise UserError(
-            f"method {settings.name} is code from outside mocokit, and is imported only if you say "
-            f"so in this command: add --allow-import {module}"
-        )
-    found = import_method(settings.implementation or settings.name)
+    found = implementation(settings)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"method {settings.name} is no subclass of mocokit.methods.method.Method")
     return found

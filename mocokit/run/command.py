@@ -1,26 +1,33 @@
 """From a command's words to settings: which recipe or file, which data, what was stated."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mocokit.data import locations
 from mocokit.errors import UserError
 from mocokit.recipes import RECIPES, by_name
-from mocokit.settings import load, replace, stated_in
+from mocokit.settings import load, methods, replace, stated_in
 from mocokit.settings.schema import Settings
 
 
 def asked(
-    recipe: str | None, data: str | None, changes: Mapping[str, Any], needs_data: bool = True
+    recipe: str | None,
+    data: str | None,
+    changes: Mapping[str, Any],
+    needs_data: bool = True,
+    allowed: Collection[str] = (),
 ) -> tuple[Settings, frozenset[str]]:
     """The settings of a command, and the dotted paths that its user stated.
 
     `recipe` is a recipe's name or a .yaml file; else a path, which then is the data of mocov2.
-    Nothing at all is the embedded demo, the only recipe with data of its own. Raises UserError for
-    what does not exist.
+    Nothing at all is the embedded demo, the only recipe with data of its own. A method from outside
+    the package is imported if `changes` name it, or if `allowed` has its module. Raises UserError
+    for what does not exist.
     """
+    module, colon, _ = str(changes.get("method.name")).partition(":")
+    methods.allow([*allowed, *([module] if colon else [])])
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
         if data is None and locations.exist(recipe):
             recipe, data = "mocov2", recipe

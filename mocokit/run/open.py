@@ -233,6 +233,7 @@ def calibrate_on_first_group(run: RunState, make_views: MakeViews) -> None:
         with one_statistics_update(method.encoder, 0), local_statistics(method.encoder):
             set_groups(method.encoder, 1)
             calibrate_head(method.encoder, views[:first])
+        set_groups(method.encoder, None)  # as a resumed run has it: not every method sets them
     if run.world.size > 1:
         for parameter in method.encoder.parameters():
             dist.broadcast(parameter.data, 0)

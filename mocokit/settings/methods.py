@@ -18,7 +18,7 @@ from mocokit.settings.section import Positive, Section, incidental, setting
 class MethodSettings(Section):
     """What every method has: a name, and how batch norm cuts a batch into groups."""
 
-    implementation: ClassVar[str] = ""  # "module:Class"; empty: the name says it
+    implementation: ClassVar[str] = ""  # "module:Class" of a method of this package
 
     name: str = setting("moco", "moco, simclr, memorybank, or module:Class of your own")
     batch_norm: Literal["groups", "whole"] = setting(
@@ -187,8 +187,9 @@ BUILT_IN: dict[str, type[MethodSettings]] = {
     "memorybank": MemoryBankSettings,
 }
 
-# Methods from outside the package by name, as the user of this process named or allowed them.
-_outside: dict[str, type[MethodSettings]] = {}
+# Classes of methods from outside the package, by name, and the modules that may be imported: both
+# as the user of this process said.
+_outside: dict[str, Any] = {}
 _allowed: set[str] = set()
 
 
@@ -197,8 +198,9 @@ def settings_class(name: str) -> type[MethodSettings]:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name not in _outside and may_import(name):
-        use(import_method(name), name)
-    return _outside.get(name, OutsideSettings)
+        use(_imported(name), name)
+    found = _outside.get(name)
+    return OutsideSettings if found is None else found.settings
 
 
 def read_method(value: Any) -> Any:
@@ -234,13 +236,26 @@ def use(method: Any, name: str) -> None:
             f"method {name} brings no settings: its attribute `settings` must be a subclass of "
             "mocokit.methods.method.MethodSettings"
         )
-    _outside[name] = found
+    _outside[name] = method
 
 
-def import_method(name: str) -> Any:
-    """The class that a method `module:Class` names. Raises UserError."""
+def implementation(settings: MethodSettings) -> Any:
+    """The class that implements a method. Raises UserError for code that may not be imported."""
+    if settings.name in _outside:
+        return _outside[settings.name]
+    if isinstance(settings, OutsideSettings):
+        module = settings.name.partition(":")[0]
+        raise UserError(
+            f"method {settings.name} is code from outside mocokit, and is imported only if you say "
+            f"so in this command: add --allow-import {module}, or in Python method=..."
+        )
+    return _imported(settings.implementation)
+
+
+def _imported(name: str) -> Any:
+    """What `module:Class` names."""
     module, _, attribute = name.partition(":")
-    if "" not in sys.path:
+    if module.partition(".")[0] != "mocokit" and "" not in sys.path:
         sys.path.insert(0, "")  # a command finds modules beside the user, as `python -m` does
     try:
         return getattr(import_module(module), attribute)
