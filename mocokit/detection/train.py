@@ -87,7 +87,7 @@ class Trainer:
 
     def steps(self) -> Iterator[dict[str, Tensor]]:
         """Train to the last step; after each, its losses as scalars on the device."""
-        todo = range(self.step, self.plan.iterations)
+        todo = range(self.step, self.plan.steps)
         for views in ahead(self.views.step, todo, self.threads):
             self.detector.train()
             for group in self.optimizer.param_groups:

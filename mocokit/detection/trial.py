@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mocokit.detection import pictures
 from mocokit.detection.dataset import BoxDataset
+from mocokit.detection.protocol import OLD_NAMES, renamed
 from mocokit.detection.train import Trainer, detect_in
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder, held
@@ -53,8 +54,7 @@ class DetectionTrial:
         `make` gives the trainer as it is before the first step.
         """
         if self.result_path.is_file():
-            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
-            return found
+            return renamed(json.loads(self.result_path.read_text(encoding="utf-8")), OLD_NAMES)
         with held(self.folder):
             trainer = make()
             state = checkpoint.load_newest(self.folder.checkpoints)
@@ -75,7 +75,7 @@ class DetectionTrial:
 
     def _train(self, trainer: Trainer, metrics: Metrics) -> None:
         meter, first, began = Meter(), trainer.step, time.monotonic()
-        total, images = trainer.plan.iterations, trainer.plan.ims_per_step
+        total, images = trainer.plan.steps, trainer.plan.batch_size
         self._look(trainer, metrics)
         for losses in trainer.steps():
             step = trainer.step
@@ -117,7 +117,7 @@ class DetectionTrial:
     def _looks(self, trainer: Trainer) -> bool:
         """Whether a test on the way is due; the last one is the result."""
         step = trainer.step
-        return self.every > 0 and step % self.every == 0 and step < trainer.plan.iterations
+        return self.every > 0 and step % self.every == 0 and step < trainer.plan.steps
 
     def _look(self, trainer: Trainer, metrics: Metrics) -> None:
         known = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
@@ -165,7 +165,7 @@ class DetectionTrial:
                 for at, name in enumerate(first.classes)
             },
             "curve": curve,
-            "iterations": trainer.step,
+            "steps": trainer.step,
             "unreadable_train": dict(trainer.views.bad),
             "unreadable_test": {self.test_data.samples[k].name: v for k, v in tested.bad.items()},
             "test_seconds": round(time.perf_counter() - started, 1),

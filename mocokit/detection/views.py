@@ -72,7 +72,7 @@ class ViewSampler:
 
     def step(self, step: int) -> list[View]:
         """The images of a step, wide ones first; epochs follow one another without a gap."""
-        images, count = len(self.samples), self.plan.ims_per_step
+        images, count = len(self.samples), self.plan.batch_size
         places = np.arange(step * count, (step + 1) * count)
         views = []
         for epoch in np.unique(places // images).tolist():

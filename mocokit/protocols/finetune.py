@@ -21,9 +21,9 @@ from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import evaluation_batches, probe_spec
+from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.linear_paper import TellEpoch, training_views
 from mocokit.protocols.table import CENTRE
-from mocokit.protocols.task import Task
 from mocokit.weights.subject import FrozenModel
 
 LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to this many steps
@@ -85,7 +85,7 @@ class Classifier(nn.Module):
 
 def fine_tune(
     subject: FrozenModel,
-    task: Task,
+    split: LabelledSplit,
     plan: Plan,
     *,
     seed: int,
@@ -96,8 +96,8 @@ def fine_tune(
 
     Raises NonFiniteLoss, with a remedy, where training diverges.
     """
-    device, images = subject.device, len(task.train_numbers)
-    model = Classifier(copy.deepcopy(subject.network), subject.width, len(task.classes))
+    device, images = subject.device, len(split.train_numbers)
+    model = Classifier(copy.deepcopy(subject.network), subject.width, len(split.classes))
     model = model.to(device).train().requires_grad_(True)
     optimizer = torch.optim.SGD(
         parameter_groups(model, plan.lr, plan.layer_decay),
@@ -112,7 +112,7 @@ def fine_tune(
     stream = chance.library_seed(seed, 2, Slot.EVALUATION)
     for epoch in range(epochs):
         total, seen = torch.zeros((), device=device), 0
-        for views, labels in training_views(spec, task, device, seed, epoch, batch, workers):
+        for views, labels in training_views(spec, split, device, seed, epoch, batch, workers):
             seed_libraries(stream, step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
@@ -131,7 +131,7 @@ def fine_tune(
         _check(watch, epoch, plan.lr)
         loss = float(total) / max(seen, 1)
         tell(epoch + 1, epochs, loss)
-    predicted, truth = _predict(model, subject, task, workers)
+    predicted, truth = _predict(model, subject, split, workers)
     return predicted, truth, {"images": images, "epochs": epochs, "train_loss": loss, "seed": seed}
 
 
@@ -171,18 +171,18 @@ def block_of(name: str) -> str:
 
 
 def _predict(
-    model: Classifier, subject: FrozenModel, task: Task, workers: int
+    model: Classifier, subject: FrozenModel, split: LabelledSplit, workers: int
 ) -> tuple[Tensor, NDArray[Any]]:
-    labels = task.test.labels
+    labels = split.test.labels
     assert labels is not None
     predicted, known = [], []
     batches = evaluation_batches(
-        task.test, task.test_numbers, subject.spec, subject.device, workers
+        split.test, split.test_numbers, subject.spec, subject.device, workers
     )
     with evaluating(model), subject.autocast():
         for batch, views in batches:
             predicted.append(model(views).argmax(1).cpu())
             known.append(torch.from_numpy(labels[batch.index]))
     if not predicted:
-        raise UserError(f"none of the test images of {task.test.name} can be read")
+        raise UserError(f"none of the test images of {split.test.name} can be read")
     return torch.cat(predicted), torch.cat(known).numpy()

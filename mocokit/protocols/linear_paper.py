@@ -24,8 +24,8 @@ from mocokit.engine.finite import FiniteWatch
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import probe_spec
+from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.table import CENTRE, Table
-from mocokit.protocols.task import Task
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import make_views
 from mocokit.weights.subject import FrozenModel
@@ -68,7 +68,7 @@ def protocol(subject: FrozenModel, epochs: int, lr: float) -> str:
 
 def fit_paper(
     subject: FrozenModel,
-    task: Task,
+    split: LabelledSplit,
     *,
     seed: int,
     epochs: int = EPOCHS,
@@ -80,7 +80,7 @@ def fit_paper(
 
     The subject's weights, running statistics included, are the same to the bit afterwards.
     """
-    before, device, classes = subject.weights, subject.device, len(task.classes)
+    before, device, classes = subject.weights, subject.device, len(split.classes)
     layer = _first_layer(subject.width, classes, seed).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
@@ -91,7 +91,7 @@ def fit_paper(
         for group in optimizer.param_groups:
             group["lr"] = rate
         total, seen = torch.zeros((), device=device), 0
-        batches = training_views(spec, task, device, seed, epoch, BATCH, workers)
+        batches = training_views(spec, split, device, seed, epoch, BATCH, workers)
         for step, (views, labels) in enumerate(batches):
             with evaluating(subject.network):
                 features = subject.features(views)
@@ -115,10 +115,10 @@ def fit_paper(
     return Fitted(layer.weight.detach(), layer.bias.detach(), details, notes)
 
 
-def test_features(task: Task, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
+def test_features(split: LabelledSplit, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
     """Features and labels of the test images that can be read."""
-    good = np.isin(task.test_numbers, table.good)
-    return table.take(task.test_numbers[good]), task.test_labels[good]
+    good = np.isin(split.test_numbers, table.good)
+    return table.take(split.test_numbers[good]), split.test_labels[good]
 
 
 def _first_layer(width: int, classes: int, seed: int) -> nn.Linear:
@@ -132,21 +132,21 @@ def _first_layer(width: int, classes: int, seed: int) -> nn.Linear:
 
 def training_views(
     spec: ViewSpec,
-    task: Task,
+    split: LabelledSplit,
     device: torch.device,
     seed: int,
     epoch: int,
     batch_size: int,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random views of the task's training images with their labels, batch after batch."""
+    """Random views of the split's training images with their labels, batch after batch."""
     stream = chance.library_seed(seed, 1, Slot.EVALUATION)
-    order = chance.Order(stream, epoch, len(task.train_numbers))
-    numbers = task.train_numbers[order[np.arange(len(task.train_numbers))]]
-    labels = task.train.labels
+    order = chance.Order(stream, epoch, len(split.train_numbers))
+    numbers = split.train_numbers[order[np.arange(len(split.train_numbers))]]
+    labels = split.train.labels
     assert labels is not None
     bound = canvas_bound(spec)
-    for batch in read_batches(task.train, numbers, batch_size, bound, workers):
+    for batch in read_batches(split.train, numbers, batch_size, bound, workers):
         if len(batch.index):
             sizes = batch.heights, batch.widths
             table = draw_table(spec, stream, epoch, batch.index, 0, *sizes)

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss
+from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.linear_paper import Fitted
 from mocokit.protocols.split import hold_out, stratified
 from mocokit.protocols.table import CENTRE, Table, Transform
-from mocokit.protocols.task import Task
 from mocokit.weights.subject import FrozenModel
 
 PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
@@ -79,19 +79,24 @@ def protocol(subject: FrozenModel, transform: Transform, seed: int) -> str:
 
 
 def fit_quick(
-    task: Task, table: Table, device: torch.device, *, seed: int, penalties: tuple[float, ...] = ()
+    split: LabelledSplit,
+    table: Table,
+    device: torch.device,
+    *,
+    seed: int,
+    penalties: tuple[float, ...] = (),
 ) -> Fitted:
     """Choose a penalty on held-out training images, then fit all of them.
 
-    `table` holds the features of task.train. Raises UserError for fewer than two classes.
+    `table` holds the features of split.train. Raises UserError for fewer than two classes.
     """
     if device.type == "mps":
         device = torch.device("cpu")  # for want of doubles
-    task.check_classes()
+    split.check_classes()
     penalties = penalties or PENALTIES
-    good = np.isin(task.train_numbers, table.good)
-    numbers, labels = task.train_numbers[good], task.train_labels[good]
-    classes = len(task.classes)
+    good = np.isin(split.train_numbers, table.good)
+    numbers, labels = split.train_numbers[good], split.train_labels[good]
+    classes = len(split.classes)
     everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
     known = moments(everything)
     chosen, shares = _choose(everything, known, penalties, seed)

@@ -14,7 +14,7 @@ TEST_SHARE = 0.2  # of the labelled images, where there are no others to test on
 
 
 @dataclass(frozen=True)
-class Task:
+class LabelledSplit:
     """Numbers are the images' own, rising. With `leave_one_out` both sides are the same images."""
 
     train: Source
@@ -22,7 +22,7 @@ class Task:
     test: Source
     test_numbers: NDArray[np.int64]
     classes: tuple[str, ...]
-    split: str  # in words
+    description: str  # how it was split, in words
     leave_one_out: bool = False
 
     @property
@@ -38,19 +38,21 @@ class Task:
         if len(np.unique(self.train_labels)) < 2:
             raise UserError("a classifier needs training images of at least two classes")
 
-    def with_share(self, share: float, seed: int) -> "Task":
+    def with_share(self, share: float, seed: int) -> "LabelledSplit":
         """The same test with a stratified share of the training images."""
         if share >= 1:
             return self
         kept = self.train_numbers[stratified(self.train_labels, share, seed, Slot.LABELS)]
-        split = f"{len(kept):,} labelled images ({share:.3g} of each class, seed {seed}), "
-        split += self.split.split(", ", 1)[1]
-        return Task(self.train, kept, self.test, self.test_numbers, self.classes, split)
+        description = f"{len(kept):,} labelled images ({share:.3g} of each class, seed {seed}), "
+        description += self.description.split(", ", 1)[1]
+        return LabelledSplit(
+            self.train, kept, self.test, self.test_numbers, self.classes, description
+        )
 
 
-def task_of(
+def labelled_split(
     train: Source, validation: Source | None, *, seed: int, leave_one_out: bool = False
-) -> Task:
+) -> LabelledSplit:
     """Train on the training images, test on the validation images.
 
     Without validation images, each training image is a query of its own against all others
@@ -64,20 +66,24 @@ def task_of(
     everything = np.arange(len(train))
     classes = _classes(train, validation)
     if validation is not None and validation.labels is not None and len(validation):
-        split = f"{len(train):,} training images, {len(validation):,} test images"
-        return Task(train, everything, validation, np.arange(len(validation)), classes, split)
+        description = f"{len(train):,} training images, {len(validation):,} test images"
+        return LabelledSplit(
+            train, everything, validation, np.arange(len(validation)), classes, description
+        )
     if leave_one_out:
         if len(train) < 2:
             raise UserError(f"{train.name} has {len(train)} labelled image; a vote needs others")
-        split = f"{len(train):,} training images, each left out of its own vote"
-        return Task(train, everything, train, everything, classes, split, True)
+        description = f"{len(train):,} training images, each left out of its own vote"
+        return LabelledSplit(train, everything, train, everything, classes, description, True)
     kept, held = hold_out(train.labels, TEST_SHARE, seed, Slot.TEST)
     if not len(held):
         raise UserError(
             f"{train.name} has one image a class, so none can be held out; give validation images"
         )
-    split = f"{len(kept):,} training images, {len(held):,} test images held out by seed {seed}"
-    return Task(train, kept, train, held, classes, split)
+    description = (
+        f"{len(kept):,} training images, {len(held):,} test images held out by seed {seed}"
+    )
+    return LabelledSplit(train, kept, train, held, classes, description)
 
 
 def _labels(source: Source) -> NDArray[np.int64]:
