@@ -15,7 +15,7 @@ from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols import linear_paper, linear_quick
 from mocokit.protocols.labelled import labelled_split
-from mocokit.protocols.linear_quick import Data, fit_quick, moments, ridge, solve
+from mocokit.protocols.linear_quick import Data, compute_moments, fit_quick, ridge, solve
 from mocokit.protocols.table import Table, features_of
 from mocokit.views.params import ViewSpec
 from mocokit.weights.subject import FrozenModel, weights_hash
@@ -34,8 +34,8 @@ def data(count=400, width=12, classes=4, seed=0):
     return Data(features, labels, classes, CPU)
 
 
-def standardised(known, features):
-    return ((features - known.mean) / known.std).double().numpy()
+def standardised(moments, features):
+    return ((features - moments.mean) / moments.std).double().numpy()
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,9 @@ def _pieces(monkeypatch):
 
 def test_ridge_is_scikit_learns():
     some, penalties = data(), (1e-3, 0.1, 10.0)
-    known = moments(some)
-    weight, bias = ridge(some, penalties, known)
-    inputs, targets = standardised(known, some.features), np.eye(4)[some.labels.numpy()]
+    moments = compute_moments(some)
+    weight, bias = ridge(some, penalties, moments)
+    inputs, targets = standardised(moments, some.features), np.eye(4)[some.labels.numpy()]
     for at, penalty in enumerate(penalties):
         # Theirs sums over the images where ours takes the mean.
         other = Ridge(alpha=penalty * len(inputs), solver="cholesky").fit(inputs, targets)
@@ -58,14 +58,14 @@ def test_ridge_is_scikit_learns():
 
 def test_logistic_regression_is_scikit_learns():
     some, penalties = data(), (1e-3, 1e-2, 1.0)
-    known = moments(some)
-    inputs = standardised(known, some.features)
+    moments = compute_moments(some)
+    inputs = standardised(moments, some.features)
     fresh = data(300, seed=0).features.flip(0)
-    for penalty, layer in zip(penalties, solve(some, penalties, 500, known), strict=True):
+    for penalty, layer in zip(penalties, solve(some, penalties, 500, moments), strict=True):
         other = LogisticRegression(C=1 / (penalty * len(inputs)), max_iter=5000, tol=1e-10)
         other.fit(inputs, some.labels.numpy())
         ours = fresh @ layer.weight.T + layer.bias
-        theirs = other.predict_log_proba(standardised(known, fresh))
+        theirs = other.predict_log_proba(standardised(moments, fresh))
         np.testing.assert_allclose(ours.log_softmax(1).numpy(), theirs, atol=0.03)
         assert (ours.argmax(1).numpy() == theirs.argmax(1)).mean() > 0.99
         assert bool((layer.weight[:, 0] == 0).all())  # of a feature that never moves
@@ -73,8 +73,10 @@ def test_logistic_regression_is_scikit_learns():
 
 def test_all_penalties_at_once_are_each_alone():
     some, penalties = data(), (1e-4, 1e-2, 1.0)
-    for one, penalty in zip(solve(some, penalties, 300, moments(some)), penalties, strict=True):
-        (alone,) = solve(some, (penalty,), 300, moments(some))
+    for one, penalty in zip(
+        solve(some, penalties, 300, compute_moments(some)), penalties, strict=True
+    ):
+        (alone,) = solve(some, (penalty,), 300, compute_moments(some))
         np.testing.assert_allclose(one.weight.numpy(), alone.weight.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -84,7 +86,7 @@ def test_every_step_goes_down_whatever_the_features():
     twisted = some.features[:, 1:2] + 1e-3 * some.features
     hard = dataclasses.replace(some, features=torch.cat([some.features, twisted], 1))
     losses = [
-        float(solve(hard, (1e-4,), steps, moments(hard))[0].details["train_loss"])
+        float(solve(hard, (1e-4,), steps, compute_moments(hard))[0].details["train_loss"])
         for steps in (1, 3, 9, 60)
     ]
     assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(4)

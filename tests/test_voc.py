@@ -1,4 +1,4 @@
-"""`mocokit evaluate voc`, from the command to the report; stopped, killed and gone on with."""
+"""`mocokit evaluate voc`, from the command to the report; stopped, killed and resumed."""
 
 import hashlib
 import json
@@ -73,8 +73,8 @@ def test_a_result_with_all_that_belongs_to_it(straight):
     assert last["step"] == 4 and {"rpn_object", "rpn_box", "class", "box"} <= set(last)
 
 
-def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
-    """SIGTERM in the third step saves and says 75; the same call ends as if nothing had been."""
+def test_a_stopped_trial_resumes_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """SIGTERM in the third step saves, with exit code 75. The same call ends as if unstopped."""
     steps = trial.DetectionTrial._show
     at = iter(range(100))
 
@@ -97,8 +97,8 @@ def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypat
     assert same(weights(out / "trial-0"), weights(straight[1] / "trial-0"))
 
 
-def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
-    """What was done after the last checkpoint is done again, the same."""
+def test_a_killed_trial_resumes_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """The steps after the last checkpoint are repeated with the same result."""
     steps = trial.DetectionTrial._show
     at = iter(range(100))
 
@@ -119,11 +119,11 @@ def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatc
 def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypatch):
     out, real = tmp_path / "out", trial.detect_in
 
-    def interrupted(trainer, data, tell):
+    def interrupted(trainer, data, progress):
         if trainer.step == 4 and not (out / "seen").exists():
             (out / "seen").touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(trainer, data, tell)
+        return real(trainer, data, progress)
 
     monkeypatch.setattr(trial, "detect_in", interrupted)
     with pytest.raises(Interrupted):

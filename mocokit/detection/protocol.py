@@ -45,31 +45,39 @@ class Plan(BaseModel):
     drop_factor: Share = Field(
         0.1, description="factor of the learning rate at each drop (SOLVER.GAMMA)"
     )
-    warmup: int = Field(100, ge=0, description="steps from warmup_factor of the rate to all of it")
-    warmup_factor: Share = Field(0.001, description="share of the rate at the first step")
-    sides: tuple[Count, ...] = Field(tuple(range(480, 801, 32)), description="short sides drawn")
-    max_side: Count = Field(1333, description="cap of the long side, training and test")
-    test_side: Count = Field(800, description="short side at test")
+    warmup: int = Field(
+        100, ge=0, description="steps from warmup_factor of the rate to the full rate"
+    )
+    warmup_factor: Share = Field(0.001, description="share of the learning rate at the first step")
+    sides: tuple[Count, ...] = Field(
+        tuple(range(480, 801, 32)), description="short sides in training, chosen at random"
+    )
+    max_side: Count = Field(1333, description="limit of the long side, in training and test")
+    test_side: Count = Field(800, description="short side in the test")
     flip: Share = Field(0.5, description="probability of a mirrored training image")
-    anchor_sizes: tuple[float, ...] = Field((32, 64, 128, 256, 512), description="sqrt of area")
+    anchor_sizes: tuple[float, ...] = Field(
+        (32, 64, 128, 256, 512), description="square roots of areas"
+    )
     anchor_ratios: tuple[float, ...] = Field((0.5, 1, 2), description="height over width")
-    rpn_batch: Count = Field(256, description="anchors an image that the RPN learns from")
-    rpn_positive: Share = Field(0.5, description="at most this share of them on objects")
+    rpn_batch: Count = Field(256, description="anchors per image that train the RPN")
+    rpn_positive: Share = Field(0.5, description="largest share of objects among them")
     rpn_low: Share = Field(0.3, description="an anchor below this overlap is background")
     rpn_high: Share = Field(0.7, description="an anchor from this overlap on is an object")
-    rpn_nms: Share = Field(0.7, description="proposals overlapping a better one more are dropped")
-    pre_nms_train: Count = Field(12_000, description="proposals an image before NMS, training")
-    post_nms_train: Count = Field(2_000, description="and after it")
-    pre_nms_test: Count = Field(6_000, description="proposals an image before NMS, test")
-    post_nms_test: Count = Field(1_000, description="and after it")
-    roi_batch: Count = Field(512, description="proposals an image that the head learns from")
-    roi_positive: Share = Field(0.25, description="at most this share of them on objects")
+    rpn_nms: Share = Field(0.7, description="proposals that overlap a better one more are removed")
+    pre_nms_train: Count = Field(12_000, description="proposals per image before NMS, in training")
+    post_nms_train: Count = Field(2_000, description="proposals per image after NMS, in training")
+    pre_nms_test: Count = Field(6_000, description="proposals per image before NMS, in the test")
+    post_nms_test: Count = Field(1_000, description="proposals per image after NMS, in the test")
+    roi_batch: Count = Field(512, description="proposals per image that train the head")
+    roi_positive: Share = Field(0.25, description="largest share of objects among them")
     roi_overlap: Share = Field(0.5, description="a proposal from this overlap on is an object")
-    pooled: Count = Field(14, description="side of what RoIAlign gives the head")
-    score: Share = Field(0.05, description="detections must be surer than this")
-    nms: Share = Field(0.5, description="detections overlapping a better one more are dropped")
-    detections: Count = Field(100, description="of an image, at most")
-    precise_bn: int = Field(200, ge=0, description="batches for statistics before a test; 0: none")
+    pooled: Count = Field(14, description="side of the maps from RoIAlign")
+    score: Share = Field(0.05, description="lowest score of a detection")
+    nms: Share = Field(0.5, description="detections that overlap a better one more are removed")
+    detections: Count = Field(100, description="most detections per image")
+    precise_bn: int = Field(
+        200, ge=0, description="batches for precise statistics before a test; 0: none"
+    )
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -81,7 +89,7 @@ class Plan(BaseModel):
 
 
 def renamed(values: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> dict[str, Any]:
-    """The same values under today's names. Raises UserError where two names mean one value."""
+    """The same values under today's names. Raises UserError if two names mean one value."""
     found: dict[str, Any] = {}
     for given, value in values.items():
         name = aliases.get(given, given)

@@ -46,10 +46,10 @@ def evaluate_knn(
         known = np.isin(split.train_numbers, train.good)
         numbers, labels = split.train_numbers[known], split.train_labels[known]
         queries, truth = linear_paper.test_features(split, test)
-        own = torch.arange(len(numbers)) if split.leave_one_out else None
+        own_rows = torch.arange(len(numbers)) if split.leave_one_out else None
         bank = train.take(numbers)
         if subject.name == PIXELS:
-            bank, queries = bank - (middle := bank.mean(0)), queries - middle
+            bank, queries = bank - (mean := bank.mean(0)), queries - mean
         most = len(numbers) - split.leave_one_out
         if not most:
             raise UserError(f"of {split.train.name} one image can be read; a vote needs others")
@@ -60,7 +60,7 @@ def evaluate_knn(
             [min(one, most) for one in k],
             temperature,
             len(split.classes),
-            own,
+            own_rows,
             subject.device,
         )
         for count, tau, predicted in grid:
@@ -125,7 +125,7 @@ def evaluate_linear(
                     epochs=epochs,
                     lr=lr,
                     workers=trial.workers,
-                    tell=trial.tell_epochs(subject),
+                    progress=trial.epoch_progress(subject),
                 )
         except NonFiniteLoss as error:
             if subject is first:
@@ -171,7 +171,7 @@ def evaluate_finetune(
                 plan,
                 seed=trial.options.seed,
                 workers=trial.workers,
-                tell=trial.tell_epochs(subject, f" {share:g} %"),
+                progress=trial.epoch_progress(subject, f" {share:g} %"),
             )
             setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)

@@ -19,7 +19,7 @@ from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.labelled import LabelledSplit, labelled_split
-from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
+from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.settings.schema import Settings
@@ -126,7 +126,7 @@ class Session:
             workers=self.workers,
             # Pixels are made as fast as they are read, and take much room.
             folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
-            tell=lambda done, total: self._tell(
+            progress=lambda done, total: self._tell(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
@@ -138,7 +138,7 @@ class Session:
                 self.notes.append(note)
         return table
 
-    def tell_epochs(self, subject: FrozenModel, what: str = "") -> TellEpoch:
+    def epoch_progress(self, subject: FrozenModel, what: str = "") -> EpochProgress:
         return lambda done, total, loss: self._tell(
             f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
         )

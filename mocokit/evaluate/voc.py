@@ -82,14 +82,16 @@ def evaluate_voc(
     folder = Path(out).expanduser() if out is not None else home / _name(identity)
     prepare(place, _claim(folder, identity), deterministic=False)
 
-    def trainer(own: int) -> Trainer:
-        again = random and own != seed
-        subject = (open_model(run, place, seed=own) if again else opened).subject
-        seed_libraries(own, 0, Slot.DETECTION_WEIGHTS)
+    def trainer(trial_seed: int) -> Trainer:
+        again = random and trial_seed != seed
+        subject = (open_model(run, place, seed=trial_seed) if again else opened).subject
+        seed_libraries(trial_seed, 0, Slot.DETECTION_WEIGHTS)
         detector = Detector(subject.network, len(names), plan)
-        look = subject.spec.mean, subject.spec.std
+        normalisation = subject.spec.mean, subject.spec.std
         threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
-        return Trainer(detector, plan, boxes.train, own, place, *look, precision, threads)
+        return Trainer(
+            detector, plan, boxes.train, trial_seed, place, *normalisation, precision, threads
+        )
 
     report = DetectionReport(
         str(run), str(data), split, plan, boxes, opened, place, precision, folder
@@ -97,11 +99,11 @@ def evaluate_voc(
     report.start(console)
     results = []
     with StopSignals() as stop:
-        for own in range(seed, seed + trials):
-            run_folder = RunFolder(folder / f"trial-{own}")
+        for trial_seed in range(seed, seed + trials):
+            run_folder = RunFolder(folder / f"trial-{trial_seed}")
             trial = DetectionTrial(run_folder, boxes.test, every, pictures, console, stop)
             try:
-                results.append(trial.run(partial(trainer, own)))
+                results.append(trial.run(partial(trainer, trial_seed)))
             except torch.OutOfMemoryError:
                 raise UserError(
                     f"{plan.batch_size} images a step do not fit into the memory of {place}; try "

@@ -1,4 +1,4 @@
-"""What a network is judged on: labelled images to learn from, and others to be tested on."""
+"""Labelled images for a probe: some to train on, others to test on."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,15 @@ from mocokit.data.source import Source
 from mocokit.errors import UserError
 from mocokit.protocols.split import hold_out, stratified
 
-TEST_SHARE = 0.2  # of the labelled images, where there are no others to test on
+TEST_SHARE = 0.2  # of the labelled images, held out if there are no validation images
 
 
 @dataclass(frozen=True)
 class LabelledSplit:
-    """Numbers are the images' own, rising. With `leave_one_out` both sides are the same images."""
+    """Numbers are those of the sources, ascending.
+
+    With `leave_one_out`, training and test images are the same.
+    """
 
     train: Source
     train_numbers: NDArray[np.int64]
@@ -34,12 +37,12 @@ class LabelledSplit:
         return _labels(self.test)[self.test_numbers]
 
     def check_classes(self) -> None:
-        """Raises UserError where there is nothing to learn: fewer than two classes."""
+        """Raises UserError if the training images have fewer than two classes."""
         if len(np.unique(self.train_labels)) < 2:
             raise UserError("a classifier needs training images of at least two classes")
 
     def with_share(self, share: float, seed: int) -> "LabelledSplit":
-        """The same test with a stratified share of the training images."""
+        """The same test images, with a stratified share of the training images."""
         if share >= 1:
             return self
         kept = self.train_numbers[stratified(self.train_labels, share, seed, Slot.LABELS)]
@@ -53,14 +56,14 @@ class LabelledSplit:
 def labelled_split(
     train: Source, validation: Source | None, *, seed: int, leave_one_out: bool = False
 ) -> LabelledSplit:
-    """Train on the training images, test on the validation images.
+    """Train on the training images, and test on the validation images if they have labels.
 
-    Without validation images, each training image is a query of its own against all others
-    (`leave_one_out`), or a stratified fifth is held out. Raises UserError where labels are missing.
+    Otherwise each training image is classified by all others (`leave_one_out`), or a stratified
+    fifth of the training images is held out for the test. Raises UserError if labels are missing.
     """
     if train.labels is None:
         raise UserError(
-            f"{train.name} has no labels, without which there is nothing to score; give a folder "
+            f"{train.name} has no labels, so it cannot be scored; give a folder "
             "with a subfolder per class, one with train/ and val/, or an .npz with train_labels"
         )
     everything = np.arange(len(train))
@@ -72,18 +75,20 @@ def labelled_split(
         )
     if leave_one_out:
         if len(train) < 2:
-            raise UserError(f"{train.name} has {len(train)} labelled image; a vote needs others")
+            raise UserError(
+                f"{train.name} has {len(train)} labelled image; the kNN vote needs at least two"
+            )
         description = f"{len(train):,} training images, each left out of its own vote"
         return LabelledSplit(train, everything, train, everything, classes, description, True)
-    kept, held = hold_out(train.labels, TEST_SHARE, seed, Slot.TEST)
-    if not len(held):
+    kept, held_out = hold_out(train.labels, TEST_SHARE, seed, Slot.TEST)
+    if not len(held_out):
         raise UserError(
-            f"{train.name} has one image a class, so none can be held out; give validation images"
+            f"{train.name} has one image per class, so none can be held out; give validation images"
         )
     description = (
-        f"{len(kept):,} training images, {len(held):,} test images held out by seed {seed}"
+        f"{len(kept):,} training images, {len(held_out):,} test images held out by seed {seed}"
     )
-    return LabelledSplit(train, kept, train, held, classes, description)
+    return LabelledSplit(train, kept, train, held_out, classes, description)
 
 
 def _labels(source: Source) -> NDArray[np.int64]:
@@ -92,7 +97,7 @@ def _labels(source: Source) -> NDArray[np.int64]:
 
 
 def _classes(train: Source, validation: Source | None) -> tuple[str, ...]:
-    """Names of all classes that occur on either side."""
+    """The names of all classes that occur in the training or the validation images."""
     sides = [side for side in (train, validation) if side is not None and side.labels is not None]
     names = max((side.classes for side in sides), key=len)
     count = max(int(_labels(side).max(initial=-1)) + 1 for side in sides)
