@@ -188,8 +188,8 @@ def solve(
     start, prior = ridge(data, penalties, moments)
     weight = start * min(4.0, float(data.classes))  # log-odds are larger than one-hot targets
     bias = (prior.clamp_min(1e-8).log()).expand(len(penalties), 1, -1).clone()
-    # Böhning's bound: in the eigenbasis the curvature is at most value / 2 + penalty, for every
-    # penalty and at every point. Its inverse is a step that never overshoots.
+    # Böhning's bound: along each eigenvector the curvature is at most slack x value / 2 + penalty,
+    # at every point. Its inverse is a step that never overshoots.
     inverse_curvature = 1 / (
         slack * moments.values / 2 + torch.tensor(penalties, device=data.device)[:, None]
     )
@@ -210,7 +210,7 @@ def solve(
             break
         rotated = moments.vectors.T @ slope
         after = fast_weight - moments.vectors @ (inverse_curvature[:, :, None] * rotated)
-        after_bias = fast_bias - 2 / slack * slope_bias
+        after_bias = fast_bias - 2 / slack * slope_bias  # its curvature is at most slack / 2
         # Adaptive restart (O'Donoghue and Candès 2015): reset momentum that points uphill.
         uphill = ((after - weight) * slope).sum((1, 2)) + ((after_bias - bias) * slope_bias).sum(
             (1, 2)
