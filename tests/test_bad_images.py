@@ -157,7 +157,7 @@ def test_processes_tell_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pair = [BadImages(tmp_path / "bad", 100, 0.01, 4, World(rank, 2)) for rank in (0, 1)]
     pair[0].note(((9, "c", "empty"),), 2)
     pair[1].note(((9, "c", "empty"), (4, "d", "empty")), 1)
-    told = [list(one._untold) for one in pair]
+    told = [list(one._unshared) for one in pair]
     monkeypatch.setattr(
         torch.distributed,
         "all_gather_object",

@@ -130,9 +130,7 @@ def test_a_class_is_imported_only_if_this_command_says_so(toy_npz, tmp_path):
     config = str(run.folder / "config.yaml")
     assert "stubs:SimSiam" in Path(config).read_text()
     methods._outside.clear()
-    with pytest.raises(
-        UserError, match="stubs:SimSiam is code .*--allow-import stubs"
-    ):
+    with pytest.raises(UserError, match="stubs:SimSiam is code .*--allow-import stubs"):
         mocokit.pretrain(config, out=tmp_path / "again")
     methods.allow(["stubs"])
     again = mocokit.pretrain(config, out=tmp_path / "again")
@@ -149,9 +147,7 @@ def test_a_method_that_does_not_declare_its_leak_is_refused():
 
     methods.use(Silent, "stubs:Silent")
     settings = replace(recipes.mocov2_cifar10(), SMALL | {"method.name": "stubs:Silent"})
-    with pytest.raises(
-        UserError, match="stubs:Silent does not say .*leak"
-    ):
+    with pytest.raises(UserError, match="stubs:Silent does not say .*leak"):
         build.build_method(settings, resolve(settings, 640))
 
 

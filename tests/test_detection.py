@@ -331,17 +331,25 @@ def test_the_papers_plan():
     assert [plan.rate(step) for step in (100, 17_999, 18_000, 22_000)] == pytest.approx(
         [0.02, 0.02, 0.002, 0.0002]
     )
-    assert plan_for("07").iterations == 9_000 and plan_for("07").drops == (6_750, 8_250)
+    assert plan_for("07").steps == 9_000 and plan_for("07").drop_steps == (6_750, 8_250)
 
 
 def test_fewer_images_take_a_lower_rate_and_more_steps():
-    plan = plan_for("07+12", ims_per_step=4)
-    assert (plan.iterations, plan.lr, plan.drops) == (96_000, 0.005, (72_000, 88_000))
+    plan = plan_for("07+12", batch_size=4)
+    assert (plan.steps, plan.lr, plan.drop_steps) == (96_000, 0.005, (72_000, 88_000))
     assert plan.warmup == 400
     short = plan_for("07+12", 1_200, 4)
-    assert (short.iterations, short.lr, short.drops) == (1_200, 0.005, (900, 1_100))
+    assert (short.steps, short.lr, short.drop_steps) == (1_200, 0.005, (900, 1_100))
     assert short.warmup == 120
     assert plan_for("07", settings={"lr": 0.1}).lr == 0.1
+
+
+def test_detectron2s_names_and_the_old_ones_are_understood():
+    theirs = {"SOLVER.MAX_ITER": 8, "SOLVER.IMS_PER_BATCH": 2, "SOLVER.STEPS": (3, 5)}
+    old = {"iterations": 8, "ims_per_step": 2, "drops": (3, 5), "gamma": 0.5}
+    plan = plan_for("07", settings=theirs | {"SOLVER.GAMMA": 0.5})
+    assert (plan.steps, plan.batch_size, plan.drop_steps, plan.drop_factor) == (8, 2, (3, 5), 0.5)
+    assert plan.lr == 0.0025 and plan == plan_for("07", settings=old)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +357,10 @@ def test_fewer_images_take_a_lower_rate_and_more_steps():
     [
         ({"rpn_nsm": 0.5}, "did you mean rpn_nms"),
         ({"lr": -1}, "lr=-1: input should be greater than 0"),
-        ({"ims_per_step": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
         ({"iterations": "many"}, "number of steps"),
+        ({"SOLVER.GAMA": 0.5}, "did you mean SOLVER.GAMMA"),
+        ({"SOLVER.MAX_ITER": 8, "steps": 9}, "steps is given twice"),
     ],
 )
 def test_mistakes_in_values(settings_, words):
@@ -436,8 +446,8 @@ def test_the_true_boxes_are_a_perfect_result(data):
 # Training.
 
 
-def trainer(data, iterations, **more):
-    plan = plan_for("07", iterations, 4, SMALL | more)
+def trainer(data, steps, **more):
+    plan = plan_for("07", steps, 4, SMALL | more)
     return Trainer(detector(plan), plan, data, 0, CPU, MEAN, STD)
 
 
@@ -466,7 +476,7 @@ def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data):
 def test_it_learns_to_find_shapes(data, tmp_path):
     """30 steps of 8 images: AP50 of .37 to .59 with seeds 0 to 3, untrained .01 to .03."""
     test_side = opened(write_shapes(tmp_path, 2, 24, seed=1), classes=("bar", "disc")).test
-    ours = trainer(data, 30, ims_per_step=8)
+    ours = trainer(data, 30, batch_size=8)
 
     def ap50():
         with ours.precise(lambda done, total: None):

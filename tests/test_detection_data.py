@@ -53,7 +53,7 @@ def test_the_devkit_and_its_splits(tmp_path):
         assert [s.name for s in one.train.samples] == ["VOC2007/07trainval"]
         assert [s.name for s in both.test.samples] == ["VOC2007/07test"] and both.devkit
         assert both.train.fingerprint != one.train.fingerprint
-    with pytest.raises(UserError, match=r"split '12' is not one; take 07\+12 or 07"):
+    with pytest.raises(UserError, match=r"unknown split '12'; use 07\+12 or 07"):
         opened(tmp_path, "12")
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Main/trainval.txt").unlink()
     with pytest.raises(UserError, match=r"VOC2012.*trainval.txt cannot be read"):
@@ -194,7 +194,7 @@ def test_coco_json(tmp_path):
 def test_a_folder_of_another_kind(tmp_path):
     with pytest.raises(UserError, match="holds neither VOC2007"):
         opened(tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         opened(tmp_path / "nothing")
 
 

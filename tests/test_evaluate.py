@@ -16,7 +16,7 @@ from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
-from mocokit.protocols.task import task_of
+from mocokit.protocols.labelled import labelled_split
 from mocokit.weights.resolve import folder_of, open_model, timm_spec
 from mocokit.weights.subject import weights_hash
 
@@ -59,7 +59,7 @@ def test_flags_are_pinned(capsys, monkeypatch):
         "knn": "--k --temperature --layer --cache --no-cache",
         "linear": "--protocol --train-views --epochs --lr --layer --cache --no-cache",
         "finetune": "--percent --epochs --lr --layer-decay",
-        "voc": "--split --trials --seed --iterations --ims-per-step --set --classes --every --out "
+        "voc": "--split --trials --seed --steps --batch-size --set --classes --every --out "
         "--device --precision --pictures --json --help",
     }
     for verb, flags in own.items():
@@ -274,17 +274,17 @@ def toy_source(count, classes=3, labelled=True):
 
 def test_tasks():
     train, test = toy_source(30), toy_source(9)
-    both = task_of(train, test, seed=0)
+    both = labelled_split(train, test, seed=0)
     assert len(both.train_numbers) == 30 and len(both.test_numbers) == 9 and not both.leave_one_out
-    alone = task_of(train, None, seed=0, leave_one_out=True)
+    alone = labelled_split(train, None, seed=0, leave_one_out=True)
     assert alone.leave_one_out and alone.test is alone.train
-    held = task_of(train, toy_source(9, labelled=False), seed=0)
+    held = labelled_split(train, toy_source(9, labelled=False), seed=0)
     assert len(held.test_numbers) == 6 and not set(held.test_numbers) & set(held.train_numbers)
     share = both.with_share(0.1, 0)
     assert len(share.train_numbers) == 3 and sorted(share.train_labels) == [0, 1, 2]
     with pytest.raises(UserError, match="no labels"):
-        task_of(toy_source(9, labelled=False), None, seed=0)
-    assert task_of(train, toy_source(20, classes=5), seed=0).classes == tuple("01234")
+        labelled_split(toy_source(9, labelled=False), None, seed=0)
+    assert labelled_split(train, toy_source(20, classes=5), seed=0).classes == tuple("01234")
 
 
 def test_leave_one_out_from_the_command_line(run, command, tmp_path):

@@ -159,9 +159,9 @@ def test_leaving_one_out(small, monkeypatch):
     if small:
         monkeypatch.setattr(knn, "FACTORS", 24)
     bank = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
-    found = nearest(bank, bank, 5, own=torch.arange(30))
+    found = nearest(bank, bank, 5, own_rows=torch.arange(30))
     assert found.index.tolist() == ranked(bank.numpy(), bank.numpy(), 5, own=range(30))
-    everyone = nearest(bank, bank, 99, own=torch.arange(30))
+    everyone = nearest(bank, bank, 99, own_rows=torch.arange(30))
     assert everyone.cosine.shape == (30, 30) and bool(everyone.cosine[:, -1].isneginf().all())
     labels = torch.arange(30) % 3
     scores = vote(everyone, labels, 99, 0.1, 3)

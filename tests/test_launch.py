@@ -277,7 +277,7 @@ def test_killed_restarted_stopped_and_gone_on_with_equals_straight(
     second.send_signal(signal.SIGTERM)
     _, text = second.communicate(timeout=200)
     assert second.returncode == 75, text
-    assert text.count("and saved; go on with the same command") == 1, text
+    assert text.count("and saved; resume with the same command") == 1, text
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [out.name]
     shutil.copytree(out, tmp_path / "fewer" / "runs" / out.name)
 

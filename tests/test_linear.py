@@ -14,9 +14,9 @@ from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols import linear_paper, linear_quick
-from mocokit.protocols.linear_quick import Data, fit_quick, moments, ridge, solve
+from mocokit.protocols.labelled import labelled_split
+from mocokit.protocols.linear_quick import Data, compute_moments, fit_quick, ridge, solve
 from mocokit.protocols.table import Table, features_of
-from mocokit.protocols.task import task_of
 from mocokit.views.params import ViewSpec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
@@ -34,8 +34,8 @@ def data(count=400, width=12, classes=4, seed=0):
     return Data(features, labels, classes, CPU)
 
 
-def standardised(known, features):
-    return ((features - known.mean) / known.std).double().numpy()
+def standardised(moments, features):
+    return ((features - moments.mean) / moments.std).double().numpy()
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +46,9 @@ def _pieces(monkeypatch):
 
 def test_ridge_is_scikit_learns():
     some, penalties = data(), (1e-3, 0.1, 10.0)
-    known = moments(some)
-    weight, bias = ridge(some, penalties, known)
-    inputs, targets = standardised(known, some.features), np.eye(4)[some.labels.numpy()]
+    moments = compute_moments(some)
+    weight, bias = ridge(some, penalties, moments)
+    inputs, targets = standardised(moments, some.features), np.eye(4)[some.labels.numpy()]
     for at, penalty in enumerate(penalties):
         # Theirs sums over the images where ours takes the mean.
         other = Ridge(alpha=penalty * len(inputs), solver="cholesky").fit(inputs, targets)
@@ -58,14 +58,14 @@ def test_ridge_is_scikit_learns():
 
 def test_logistic_regression_is_scikit_learns():
     some, penalties = data(), (1e-3, 1e-2, 1.0)
-    known = moments(some)
-    inputs = standardised(known, some.features)
+    moments = compute_moments(some)
+    inputs = standardised(moments, some.features)
     fresh = data(300, seed=0).features.flip(0)
-    for penalty, layer in zip(penalties, solve(some, penalties, 500, known), strict=True):
+    for penalty, layer in zip(penalties, solve(some, penalties, 500, moments), strict=True):
         other = LogisticRegression(C=1 / (penalty * len(inputs)), max_iter=5000, tol=1e-10)
         other.fit(inputs, some.labels.numpy())
         ours = fresh @ layer.weight.T + layer.bias
-        theirs = other.predict_log_proba(standardised(known, fresh))
+        theirs = other.predict_log_proba(standardised(moments, fresh))
         np.testing.assert_allclose(ours.log_softmax(1).numpy(), theirs, atol=0.03)
         assert (ours.argmax(1).numpy() == theirs.argmax(1)).mean() > 0.99
         assert bool((layer.weight[:, 0] == 0).all())  # of a feature that never moves
@@ -73,8 +73,10 @@ def test_logistic_regression_is_scikit_learns():
 
 def test_all_penalties_at_once_are_each_alone():
     some, penalties = data(), (1e-4, 1e-2, 1.0)
-    for one, penalty in zip(solve(some, penalties, 300, moments(some)), penalties, strict=True):
-        (alone,) = solve(some, (penalty,), 300, moments(some))
+    for one, penalty in zip(
+        solve(some, penalties, 300, compute_moments(some)), penalties, strict=True
+    ):
+        (alone,) = solve(some, (penalty,), 300, compute_moments(some))
         np.testing.assert_allclose(one.weight.numpy(), alone.weight.numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -84,7 +86,7 @@ def test_every_step_goes_down_whatever_the_features():
     twisted = some.features[:, 1:2] + 1e-3 * some.features
     hard = dataclasses.replace(some, features=torch.cat([some.features, twisted], 1))
     losses = [
-        float(solve(hard, (1e-4,), steps, moments(hard))[0].details["train_loss"])
+        float(solve(hard, (1e-4,), steps, compute_moments(hard))[0].details["train_loss"])
         for steps in (1, 3, 9, 60)
     ]
     assert losses == sorted(losses, reverse=True) and losses[-1] < math.log(4)
@@ -124,15 +126,15 @@ class Colours(nn.Module):
 
 def test_quick_chooses_on_training_images_and_never_looks_at_the_test():
     train, test = source(120, 0), source(60, 1)
-    task, judged = task_of(train, test, seed=0), subject()
+    split, judged = labelled_split(train, test, seed=0), subject()
     table = features_of(judged, train)
-    fitted = fit_quick(task, table, CPU, seed=0)
+    fitted = fit_quick(split, table, CPU, seed=0)
     assert fitted.details["penalty"] in linear_quick.PENALTIES
     assert len(fitted.details["held_out_accuracy"]) == len(linear_quick.PENALTIES)
-    other = task_of(train, source(60, 9, classes=3), seed=0)
+    other = labelled_split(train, source(60, 9, classes=3), seed=0)
     again = fit_quick(other, table, CPU, seed=0)
     assert torch.equal(fitted.weight, again.weight)
-    features, labels = linear_paper.test_features(task, features_of(judged, test))
+    features, labels = linear_paper.test_features(split, features_of(judged, test))
     assert (fitted.predict(features).numpy() == labels).mean() > 0.9
 
 
@@ -145,32 +147,32 @@ def test_of_much_data_a_part_chooses(monkeypatch):
         "solve",
         lambda data, *rest: seen.append(len(data.labels)) or plain(data, *rest),
     )
-    task = task_of(source(300, 0), source(60, 1), seed=0)
-    fitted = fit_quick(task, features_of(subject(), task.train), CPU, seed=0)
+    split = labelled_split(source(300, 0), source(60, 1), seed=0)
+    fitted = fit_quick(split, features_of(subject(), split.train), CPU, seed=0)
     assert seen == [18, 300] and fitted.details["train_loss"] < 0.5
 
 
 def test_quick_needs_two_classes():
-    task = task_of(source(40, 0, classes=1), source(10, 1, classes=1), seed=0)
+    split = labelled_split(source(40, 0, classes=1), source(10, 1, classes=1), seed=0)
     with pytest.raises(UserError, match="two classes"):
-        fit_quick(task, Table(np.ones((40, 5), np.float32)), CPU, seed=0)
+        fit_quick(split, Table(np.ones((40, 5), np.float32)), CPU, seed=0)
 
 
 def test_features_beyond_floats_are_refused():
-    task = task_of(source(60, 0), source(20, 1), seed=0)
+    split = labelled_split(source(60, 0), source(20, 1), seed=0)
     rows = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32) * 1e30
     with pytest.raises(NonFiniteLoss, match="too large to be squared"):
-        fit_quick(task, Table(rows), CPU, seed=0)
+        fit_quick(split, Table(rows), CPU, seed=0)
 
 
 def test_images_that_cannot_be_read_are_left_out():
-    task = task_of(source(60, 0), source(20, 1), seed=0)
+    split = labelled_split(source(60, 0), source(20, 1), seed=0)
     rows = np.random.default_rng(0).normal(size=(60, 5)).astype(np.float32)
     rows[::7] = np.nan
-    fitted = fit_quick(task, Table(rows), CPU, seed=0)
+    fitted = fit_quick(split, Table(rows), CPU, seed=0)
     assert bool(fitted.weight.isfinite().all())
     rows = rows[:20]
-    features, labels = linear_paper.test_features(task, Table(rows))
+    features, labels = linear_paper.test_features(split, Table(rows))
     assert len(features) == len(labels) == 17 and bool(features.isfinite().all())
 
 
@@ -196,7 +198,7 @@ def test_paper_is_the_authors_protocol(monkeypatch):
         nn.Module, "__call__", lambda self, x: batches.append((self, len(x))) or self.forward(x)
     )
     before = weights_hash(judged.network)
-    linear_paper.fit_paper(judged, task_of(train, source(20, 1), seed=0), seed=0, epochs=10)
+    linear_paper.fit_paper(judged, labelled_split(train, source(20, 1), seed=0), seed=0, epochs=10)
     assert weights_hash(judged.network) == before and not judged.network.training
     assert len(seen) == 20  # 300 images in batches of 256: the last partial batch counts
     assert {(m, w) for _, m, w in seen} == {(0.9, 0.0)}
@@ -216,7 +218,7 @@ def test_the_papers_own_numbers():
 
 def test_training_views_are_random_crops_and_flips_and_orders_differ():
     judged, train = subject(), source(64, 0)
-    task = task_of(train, source(8, 1), seed=0)
+    split = labelled_split(train, source(8, 1), seed=0)
     from mocokit.protocols.features import probe_spec
 
     random = probe_spec(judged.spec)
@@ -225,7 +227,7 @@ def test_training_views_are_random_crops_and_flips_and_orders_differ():
 
     def epoch(number, seed=0):
         views, labels = zip(
-            *linear_paper.training_views(random, task, CPU, seed, number, 16, 0), strict=True
+            *linear_paper.training_views(random, split, CPU, seed, number, 16, 0), strict=True
         )
         return torch.cat(views), torch.cat(labels)
 
@@ -238,17 +240,17 @@ def test_training_views_are_random_crops_and_flips_and_orders_differ():
 
 def test_paper_learns_what_is_there_to_learn():
     judged, train = subject(Colours()), source(300, 0, noise=10)
-    task = task_of(train, source(60, 1, noise=10), seed=0)
-    fitted = linear_paper.fit_paper(judged, task, seed=0, epochs=20, lr=1.0)
-    features, labels = linear_paper.test_features(task, features_of(judged, task.test))
+    split = labelled_split(train, source(60, 1, noise=10), seed=0)
+    fitted = linear_paper.fit_paper(judged, split, seed=0, epochs=20, lr=1.0)
+    features, labels = linear_paper.test_features(split, features_of(judged, split.test))
     assert (fitted.predict(features).numpy() == labels).mean() == 1.0 and fitted.notes == ()
 
 
 def test_a_diverging_probe_says_so_and_what_to_do():
-    task = task_of(source(300, 0), source(20, 1), seed=0)
+    split = labelled_split(source(300, 0), source(20, 1), seed=0)
     with pytest.raises(NonFiniteLoss, match=r"diverged in epoch 1: .* try --lr .*--protocol quick"):
-        linear_paper.fit_paper(subject(Colours(1e30)), task, seed=0, epochs=5)
-    fitted = linear_paper.fit_paper(subject(Colours(100.0)), task, seed=0, epochs=5)
+        linear_paper.fit_paper(subject(Colours(1e30)), split, seed=0, epochs=5)
+    fitted = linear_paper.fit_paper(subject(Colours(100.0)), split, seed=0, epochs=5)
     assert "above that of guessing" in fitted.notes[0] and "try --lr" in fitted.notes[0]
 
 
@@ -259,6 +261,6 @@ def test_a_network_that_changes_is_found_out():
                 self.weight += 1
             return super().forward(images)
 
-    task = task_of(source(20, 0), source(8, 1), seed=0)
+    split = labelled_split(source(20, 0), source(8, 1), seed=0)
     with pytest.raises(RuntimeError, match="frozen network changed"):
-        linear_paper.fit_paper(subject(Restless()), task, seed=0, epochs=1)
+        linear_paper.fit_paper(subject(Restless()), split, seed=0, epochs=1)

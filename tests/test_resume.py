@@ -96,7 +96,7 @@ def test_a_signal_saves_and_says_how_to_go_on(photos, tmp_path, number, code):
     os.killpg(process.pid, number)
     _, text = process.communicate(timeout=60)
     assert process.returncode == code, text
-    assert f"and saved; go on with the same command and --out {out}" in text
+    assert f"and saved; resume with the same command and --out {out}" in text
     assert "Traceback" not in text
     step = int(checkpoint.load(out / "last.pt")["step"])
     assert f"stopped after step {step}" in text

@@ -52,7 +52,9 @@ def test_processes_of_the_callers_own_group_take_a_device_each(machine, monkeypa
 def test_more_processes_than_devices(machine):
     machine(cuda=2)
     assert [choose_device("cuda", World(r, 3, r)).index for r in (0, 1)] == [0, 1]
-    with pytest.raises(UserError, match="there are 2 CUDA devices for 3 processes.*no more than"):
+    with pytest.raises(
+        UserError, match="there are 2 CUDA devices for 3 or more processes.*at most one"
+    ):
         choose_device("auto", World(2, 3, 2))
     machine(cuda=1)  # each may see its own, which `claim_device` finds out
     assert choose_device("cuda", World(1, 2, 1)).index == 0
@@ -69,7 +71,7 @@ def test_a_device_is_held_by_one_process(monkeypatch):
     for uuid in ("a", "b"):
         see(monkeypatch, uuid)
         claim_device(store)
-    with pytest.raises(UserError, match=r"\(NVIDIA H100\) is another's already; start no more"):
+    with pytest.raises(UserError, match=r"\(NVIDIA H100\) is used by another process of the run"):
         claim_device(store)
 
 
@@ -96,7 +98,10 @@ def test_a_shared_device_is_told_before_the_group_is_joined(machine, monkeypatch
                 with joined_world("auto") as world:
                     assert world == World(0, 2, 0)
             else:
-                with pytest.raises(UserError, match="is another's already"), joined_world("auto"):
+                with (
+                    pytest.raises(UserError, match="is used by another process"),
+                    joined_world("auto"),
+                ):
                     pass
     assert joined == [("nccl",), ("nccl",)]
 
@@ -106,5 +111,5 @@ def test_several_processes_do_not_share_mps(machine):
     assert choose_device("auto").type == "mps"
     assert choose_device("mps").type == "mps"
     assert choose_device("auto", World(1, 2, 1)).type == "cpu"
-    with pytest.raises(UserError, match="device mps is one for 2 processes; take cpu"):
+    with pytest.raises(UserError, match="device mps is one GPU for 2 processes; use cpu"):
         choose_device("mps", World(0, 2, 0))

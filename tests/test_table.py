@@ -85,7 +85,7 @@ def test_an_interrupted_table_is_no_table(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        features_of(judged, images, folder=tmp_path, tell=stop)
+        features_of(judged, images, folder=tmp_path, progress=stop)
     assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.partial"))) == 1
     seen = counting(judged)
     features_of(judged, images, folder=tmp_path)

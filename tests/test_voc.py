@@ -1,7 +1,9 @@
-"""`mocokit evaluate voc`, from the command to the report; stopped, killed and gone on with."""
+"""`mocokit evaluate voc`, from the command to the report; stopped, killed and resumed."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,9 +15,10 @@ from test_cli import call
 import mocokit
 from mocokit import evaluate_voc, published
 from mocokit.detection import trial
-from mocokit.detection.protocol import plan_for
+from mocokit.detection.protocol import OLD_NAMES, plan_for
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
+from mocokit.evaluate import voc
 from mocokit.evaluate.voc_results import DetectionReport
 
 RUN = f"random:{tiny_network()}"
@@ -28,7 +31,7 @@ def root(tmp_path_factory):
 
 
 def evaluate(root, out, **more):
-    options = {"trials": 1, "iterations": 4, "ims_per_step": 4, "settings": FEW, "pictures": 2}
+    options = {"trials": 1, "steps": 4, "batch_size": 4, "settings": FEW, "pictures": 2}
     options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2}
     return evaluate_voc(RUN, root, **options | more)
 
@@ -70,8 +73,8 @@ def test_a_result_with_all_that_belongs_to_it(straight):
     assert last["step"] == 4 and {"rpn_object", "rpn_box", "class", "box"} <= set(last)
 
 
-def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
-    """SIGTERM in the third step saves and says 75; the same call ends as if nothing had been."""
+def test_a_stopped_trial_resumes_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """SIGTERM in the third step saves, with exit code 75. The same call ends as if unstopped."""
     steps = trial.DetectionTrial._show
     at = iter(range(100))
 
@@ -94,8 +97,8 @@ def test_a_stopped_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypat
     assert same(weights(out / "trial-0"), weights(straight[1] / "trial-0"))
 
 
-def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatch):
-    """What was done after the last checkpoint is done again, the same."""
+def test_a_killed_trial_resumes_bit_for_bit(straight, root, tmp_path, monkeypatch):
+    """The steps after the last checkpoint are repeated with the same result."""
     steps = trial.DetectionTrial._show
     at = iter(range(100))
 
@@ -116,11 +119,11 @@ def test_a_killed_trial_goes_on_bit_for_bit(straight, root, tmp_path, monkeypatc
 def test_a_stop_during_the_test_loses_nothing(straight, root, tmp_path, monkeypatch):
     out, real = tmp_path / "out", trial.detect_in
 
-    def interrupted(trainer, data, tell):
+    def interrupted(trainer, data, progress):
         if trainer.step == 4 and not (out / "seen").exists():
             (out / "seen").touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(trainer, data, tell)
+        return real(trainer, data, progress)
 
     monkeypatch.setattr(trial, "detect_in", interrupted)
     with pytest.raises(Interrupted):
@@ -142,6 +145,36 @@ def test_trials_have_seeds_and_are_not_made_twice(straight, root, monkeypatch):
     assert again.trials == both.trials
 
 
+def with_old_names(path):
+    """The file as mocokit 0.1 wrote it."""
+    old = {name: was for was, name in OLD_NAMES.items()}
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({old.get(name, name): value for name, value in content.items()}))
+
+
+def test_files_of_0_1_are_read(straight, root, tmp_path, monkeypatch):
+    """A finished evaluation keeps its result, an unfinished one its checkpoint."""
+    shutil.copytree(straight[1], tmp_path / "out")
+    for name in ("identity.json", "trial-0/result.json"):
+        with_old_names(tmp_path / "out" / name)
+    there = json.loads((tmp_path / "out/identity.json").read_text())
+    assert {"iterations", "ims_per_step", "drops", "gamma"} <= set(there)
+    result = json.loads((tmp_path / "out/trial-0/result.json").read_text())
+    assert result["iterations"] == 4 and "steps" not in result
+    monkeypatch.setattr(trial.DetectionTrial, "_train", None)  # would fail if called
+    assert evaluate(root, tmp_path / "out").trials == straight[0].trials
+    changed = {"steps": None, "iterations": 5}
+    with pytest.raises(UserError, match=r"another evaluation: steps \(4 there\)"):
+        evaluate(root, tmp_path / "out", **changed)
+
+
+def test_the_default_folder_has_the_name_that_0_1_gave_it():
+    old = {"weights": "x", "iterations": 9, "ims_per_step": 4, "drops": [6, 8], "gamma": 0.1}
+    new = {"weights": "x", "steps": 9, "batch_size": 4, "drop_steps": [6, 8], "drop_factor": 0.1}
+    digest = hashlib.blake2b(json.dumps(old, sort_keys=True).encode(), digest_size=4)
+    assert voc._name(new) == f"voc-{digest.hexdigest()}"
+
+
 def test_another_evaluation_in_the_same_folder_is_refused(straight, root):
     with pytest.raises(UserError, match=r"another evaluation: .*lr \(0.1 there\)"):
         evaluate(root, straight[1], settings=FEW | {"lr": 0.2})
@@ -158,7 +191,7 @@ def test_the_command(root, tmp_path, capsys, monkeypatch):
         root,
         "--trials",
         "2",
-        "--iterations",
+        "--steps",
         "0",
         "--device",
         "cpu",
@@ -183,7 +216,7 @@ def test_a_run_keeps_its_result(root, toy_npz, tmp_path):
         "demo", toy_npz, tmp_path / "run", epochs=1, batch_size=32, settings=changes
     )
     found = evaluate_voc(
-        run.folder, root, trials=1, iterations=0, ims_per_step=4, settings=FEW, device="cpu"
+        run.folder, root, trials=1, steps=0, batch_size=4, settings=FEW, device="cpu"
     )
     assert found.folder.parent == run.folder
     text = (run.folder / "README.md").read_text()
@@ -220,7 +253,7 @@ def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):
     assert rows["paper: MoCo v2, 800 epochs"] == ("82.5", "57.4", "64.0")
     other = report(tmp_path, plan_for("07+12", 12_000))
     assert all("another protocol" in row[0] for row in other._published())
-    assert "iterations 12,000, not 24,000" in other.differences()
+    assert "steps 12,000, not 24,000" in other.differences()
     assert report(tmp_path, plan_for("07+12"), "resnet18").differences() == [
         "resnet18, not resnet50"
     ]
@@ -247,5 +280,5 @@ def test_boxes_of_coco_are_judged_by_coco(tmp_path):
 
     coco(tmp_path, "train", [box(1, 7, [5, 6, 30, 22]), box(2, 7, [1, 2, 30, 24])])
     coco(tmp_path, "val", [box(1, 7, [5, 6, 30, 22])])
-    found = evaluate(tmp_path, tmp_path / "out", iterations=1, every=0)
+    found = evaluate(tmp_path, tmp_path / "out", steps=1, every=0)
     assert found.trials[0]["metric"] == "coco" and "voc07" not in found.protocol

@@ -146,11 +146,12 @@ def voc(
     split: Annotated[Literal["07+12", "07"], typer.Option(help="of VOCdevkit")] = "07+12",
     trials: Annotated[int, typer.Option(help="how many, with seeds one after another")] = 5,
     seed: Annotated[int, typer.Option(help="of the first trial")] = 0,
-    iterations: Annotated[
-        int | None, typer.Option(help="steps; nothing: 24,000, or 9,000 for 07")
+    steps: Annotated[
+        int | None, typer.Option(help="training steps (default: 24,000, or 9,000 for 07)")
     ] = None,
-    ims_per_step: Annotated[
-        int | None, typer.Option(help="images a step (16); fewer take a lower lr and more steps")
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="images per step (default: 16); fewer take a lower lr and more steps"),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A=VALUE", help="any value; repeatable")
@@ -166,6 +167,8 @@ def voc(
     ] = "auto",
     pictures: Annotated[int, typer.Option(help="test images to draw with what was found")] = 6,
     json: Json = None,
+    iterations: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --steps
+    ims_per_step: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --batch-size
 ) -> None:
     """Fine-tune a Faster R-CNN C4 as the MoCo papers do, and measure AP. Takes a GPU.
 
@@ -177,8 +180,9 @@ def voc(
     from mocokit.evaluate.voc import evaluate_voc
 
     evaluate_voc(
-        run, data, split=split, trials=trials, seed=seed, iterations=iterations,
-        ims_per_step=ims_per_step, settings=settings, every=every, out=out, device=device,
+        run, data, split=split, trials=trials, seed=seed, steps=steps, batch_size=batch_size,
+        iterations=iterations, ims_per_step=ims_per_step, settings=settings, every=every, out=out,
+        device=device,
         classes=[name.strip() for name in classes.split(",")] if classes else (),
         precision=precision, pictures=pictures, json=json,
     )  # fmt: skip

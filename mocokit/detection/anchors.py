@@ -1,8 +1,8 @@
-"""What a two-stage detector does with boxes: anchors, who learns what, proposals, detections.
+"""Boxes in a two-stage detector: anchors, matching, sampling, proposals, detections.
 
-Boxes are (left, top, right, bottom) in pixels of the resized image, from 0, the right end outside.
-Numbers and order of operations are detectron2's; what of torchvision differs is not used (see
-docs/design.md).
+Boxes are (left, top, right, bottom) in pixels of the resized image. Pixels are counted from 0, and
+the right and lower ends are outside the box. Numbers and order of operations are detectron2's. The
+parts of torchvision that differ are not used (see docs/design.md).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Size = tuple[int, int]  # height, width
 
 
 def anchor_cells(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """(sizes x ratios, 4): boxes around 0 of area size^2 and height / width = ratio, unrounded."""
+    """(sizes x ratios, 4): unrounded boxes around 0 of area size^2, height / width = ratio."""
     sides = torch.tensor(
         [[size / ratio**0.5, size * ratio**0.5] for size in sizes for ratio in ratios]
     )
@@ -24,7 +24,7 @@ def anchor_cells(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
 
 
 def anchors_of(cells: Tensor, height: int, width: int, stride: int) -> Tensor:
-    """(height x width x cells, 4), around the first pixel of every place of a map."""
+    """(height x width x cells, 4): the cells around the first pixel of each position of a map."""
     down = torch.arange(height, device=cells.device, dtype=cells.dtype) * stride
     right = torch.arange(width, device=cells.device, dtype=cells.dtype) * stride
     tops, lefts = torch.meshgrid(down, right, indexing="ij")
@@ -33,7 +33,7 @@ def anchors_of(cells: Tensor, height: int, width: int, stride: int) -> Tensor:
 
 
 def match(matcher: Matcher, truth: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(which of the true boxes, label) of each box: 1 an object, 0 background, -1 neither."""
+    """(number of the matched true box, label) for each box: 1 object, 0 background, -1 neither."""
     matched = matcher(box_iou(truth, boxes))
     label = (matched >= 0).long()
     label[matched == Matcher.BETWEEN_THRESHOLDS] = -1
@@ -41,23 +41,23 @@ def match(matcher: Matcher, truth: Tensor, boxes: Tensor) -> tuple[Tensor, Tenso
 
 
 def draw(label: Tensor, count: int, positive: float) -> tuple[Tensor, Tensor]:
-    """Indices of (objects, background) to learn from, drawn by torch's generator.
+    """Random indices of (objects, background) to train on, drawn by torch's generator.
 
-    At most `count` in all, at most this share of them objects.
+    There are at most `count` in total, and at most the share `positive` of them are objects.
     """
     objects, background = (label == 1).nonzero()[:, 0], (label == 0).nonzero()[:, 0]
-    first = min(len(objects), int(count * positive))
-    second = min(len(background), count - first)
-    mine = torch.randperm(len(objects), device=label.device)[:first]
-    rest = torch.randperm(len(background), device=label.device)[:second]
-    return objects[mine], background[rest]
+    object_count = min(len(objects), int(count * positive))
+    background_count = min(len(background), count - object_count)
+    first = torch.randperm(len(objects), device=label.device)[:object_count]
+    second = torch.randperm(len(background), device=label.device)[:background_count]
+    return objects[first], background[second]
 
 
 @torch.no_grad()
 def propose(
     boxes: Tensor, logits: Tensor, size: Size, *, before: int, after: int, overlap: float
 ) -> Tensor:
-    """The proposals of an image, the surest first: top scores, clipped, not empty, NMS."""
+    """The proposals of an image, highest score first: best scores, clipped, not empty, NMS."""
     scores, order = logits.topk(min(before, len(logits)))
     boxes = boxes[order]
     finite = boxes.isfinite().all(1) & scores.isfinite()
@@ -71,9 +71,9 @@ def propose(
 def select(
     boxes: Tensor, probabilities: Tensor, size: Size, *, score: float, overlap: float, most: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(boxes, scores, classes) detected in an image, the surest first.
+    """(boxes, scores, classes) detected in an image, highest score first.
 
-    From boxes (n, classes, 4) and probabilities (n, classes), background left out.
+    They are chosen from boxes (n, classes, 4) by probabilities (n, classes), without background.
     """
     finite = boxes.isfinite().all(2).all(1) & probabilities.isfinite().all(1)
     boxes, probabilities = clip_boxes_to_image(boxes[finite], size), probabilities[finite]
@@ -85,5 +85,5 @@ def select(
 
 
 def coder(weights: tuple[float, float, float, float]) -> BoxCoder:
-    """Boxes as changes of others, in detectron2's parametrisation."""
+    """Encodes boxes as changes of other boxes, in detectron2's parametrisation."""
     return BoxCoder(weights)

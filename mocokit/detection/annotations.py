@@ -1,6 +1,6 @@
-"""Annotations in PASCAL VOC's XML, read as what they are: files of strangers.
+"""Annotations in PASCAL VOC's XML, which are untrusted files.
 
-Entities are never expanded, since a document that declares any is refused; size, depth and the
+A document that declares entities is refused, so entities are never expanded. Size, depth and the
 number of objects are bounded.
 """
 
@@ -10,7 +10,7 @@ from xml.parsers import expat
 
 from mocokit.data.decode import BadImage, read_file
 
-MAX_BYTES = 2**20  # VOC's own have 20 KB at most
+MAX_BYTES = 2**20  # the largest of VOC has 20 KB
 MAX_DEPTH = 16
 MAX_OBJECTS = 10_000
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -18,11 +18,11 @@ _FIELDS = {("name",), ("difficult",), *(("bndbox", corner) for corner in _CORNER
 
 
 class BadAnnotation(Exception):
-    """An annotation, or one object of it, that cannot be used; the text is a short reason."""
+    """An annotation or an object in it cannot be used. The text is a short reason."""
 
 
 class Annotated(NamedTuple):
-    """One object as the file has it: pixels from 1, both ends inside."""
+    """An object as the file describes it: pixels are counted from 1, both ends are inside."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -30,7 +30,7 @@ class Annotated(NamedTuple):
 
 
 class _Reader:
-    """Collects the text of the wanted fields of every annotation/object."""
+    """Collects the text of the fields in _FIELDS of each annotation/object."""
 
     def __init__(self) -> None:
         self.path: list[str] = []
@@ -63,7 +63,7 @@ def _refuse(*arguments: object) -> None:
 
 
 def read_xml(path: Path) -> tuple[list[Annotated], list[str]]:
-    """The objects of a file, and a reason for each that cannot be used. Raises BadAnnotation."""
+    """The usable objects of a file, and a reason for each other object. Raises BadAnnotation."""
     reader, parser = _Reader(), expat.ParserCreate()
     parser.StartElementHandler = reader.start
     parser.EndElementHandler = reader.end

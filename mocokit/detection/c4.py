@@ -1,7 +1,7 @@
-"""Faster R-CNN on the fourth stage of a ResNet, the fifth in the head with one norm more (C4).
+"""Faster R-CNN with a ResNet of type C4: conv4 gives the map, conv5 and a batch norm are the head.
 
-Faster R-CNN: arXiv 1506.01497. The extra norm and all-layer fine-tuning with synchronised batch
-norm: MoCo v1, arXiv 1911.05722, appendix.
+Faster R-CNN is arXiv 1506.01497. The extra batch norm, and fine-tuning of all layers with
+synchronised batch norm, follow MoCo v1 (arXiv 1911.05722, appendix).
 """
 
 import copy
@@ -29,21 +29,21 @@ from mocokit.detection.protocol import Plan
 
 
 class Images(NamedTuple):
-    """Images of like shape, padded to one: normalised pixels (n, 3, H, W), and their own sizes."""
+    """Images of similar shape, padded to one shape: normalised pixels (n, 3, H, W), and sizes."""
 
     pixels: Tensor
     sizes: list[Size]
 
 
 class Target(NamedTuple):
-    """What is in an image: boxes (k, 4), classes (k,)."""
+    """The true boxes (k, 4) and classes (k,) of an image."""
 
     boxes: Tensor
     classes: Tensor
 
 
 class Detections(NamedTuple):
-    """What was detected in an image, the surest first: (k, 4), (k,), (k,)."""
+    """The detections of an image, highest score first: (k, 4), (k,), (k,)."""
 
     boxes: Tensor
     scores: Tensor
@@ -51,7 +51,7 @@ class Detections(NamedTuple):
 
 
 class Detector(nn.Module):
-    """The network; a copy of the backbone becomes its body and its head."""
+    """The network. Its body and its head are made of a copy of the backbone."""
 
     cells: Tensor
 
@@ -60,6 +60,8 @@ class Detector(nn.Module):
         self.plan, self.classes = plan, classes
         self.body, last = cut_resnet(copy.deepcopy(backbone).requires_grad_(True))
         self.stride, channels, width = _shape(self.body, last)
+        # Features of MoCo have other magnitudes than supervised ones, and the extra norm calibrates
+        # them (MoCo v1, section 4.2).
         self.head = nn.Sequential(*last, whole_norm(width))
         anchors = anchor_cells(plan.anchor_sizes, plan.anchor_ratios)
         self.register_buffer("cells", anchors, persistent=False)
@@ -76,39 +78,41 @@ class Detector(nn.Module):
         self.head_matcher = Matcher(plan.roi_overlap, plan.roi_overlap)
 
     def losses(self, groups: list[Images], targets: list[list[Target]]) -> dict[str, Tensor]:
-        """The four losses of a step over all groups, scalars in float32. Draws from torch's rng."""
+        """The four losses of a step over all groups, as float32 scalars; uses torch's generator."""
         maps = joint(self.body, [group.pixels for group in groups])
         images = sum(len(group.sizes) for group in groups)
         sums = {"rpn_object": torch.zeros((), device=self.cells.device)}
         sums["rpn_box"] = torch.zeros_like(sums["rpn_object"])
         pooled, labels, changes = [], [], []
-        for group, found, there in zip(groups, maps, targets, strict=True):
-            logits, deltas, anchors = self._rpn(found)
-            for one, target in enumerate(there):
-                object_loss, box_loss = self._rpn_losses(logits[one], deltas[one], anchors, target)
+        for group, group_maps, group_targets in zip(groups, maps, targets, strict=True):
+            logits, deltas, anchors = self._rpn(group_maps)
+            for at, target in enumerate(group_targets):
+                object_loss, box_loss = self._rpn_losses(logits[at], deltas[at], anchors, target)
                 sums["rpn_object"] = sums["rpn_object"] + object_loss
                 sums["rpn_box"] = sums["rpn_box"] + box_loss
             with torch.no_grad():
                 proposals = self._proposals(logits, deltas, anchors, group.sizes)
-                drawn = [self._draw(*pair) for pair in zip(proposals, there, strict=True)]
-            pooled.append(self._pool(found, [boxes for boxes, _, _ in drawn]))
+                drawn = [self._draw(*pair) for pair in zip(proposals, group_targets, strict=True)]
+            pooled.append(self._pool(group_maps, [boxes for boxes, _, _ in drawn]))
             labels += [label for _, label, _ in drawn]
             changes += [change for _, _, change in drawn]
+        # As in detectron2, the divisors are 256 anchors per image and, for boxes, all sampled
+        # regions. Every object then has the same weight, however many an image has.
         counted = images * self.plan.rpn_batch
         scores, predicted = self._judge(torch.cat(pooled))
         label, change = torch.cat(labels), torch.cat(changes)
         objects = (label < self.classes).nonzero()[:, 0]
-        own = predicted.view(len(label), self.classes, 4)[objects, label[objects]]
+        of_class = predicted.view(len(label), self.classes, 4)[objects, label[objects]]
         return {
             "rpn_object": sums["rpn_object"] / counted,
             "rpn_box": sums["rpn_box"] / counted,
             "class": F.cross_entropy(scores, label),
-            "box": F.l1_loss(own, change[objects], reduction="sum") / len(label),
+            "box": F.l1_loss(of_class, change[objects], reduction="sum") / len(label),
         }
 
     @torch.no_grad()
     def detect(self, images: Images) -> list[Detections]:
-        """What is in each image, in pixels of the resized image."""
+        """The detections of each image, in pixels of the resized image."""
         maps = joint(self.body, [images.pixels])[0]
         proposals = self._proposals(*self._rpn(maps), images.sizes)
         scores, changes = self._judge(self._pool(maps, proposals))
@@ -135,7 +139,7 @@ class Detector(nn.Module):
     def _rpn_losses(
         self, logits: Tensor, changes: Tensor, anchors: Tensor, target: Target
     ) -> tuple[Tensor, Tensor]:
-        """Sums over the anchors drawn of one image."""
+        """The sums of both losses over the sampled anchors of an image."""
         with torch.no_grad():
             which, label = match(self.rpn_matcher, target.boxes, anchors)
             objects, background = draw(label, self.plan.rpn_batch, self.plan.rpn_positive)
@@ -158,10 +162,11 @@ class Detector(nn.Module):
         ]
 
     def _draw(self, proposals: Tensor, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """(boxes, classes, wanted changes) of an image's proposals to learn from.
+        """(boxes, classes, target changes) of the sampled proposals of an image.
 
-        The true boxes are among the proposals; the last class is background.
+        The true boxes are added to the proposals. The last class is background.
         """
+        # With true boxes among the proposals, the head has objects to learn from the first step.
         boxes = torch.cat([proposals, target.boxes])
         which, label = match(self.head_matcher, target.boxes, boxes)
         drawn = torch.cat(draw(label, self.plan.roi_batch, self.plan.roi_positive))
@@ -170,18 +175,19 @@ class Detector(nn.Module):
         return boxes[drawn], classes, wanted
 
     def _pool(self, maps: Tensor, boxes: list[Tensor]) -> Tensor:
+        # As in detectron2, aligned=True corrects the half-pixel shift of the original RoIAlign.
         pooled: Tensor = roi_align(maps, boxes, self.plan.pooled, 1 / self.stride, 0, aligned=True)
         return pooled
 
     def _judge(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """Class scores (n, classes + 1) and changes (n, 4 x classes) of regions, in float32."""
+        """Class scores (n, classes + 1) and changes (n, 4 x classes) of regions, as float32."""
         features = self.head(pooled.contiguous(memory_format=torch.channels_last)).mean((2, 3))
         return self.score(features).float(), self.change(features).float()
 
 
 @torch.no_grad()
 def _shape(body: nn.Module, last: nn.Module) -> tuple[int, int, int]:
-    """(stride, channels, channels of the last stage), found by looking at one small image."""
+    """(stride, channels, channels of the last stage), measured on one small image."""
     parameter = next(body.parameters())
     training = body.training
     maps = body.eval()(parameter.new_zeros(1, 3, 64, 64))

@@ -1,6 +1,6 @@
-"""Images with boxes: in PASCAL VOC's layout, or COCO's.
+"""Images with boxes, in the layout of PASCAL VOC or COCO.
 
-Annotations that cannot be used are named, counted and left out; whatever is left is the data set.
+Annotations that cannot be used are named, counted and left out.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its boxes (k, 4), in pixels from 0, the right and lower end outside."""
+    """An image and its boxes (k, 4), in pixels from 0, with right and lower ends outside."""
 
     name: str
     path: Path
@@ -37,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class BoxDataset:
-    """The images of one side, their classes, and what was wrong with them."""
+    """The training or test images, their classes, and the problems found in them."""
 
     name: str
     samples: tuple[Sample, ...]
@@ -48,7 +48,7 @@ class BoxDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, boxes and classes; not of pixels."""
+        """A hash of names, boxes and classes, but not of pixels."""
         digest = hashlib.blake2b(repr((self.style, self.classes)).encode(), digest_size=16)
         for sample in self.samples:
             digest.update(f"{sample.name}\0{sample.labels.tolist()}".encode())
@@ -58,7 +58,7 @@ class BoxDataset:
 
 @dataclass
 class RawSample:
-    """What annotations say of an image, before classes are numbered."""
+    """The annotations of an image, before classes are numbered."""
 
     name: str
     path: Path
@@ -67,7 +67,7 @@ class RawSample:
 
 @dataclass
 class Problems:
-    """What is left out, by name, and what is used all the same."""
+    """Annotations and images that are left out, and the number found under another suffix."""
 
     found: list[str] = field(default_factory=list)
     renamed: int = 0
@@ -82,7 +82,7 @@ Advance = Callable[[int], None]
 def read_voc(
     folders: Sequence[tuple[Path, str]], problems: Problems, advance: Advance
 ) -> list[RawSample]:
-    """The images of the lists named, (a folder like VOC2007, a list of its ImageSets/Main)."""
+    """The images of several lists: (a folder like VOC2007, a list in its ImageSets/Main)."""
     found = []
     for folder, name in folders:
         for identity in identities(folder, name):
@@ -105,7 +105,7 @@ def read_voc(
 
 
 def identities(folder: Path, name: str) -> list[str]:
-    """The images of a list, each once. Raises UserError."""
+    """The identifiers in a list, each once. Raises UserError."""
     path = folder / "ImageSets" / "Main" / f"{name}.txt"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -115,7 +115,7 @@ def identities(folder: Path, name: str) -> list[str]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A file below a folder, whatever a stranger's list calls it. Raises BadAnnotation."""
+    """A file inside a folder. Raises BadAnnotation if its untrusted name leads out of it."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise BadAnnotation("its name leads out of the folder, refused")
@@ -135,7 +135,7 @@ def _image(folder: Path, identity: str, problems: Problems) -> Path:
 
 
 def class_names(raws: Iterable[RawSample]) -> tuple[str, ...]:
-    """All that occur, in the alphabet's order, which is VOC's own."""
+    """All class names that occur, in alphabetical order, like VOC's."""
     return tuple(sorted({one.name for raw in raws for one in raw.objects}))
 
 
@@ -148,10 +148,10 @@ def build(
     *,
     train: bool,
 ) -> BoxDataset:
-    """Number the classes, look at every image's head, leave out what cannot be used.
+    """Number the classes, read the header of each image, and leave out what cannot be used.
 
-    Training leaves out images without boxes, and crowds, as detectron2 does; difficult boxes are
-    trained on. Raises UserError where nothing is left.
+    As in detectron2, training leaves out crowds and images without boxes, and uses difficult boxes.
+    Raises UserError if no image is left.
     """
     numbers = {one: number for number, one in enumerate(classes)}
     samples, empty = [], 0
@@ -203,7 +203,7 @@ def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> 
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width as a viewer shows it, by the file's head. Raises BadAnnotation."""
+    """Height and width as a viewer shows the image, from its header. Raises BadAnnotation."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

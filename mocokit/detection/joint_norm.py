@@ -1,8 +1,9 @@
-"""A ResNet run on several batches of images at once, with one set of batch statistics.
+"""A ResNet applied to several batches of images at once, with one set of batch statistics.
 
-Images of a step differ in size. Padding all of them to the largest would fill half of the maps with
-nothing, which batch norm would count. So they go in pairs of like shape, as on the authors' 8 GPUs,
-layer by layer, and each batch norm sees the pixels of all pairs as one batch.
+The images of a step differ in size. If all of them were padded to the largest, padding would fill
+half of the maps, and batch norm would count it. Images are therefore processed in pairs of similar
+shape, as on the authors' 8 GPUs. All pairs pass each layer before the next one, and each batch norm
+sees the pixels of all pairs as one batch.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from mocokit.errors import UserError
 from mocokit.nets.batchnorm import GroupedBatchNorm2d, use_groups, use_whole
 
 _FIRST = ("conv1", "bn1", "act1", "maxpool")
-# Layers of timm's blocks in order; the last comes after the shortcut was added.
+# Layers of timm's blocks in order. The last one comes after the shortcut is added.
 _BASIC = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path", "act2")
 _BOTTLENECK = (
     *("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3"),
@@ -23,11 +24,12 @@ _BOTTLENECK = (
 
 
 def joint(module: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
-    """The module's output for each of several batches (n_i, C, H_i, W_i).
+    """The output of the module for each of several batches (n_i, C, H_i, W_i).
 
-    Batch norms take their statistics over all of them together, every pixel counting the same.
+    Batch norms use the statistics of all batches together, with the same weight for every pixel.
     """
     outputs = [*maps]
+    # Containers are opened, so that all batches reach a batch norm at the same time.
     if isinstance(module, nn.Sequential):
         for child in module:
             outputs = joint(child, outputs)
@@ -40,7 +42,8 @@ def joint(module: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _joint_norm(norm: GroupedBatchNorm2d, maps: list[Tensor]) -> list[Tensor]:
-    """All pixels as the rows of one image, a view where maps are channels-last."""
+    """Normalise the pixels of all maps as the rows of a single image."""
+    # Sizes differ, so only the pixels can be concatenated. In channels-last maps they are rows.
     rows = torch.cat([one.permute(0, 2, 3, 1).reshape(-1, norm.channels) for one in maps])
     normed = norm(rows[None, :, None].permute(0, 3, 1, 2))  # (1, C, pixels, 1)
     rows, outputs, start = normed.permute(0, 2, 3, 1).reshape(-1, norm.channels), [], 0
@@ -64,9 +67,9 @@ def _block(block: nn.Module, maps: list[Tensor]) -> list[Tensor]:
 
 
 def cut_resnet(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
-    """(all up to the third stage, the fourth) of a timm ResNet, as C4 detectors use it.
+    """(all up to the third stage, the fourth stage) of a timm ResNet, as C4 detectors use it.
 
-    Every batch norm is one over the whole step from now on. Raises UserError for other networks.
+    Afterwards every batch norm covers the whole step. Raises UserError for other networks.
     """
     from timm.models.resnet import ResNet
 
@@ -80,14 +83,14 @@ def cut_resnet(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
     use_whole(network)
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
-            layer.inplace = False  # what it gets is a view of all batches
+            layer.inplace = False  # its input is a view of the pixels of all batches
     first = [getattr(network, name) for name in _FIRST]
     body = nn.Sequential(*first, network.layer1, network.layer2, network.layer3)
     return body, network.layer4
 
 
 def whole_norm(channels: int) -> GroupedBatchNorm2d:
-    """A new batch norm over the whole step."""
+    """A new batch norm that covers the whole step."""
     norm = GroupedBatchNorm2d(channels, 1)
     use_whole(nn.Sequential(norm))
     return norm

@@ -1,4 +1,4 @@
-"""Which images to train on and to test on: VOCdevkit, one folder of its kind, or COCO's json."""
+"""Training and test images from VOCdevkit, a folder of the same layout, or COCO's json."""
 
 import json
 from collections.abc import Callable
@@ -31,26 +31,28 @@ SPLITS = {
 
 
 class DetectionData(NamedTuple):
-    """Both sides, and how they were split, in words."""
+    """Training and test images, and how they were split, in words."""
 
     train: BoxDataset
     test: BoxDataset
     split: str
-    devkit: bool  # VOC 2007 and 2012 themselves, or folders named like them
+    devkit: bool  # VOC 2007 and 2012, or folders with these names
 
 
 def open_boxes(
     data: str | Path, split: str, classes: tuple[str, ...], counting: Counting
 ) -> DetectionData:
-    """Read a data set; `classes` empty means all that the training images show.
+    """Read a data set. Without `classes`, all classes of the training images are used.
 
-    Raises UserError where it has no such layout.
+    Raises UserError if the folder has neither layout.
     """
     root = Path(data).expanduser()
     if split not in SPLITS:
-        raise UserError(f"split {split!r} is not one; take {' or '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r}; use {' or '.join(SPLITS)}")
     if not root.is_dir():
-        raise UserError(f"{root} is no folder; give VOCdevkit/, a folder of its kind, or COCO's")
+        raise UserError(
+            f"{root} is not a folder; give VOCdevkit/, a folder of its layout, or COCO's"
+        )
     sides, words, devkit, total = _sides(root, split)
     train_problems, test_problems = Problems(), Problems()
     with counting("annotations read:", total) if total else nullcontext(_silent) as advance:
@@ -79,7 +81,7 @@ Side = Callable[[Problems, Advance], list[RawSample]]
 
 
 def _sides(root: Path, split: str) -> tuple[tuple[Side, Side], str, bool, int]:
-    """How to read both, the split in words, whether it is VOCdevkit, and how many images."""
+    """How to read both, the split in words, whether it is VOCdevkit, and the number of images."""
     if not (root / "VOC2007").is_dir() and (root / "VOCdevkit").is_dir():
         root = root / "VOCdevkit"
     if (root / "VOC2007").is_dir():
@@ -121,13 +123,13 @@ def _list(root: Path, side: str) -> str:
 
 
 def _json(root: Path, words: tuple[str, ...]) -> Path | None:
-    """The one file of boxes whose name has one of these words."""
+    """The only file of boxes with one of these words in its name."""
     for place in (root / "annotations", root):
         for word in words:
             found = sorted(place.glob(f"*{word}*.json"))
             boxes = [path for path in found if path.name.startswith("instances")] or found
             if len(boxes) > 1:
-                raise UserError(f"{place} has several *{word}*.json; leave one of them there")
+                raise UserError(f"{place} has several *{word}*.json; keep only one of them there")
             if boxes:
                 return boxes[0]
     return None
@@ -140,8 +142,8 @@ def _coco(root: Path, path: Path) -> Side:
 def read_coco(root: Path, path: Path, problems: Problems) -> list[RawSample]:
     """The images of a COCO json: images, annotations (bbox: left, top, width, height), categories.
 
-    Images lie in a folder named like the file (train2017), in images/, beside the json, or in root.
-    Raises UserError where the file has another form.
+    Images may be in a folder named like the file (train2017), in images/, beside the json, or in
+    root. Raises UserError if the file has another form.
     """
     try:
         content: dict[str, Any] = json.loads(read_file(path))

@@ -1,4 +1,4 @@
-"""What a detector found, to look at: boxes beside the true ones, and a bar for every class."""
+"""Pictures of detections: boxes beside the true boxes, and a bar for each class."""
 
 import colorsys
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from mocokit.protocols.voc_ap import Precisions
 SHOWN_SCORE = 0.5
 _CELL, _GAP, _LINE, _FONT = 360, 8, 18, 12
 _PAPER, _INK, _GRID = (255, 255, 255), (30, 30, 30), (225, 225, 225)
-Marks = list[tuple[Sequence[float], int, str]]  # box, class, what to write over it
+Marks = list[tuple[Sequence[float], int, str]]  # box, class, label
 
 
 def chosen(data: BoxDataset, tested: Outcome, count: int) -> list[int]:
-    """Numbers of so many readable test images, evenly spread."""
+    """The numbers of `count` readable test images, evenly spaced."""
     good = [number for number in range(len(data.samples)) if number not in tested.bad]
     places = np.linspace(0, len(good) - 1, min(count, len(good))).round().astype(int)
     return [good[place] for place in dict.fromkeys(places.tolist())]
 
 
 def sheet(data: BoxDataset, tested: Outcome, count: int) -> Image.Image:
-    """A row for each image: the true boxes on the left, those found on the right."""
+    """A row for each image: the true boxes on the left, the detections on the right."""
     rows = []
     for number in chosen(data, tested, count):
         sample = data.samples[number]
@@ -74,13 +74,13 @@ def _marked(picture: Image.Image, marks: Marks) -> Image.Image:
 
 
 def _colour(label: int) -> tuple[int, int, int]:
-    """Hues a golden section apart, dark enough for white letters."""
+    """Hues spaced by the golden ratio, dark enough for white letters."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.85, 0.75)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def bars(scores: Precisions, title: str) -> Image.Image:
-    """AP50 of every class as a bar, the mean over overlaps as a darker one in it."""
+    """A bar of the AP50 of each class, with a darker bar of its AP inside."""
     names = max([len(name) for name in scores.classes] + [8]) * 7
     wide, row = 400, _LINE + 4
     image = Image.new("RGB", (names + wide + 100, (len(scores.classes) + 2) * row), _PAPER)

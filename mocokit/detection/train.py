@@ -1,7 +1,7 @@
-"""Fine-tuning a detector: the loop, precise batch norm, and a test. One trial is one seed.
+"""Fine-tuning of a detector: the training loop, precise batch norm, and the test.
 
-Every random number follows from the seed and the step, so a trial that was stopped goes on as if it
-had not been: on a CPU bit for bit.
+A trial has one seed. Every random number follows from the seed and the step, so a resumed trial
+equals an uninterrupted one, bit for bit on a CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ from mocokit.protocols.voc_ap import (
 
 @dataclass
 class Trainer:
-    """A detector on its way, with all that the next step needs."""
+    """A detector in training, with everything that the next step needs."""
 
     detector: Detector
     plan: Plan
@@ -65,7 +65,7 @@ class Trainer:
         self._stream = chance.library_seed(self.seed, 1, Slot.DETECTION_DRAW)
 
     def state(self) -> dict[str, Any]:
-        """Everything to go on from. Raises NonFiniteLoss rather than give spoilt weights."""
+        """Everything needed to resume. Raises NonFiniteLoss if the weights are not finite."""
         self.check()
         check_weights(self.detector, self.step)
         model, optimizer = self.detector.state_dict(), self.optimizer.state_dict()
@@ -78,16 +78,16 @@ class Trainer:
         self.step = int(state["step"])
 
     def check(self) -> None:
-        """Raises NonFiniteLoss, with a remedy."""
+        """Raises NonFiniteLoss, with a remedy, if a loss was not finite."""
         try:
             self._watch.check()
         except NonFiniteLoss as error:
             rate = self.plan.lr / 10
-            raise NonFiniteLoss(f"{error}; try --set lr={rate:g}, or longer warm-up") from None
+            raise NonFiniteLoss(f"{error}; try --set lr={rate:g}, or a longer warm-up") from None
 
     def steps(self) -> Iterator[dict[str, Tensor]]:
-        """Train to the last step; after each, its losses as scalars on the device."""
-        todo = range(self.step, self.plan.iterations)
+        """Train to the last step. After each step, yield its losses as scalars on the device."""
+        todo = range(self.step, self.plan.steps)
         for views in ahead(self.views.step, todo, self.threads):
             self.detector.train()
             for group in self.optimizer.param_groups:
@@ -108,18 +108,18 @@ class Trainer:
             return self.detector.losses(groups, targets)
 
     @contextmanager
-    def precise(self, tell: Callable[[int, int], None]) -> Iterator[None]:
-        """While entered, batch norms have the average statistics of so many training batches.
+    def precise(self, progress: Callable[[int, int], None]) -> Iterator[None]:
+        """While entered, batch norms have the average statistics of `plan.precise_bn` batches.
 
-        As fvcore's update_bn_stats, through the whole detector in training mode. Afterwards
-        everything is as it was: a test changes nothing of training.
+        Like fvcore's update_bn_stats, the batches pass the whole detector in training mode.
+        Afterwards the old statistics are restored, so a test does not change the training.
         """
         layers = [m for m in self.detector.modules() if isinstance(m, GroupedBatchNorm2d)]
         before = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
         momenta = [layer.momentum for layer in layers]
         try:
             if self.plan.precise_bn:
-                self._average(layers, tell)
+                self._average(layers, progress)
             yield
         finally:
             for layer, buffers, momentum in zip(layers, before, momenta, strict=True):
@@ -128,21 +128,23 @@ class Trainer:
                     layer.get_buffer(name).copy_(value)
 
     @torch.no_grad()
-    def _average(self, layers: list[GroupedBatchNorm2d], tell: Callable[[int, int], None]) -> None:
+    def _average(
+        self, layers: list[GroupedBatchNorm2d], progress: Callable[[int, int], None]
+    ) -> None:
         for layer in layers:
             layer.momentum = None  # a plain average over batches
             layer.num_batches_tracked.zero_()
         stream = chance.library_seed(self.seed, 2, Slot.DETECTION_DRAW)
-        others = ViewSampler(self.data.samples, self.plan, stream)
+        sampler = ViewSampler(self.data.samples, self.plan, stream)
         count = self.plan.precise_bn
         self.detector.train()
-        for number, views in enumerate(ahead(others.step, range(count), self.threads)):
+        for number, views in enumerate(ahead(sampler.step, range(count), self.threads)):
             self._losses(views, stream, number)
-            tell(number + 1, count)
+            progress(number + 1, count)
 
 
 def parameter_groups(detector: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """Scales and shifts of batch norms have no weight decay; biases have (detectron2's rule)."""
+    """detectron2's rule: no weight decay on scales and shifts of batch norms, but on biases."""
     norms = {
         id(parameter)
         for module in detector.modules()
@@ -158,13 +160,13 @@ def parameter_groups(detector: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found in the test images, in pixels of the files from 0, and the images unread."""
+    """The detections in the test images, in pixels of the files from 0, and unreadable images."""
 
     detections: list[list[Detection]]  # by class; `image` is the sample's number
     bad: dict[int, str]
 
     def truths(self, data: BoxDataset) -> list[list[Truth]]:
-        """By class, of the images that could be read; VOC's own pixels from 1."""
+        """The true boxes of all readable images, by class; for VOC in its pixels from 1."""
         shift = 1.0 if data.style == "voc" else 0.0
         truths: list[list[Truth]] = [[] for _ in data.classes]
         for number, sample in enumerate(data.samples):
@@ -174,12 +176,12 @@ class Outcome:
                 sample.boxes.tolist(), sample.labels, sample.difficult, strict=True
             ):
                 left, top, right, bottom = box
-                own = (left + shift, top + shift, right, bottom)
-                truths[label].append(Truth(number, own, bool(difficult)))
+                corners = (left + shift, top + shift, right, bottom)
+                truths[label].append(Truth(number, corners, bool(difficult)))
         return truths
 
     def scores(self, data: BoxDataset) -> dict[Metric, Precisions]:
-        """By metric, the one to quote first: COCO's own for its json, else VOC's two."""
+        """The scores by metric, the main one first: COCO's for its json, otherwise both of VOC."""
         truths = self.truths(data)
         if data.style == "coco":
             return {"coco": precisions(self.detections, truths, data.classes, "coco")}
@@ -190,14 +192,14 @@ class Outcome:
         }
 
 
-def detect_in(trainer: Trainer, data: BoxDataset, tell: Callable[[int, int], None]) -> Outcome:
-    """Detect in every test image, one at a time, at the test's size."""
+def detect_in(trainer: Trainer, data: BoxDataset, progress: Callable[[int, int], None]) -> Outcome:
+    """Detect objects in each test image, one image at a time, at the size of the test."""
     plan, detector = trainer.plan, trainer.detector.eval()
     found: list[list[Detection]] = [[] for _ in data.classes]
     bad: dict[int, str] = {}
-    look = partial(_look, data, plan)
-    for number, seen in enumerate(ahead(look, range(len(data.samples)), trainer.threads)):
-        tell(number + 1, len(data.samples))
+    read = partial(_test_view, data, plan)
+    for number, seen in enumerate(ahead(read, range(len(data.samples)), trainer.threads)):
+        progress(number + 1, len(data.samples))
         if isinstance(seen, str):
             bad[number] = seen
             continue
@@ -210,7 +212,7 @@ def detect_in(trainer: Trainer, data: BoxDataset, tell: Callable[[int, int], Non
 
 
 def _in_the_file(found: Detections, seen: View) -> Iterator[tuple[Box, float, int]]:
-    """What was found in the pixels of the file's picture; boxes that vanish there are left out."""
+    """Detections in pixels of the file. Boxes that are empty there are left out."""
     (right, down), (height, width) = seen.scale, seen.size
     scale = torch.tensor([right, down, right, down], dtype=torch.float64)
     limits = torch.tensor([width, height, width, height], dtype=torch.float64)
@@ -222,7 +224,7 @@ def _in_the_file(found: Detections, seen: View) -> Iterator[tuple[Box, float, in
             yield (left, top, end, bottom), score, label
 
 
-def _look(data: BoxDataset, plan: Plan, number: int) -> View | str:
+def _test_view(data: BoxDataset, plan: Plan, number: int) -> View | str:
     try:
         return view(data.samples[number], plan.test_side, plan.max_side, False)
     except BadImage as error:

@@ -1,4 +1,4 @@
-"""One trial of detection in its folder: trained, saved, stopped, gone on with, tested."""
+"""One trial of detection in its folder: training, checkpoints, resuming, test and result."""
 
 import json
 import time
@@ -10,29 +10,30 @@ from torch import Tensor
 
 from mocokit.detection import pictures
 from mocokit.detection.dataset import BoxDataset
+from mocokit.detection.protocol import OLD_NAMES, renamed
 from mocokit.detection.train import Trainer, detect_in
 from mocokit.engine import checkpoint
-from mocokit.engine.folder import RunFolder, held
+from mocokit.engine.folder import RunFolder, locked
 from mocokit.engine.record import Console, Meter, Metrics, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
 from mocokit.files import write_text
 from mocokit.protocols.voc_ap import Precisions
 
-SAVE_SECONDS = 600.0  # between checkpoints; when one is written changes no number
+SAVE_SECONDS = 600.0  # between checkpoints; the time of a checkpoint changes no number
 LOG_STEPS = 20
 COLUMNS = ("AP50", "AP", "AP75")
 
 
 def scored(scores: Precisions) -> dict[str, float]:
-    """In percent."""
+    """AP50, AP and AP75 in percent."""
     numbers = (scores.at(50), scores.ap, scores.at(75))
     return {name: round(100 * one, 3) for name, one in zip(COLUMNS, numbers, strict=True)}
 
 
 @dataclass
 class DetectionTrial:
-    """What a trial works with. `every` steps it is tested on the way; 0: at the end alone."""
+    """A trial: every `every` steps it is tested; with 0, only at the end."""
 
     folder: RunFolder
     test_data: BoxDataset
@@ -43,24 +44,23 @@ class DetectionTrial:
 
     def __post_init__(self) -> None:
         self.result_path = self.folder.path / "result.json"
-        self._status: StatusLine | None = None  # there can be one on a terminal
+        self._status: StatusLine | None = None  # only one at a time on a terminal
         self._left = ""
         self._saved_at = time.monotonic()
 
     def run(self, make: Callable[[], Trainer]) -> dict[str, Any]:
-        """The trial's result, found now or earlier. Raises Interrupted once saved.
+        """The result of the trial: the one in its folder, or a new one.
 
-        `make` gives the trainer as it is before the first step.
+        `make` returns the trainer before its first step. Raises Interrupted once it is saved.
         """
         if self.result_path.is_file():
-            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
-            return found
-        with held(self.folder):
+            return renamed(json.loads(self.result_path.read_text(encoding="utf-8")), OLD_NAMES)
+        with locked(self.folder):
             trainer = make()
             state = checkpoint.load_newest(self.folder.checkpoints)
             if state is not None:
                 trainer.load(state)
-                self.console.say(f"{self.folder.path.name}: goes on after step {trainer.step}")
+                self.console.say(f"{self.folder.path.name}: resumes after step {trainer.step}")
             metrics = Metrics(self.folder.metrics, trainer.step)
             self._status = StatusLine(self.console.terminal)
             try:
@@ -75,8 +75,8 @@ class DetectionTrial:
 
     def _train(self, trainer: Trainer, metrics: Metrics) -> None:
         meter, first, began = Meter(), trainer.step, time.monotonic()
-        total, images = trainer.plan.iterations, trainer.plan.ims_per_step
-        self._look(trainer, metrics)
+        total, images = trainer.plan.steps, trainer.plan.batch_size
+        self._test_if_due(trainer, metrics)
         for losses in trainer.steps():
             step = trainer.step
             meter.step(images, 0.0)
@@ -90,17 +90,17 @@ class DetectionTrial:
             self._left = f"{clock(left)} left"
             self._show(losses, step, total)
             due = time.monotonic() - self._saved_at >= SAVE_SECONDS
-            if due or step == total or self.stop.asked or self._looks(trainer):
+            if due or step == total or self.stop.asked or self._test_is_due(trainer):
                 self._save(trainer)
-            self._stop_if_asked(trainer)
-            self._look(trainer, metrics)
+            self._stop_if_signalled(trainer)
+            self._test_if_due(trainer, metrics)
 
     def _show(self, losses: dict[str, Tensor], step: int, total: int) -> None:
         if step % LOG_STEPS == 0 or losses["loss"].device.type == "cpu":
             text = " · ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-            self._tell(f"step {step}/{total} · {text} · {self._left}", step == total)
+            self._show_text(f"step {step}/{total} · {text} · {self._left}", step == total)
 
-    def _tell(self, text: str, last: bool = False) -> None:
+    def _show_text(self, text: str, last: bool = False) -> None:
         assert self._status is not None
         self._status.show(f"{self.folder.path.name} · {text}", last)
 
@@ -109,35 +109,35 @@ class DetectionTrial:
         checkpoint.prune(self.folder.checkpoints, 1)
         self._saved_at = time.monotonic()
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        """After the last save nothing of training is lost."""
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        """Raises Interrupted after a signal. Called after a save or in a test: no step is lost."""
         if self.stop.asked:
             raise self.stop.error(trainer.step, self.folder.path.parent)
 
-    def _looks(self, trainer: Trainer) -> bool:
-        """Whether a test on the way is due; the last one is the result."""
+    def _test_is_due(self, trainer: Trainer) -> bool:
+        """Whether an intermediate test is due. The test after the last step is the result."""
         step = trainer.step
-        return self.every > 0 and step % self.every == 0 and step < trainer.plan.iterations
+        return self.every > 0 and step % self.every == 0 and step < trainer.plan.steps
 
-    def _look(self, trainer: Trainer, metrics: Metrics) -> None:
-        known = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
-        if not self._looks(trainer) or any(line["step"] == trainer.step for line in known):
+    def _test_if_due(self, trainer: Trainer, metrics: Metrics) -> None:
+        tested = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
+        if not self._test_is_due(trainer) or any(line["step"] == trainer.step for line in tested):
             return
-        found = self._test(trainer)[1]
-        metrics.write({"step": trainer.step, **found})
-        numbers = ", ".join(f"{name} {value:.1f}" for name, value in found.items())
+        scores = self._test(trainer)[1]
+        metrics.write({"step": trainer.step, **scores})
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in scores.items())
         self.console.say(f"{self.folder.path.name}: step {trainer.step}: {numbers}")
 
     def _test(self, trainer: Trainer) -> tuple[Any, dict[str, float], dict[str, Precisions]]:
-        def tell(what: str) -> Callable[[int, int], None]:
+        def progress(what: str) -> Callable[[int, int], None]:
             def line(done: int, total: int) -> None:
-                self._tell(f"{what} {done:,} of {total:,}")
-                self._stop_if_asked(trainer)
+                self._show_text(f"{what} {done:,} of {total:,}")
+                self._stop_if_signalled(trainer)
 
             return line
 
-        with trainer.precise(tell("precise batch norm: batch")):
-            tested = detect_in(trainer, self.test_data, tell("test: image"))
+        with trainer.precise(progress("precise batch norm: batch")):
+            tested = detect_in(trainer, self.test_data, progress("test: image"))
         scores = tested.scores(self.test_data)
         main = next(iter(scores.values()))
         return tested, scored(main), {str(name): one for name, one in scores.items()}
@@ -165,7 +165,7 @@ class DetectionTrial:
                 for at, name in enumerate(first.classes)
             },
             "curve": curve,
-            "iterations": trainer.step,
+            "steps": trainer.step,
             "unreadable_train": dict(trainer.views.bad),
             "unreadable_test": {self.test_data.samples[k].name: v for k, v in tested.bad.items()},
             "test_seconds": round(time.perf_counter() - started, 1),

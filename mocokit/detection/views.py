@@ -1,4 +1,4 @@
-"""What the detector sees: images resized as Pillow does, mirrored, in pairs of like shape."""
+"""Images for the detector: resized by Pillow, mirrored, and in pairs of similar shape."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,22 +19,22 @@ from mocokit.detection.protocol import Plan
 from mocokit.errors import UserError
 
 T = TypeVar("T")
-PAIR = 2  # images padded to one size: what each of the authors' 8 GPUs held of 16
-_TRIES = 100  # images after one that cannot be read
+PAIR = 2  # images padded to one size: each of the authors' 8 GPUs had 2 of 16
+_TRIES = 100  # images tried in place of one that cannot be used
 
 
 class View(NamedTuple):
-    """A resized image (H, W, 3) with its boxes in its own pixels."""
+    """A resized image (H, W, 3), with boxes in pixels of the resized image."""
 
     pixels: NDArray[np.uint8]
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
-    scale: tuple[float, float]  # right, down: of its pixels over the file's
-    size: tuple[int, int]  # of the file's picture
+    scale: tuple[float, float]  # width and height divided by those in the file
+    size: tuple[int, int]  # height and width in the file
 
 
 def resized(height: int, width: int, side: int, cap: int) -> tuple[int, int]:
-    """Height and width whose shorter is `side`, unless the longer would exceed `cap`.
+    """Height and width after resizing. The shorter is `side`, unless the longer exceeds `cap`.
 
     >>> resized(375, 500, 800, 1333)
     (800, 1067)
@@ -46,11 +46,11 @@ def resized(height: int, width: int, side: int, cap: int) -> tuple[int, int]:
 
 
 def view(sample: Sample, side: int, cap: int, flip: bool) -> View:
-    """An image as the detector sees it. Raises BadImage."""
+    """The view of an image. Raises BadImage."""
     pixels = decode(sample.path, None)
     height, width = pixels.shape[:2]
     tall, wide = resized(height, width, side, cap)
-    # As detectron2: Pillow averages over what a pixel covers, torchvision's detectors do not.
+    # As in detectron2, Pillow resizes: it antialiases, and torchvision's detectors do not.
     small = Image.fromarray(pixels).resize((wide, tall), Image.Resampling.BILINEAR)
     if flip:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -63,7 +63,7 @@ def view(sample: Sample, side: int, cap: int, flip: bool) -> View:
 
 
 class ViewSampler:
-    """The views of any step of training, as a function of the seed."""
+    """The views of any training step, as a function of the seed."""
 
     def __init__(self, samples: Sequence[Sample], plan: Plan, seed: int) -> None:
         self.samples, self.plan, self.seed = samples, plan, seed
@@ -71,8 +71,8 @@ class ViewSampler:
         self.bad: dict[str, str] = {}
 
     def step(self, step: int) -> list[View]:
-        """The images of a step, wide ones first; epochs follow one another without a gap."""
-        images, count = len(self.samples), self.plan.ims_per_step
+        """The views of a step, wide ones first. A step may span the end of an epoch."""
+        images, count = len(self.samples), self.plan.batch_size
         places = np.arange(step * count, (step + 1) * count)
         views = []
         for epoch in np.unique(places // images).tolist():
@@ -98,13 +98,15 @@ class ViewSampler:
             if solid.any():
                 return seen._replace(boxes=seen.boxes[solid], labels=seen.labels[solid])
         first = next((f"{name} ({reason})" for name, reason in self.bad.items()), "none")
-        raise UserError(f"{_TRIES} images in a row cannot be used; the first unreadable: {first}")
+        raise UserError(
+            f"{_TRIES} images in a row cannot be used; the first unreadable one: {first}"
+        )
 
 
 def pairs(
     views: Sequence[View], mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> tuple[list[Images], list[list[Target]]]:
-    """The views on the device, two and two: normalised, then padded with zeros."""
+    """The views on the device in pairs: normalised, then padded with zeros."""
     groups, targets = [], []
     shift, scale = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
     for start in range(0, len(views), PAIR):
@@ -126,7 +128,7 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def ahead(make: Callable[[int], T], numbers: range, threads: int) -> Iterator[T]:
-    """make(n) for every number, in order, some made ahead by threads; decoding leaves the GIL."""
+    """make(n) for each number, in order. Threads make some ahead; decoding releases the GIL."""
     pool = ThreadPoolExecutor(max_workers=max(1, threads))
     waiting: list[Future[T]] = []
     try:

@@ -1,9 +1,9 @@
-"""Images that could not be read: each named once with the reason, and replaced from then on.
+"""Images that could not be read: each is named once with the reason, and replaced from then on.
 
-That an image failed is part of the run, as much as its weights: an error of the network or disk may
-pass, and a run that read the image when resumed would no longer be the run that was stopped. So an
-image that failed in one epoch is replaced in all later ones, whether it can be read again or not.
-Within its epoch an image has one place of its own; there, reading decides.
+A failure is part of the run, like its weights. An error of the network or disk may pass, and a
+resumed run that could read the image would differ from the run that was stopped. An image that
+failed in one epoch is therefore replaced in all later ones, even if it can be read again. In
+the epoch itself the image has one place, and there the attempt to read it decides.
 """
 
 import math
@@ -24,10 +24,10 @@ Bad = tuple[tuple[int, str, str], ...]  # number, name, reason
 
 
 class BadImages:
-    """bad_images.txt of a run and what follows from it; too many end the run, once it is saved.
+    """bad_images.txt of a run. Too many bad images end the run, once it is saved.
 
-    `first` holds the step, counted from 0, at which each image failed first; it is the same on all
-    processes, once they have told each other.
+    `first` maps an image to the step, counted from 0, of its first failure. After `share` it is the
+    same on all processes.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class BadImages:
     ) -> None:
         self._path, self._steps_per_epoch, self._world = path, steps_per_epoch, world
         self._images, self.limit = images, max(10, int(share * images))
-        # Failures after the last checkpoint of a killed run are here alone.
+        # In a killed run, failures after the last checkpoint are only in this file.
         self.first = dict(_lines(path))
-        self._untold: list[tuple[int, int, str, str]] = []
+        self._unshared: list[tuple[int, int, str, str]] = []
         self._known: tuple[tuple[int, int], NDArray[np.int64]] = (0, 0), np.empty(0, np.int64)
 
     @property
@@ -45,9 +45,9 @@ class BadImages:
         return len(self.first)
 
     def known(self, step: int) -> NDArray[np.int64]:
-        """The images, in rising order, that must not be used at a step, even if they can be read.
+        """The images, ascending, that must not be used at a step even if they can be read.
 
-        Those that failed in an earlier epoch, and those of this very step if a run repeats it.
+        They failed in an earlier epoch, or at this very step, which a resumed run then repeats.
         """
         start = step - step % self._steps_per_epoch
         again = [image for image, first in self.first.items() if first == step]
@@ -60,31 +60,31 @@ class BadImages:
         return found
 
     def note(self, bad: Bad, step: int) -> None:
-        """What failed at a step on this process; several processes hear of it by `share`."""
-        self._untold += [(number, step, name, reason) for number, name, reason in bad]
+        """Record what failed at a step on this process. `share` sends it to the others."""
+        self._unshared += [(number, step, name, reason) for number, name, reason in bad]
         if self._world.size == 1:
             self.share()
 
     def share(self) -> None:
-        """Tell all processes; called by all at once."""
-        told = self._untold
-        self._untold = []
+        """Send new failures to all processes; called by all of them together."""
+        found = self._unshared
+        self._unshared = []
         if self._world.size > 1:
             parts: list[Any] = [None] * self._world.size
-            dist.all_gather_object(parts, told)
-            told = sorted(one for part in parts for one in part)
-        for number, step, name, reason in told:
+            dist.all_gather_object(parts, found)
+            found = sorted(one for part in parts for one in part)
+        for number, step, name, reason in found:
             if number not in self.first:
                 self.first[number] = step
                 self._write(f"{number}\t{name!r}\t{reason}\tstep {step + 1}\n")
 
     @property
     def too_many(self) -> bool:
-        """Whether the run is to end; the same on all processes, like `first`."""
+        """Whether the run must end; the same on all processes, like `first`."""
         return self.count > self.limit
 
     def check(self) -> None:
-        """Raises UserError past the limit."""
+        """Raises UserError if there are more bad images than the limit."""
         if self.too_many:
             enough = min(1.0, math.ceil(200 * self.count / self._images) / 100)
             raise UserError(
@@ -99,7 +99,7 @@ class BadImages:
                 file.write(line)
 
     def state(self) -> Tensor:
-        """(n, 2) int64 for a checkpoint: image, and the step at which it failed first."""
+        """(n, 2) int64 for a checkpoint: the image, and the step of its first failure."""
         return torch.tensor(sorted(self.first.items()), dtype=torch.int64).reshape(-1, 2)
 
     def load(self, state: Tensor) -> None:
@@ -108,7 +108,7 @@ class BadImages:
 
 
 def _lines(path: Path) -> Iterable[tuple[int, int]]:
-    """Image and step of each line; one cut short by a kill is left out."""
+    """The image and step of each line. A line that a kill cut short is left out."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():

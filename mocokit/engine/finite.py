@@ -1,4 +1,4 @@
-"""Is the run alive: non-finite losses, the size of the gradient."""
+"""Whether losses and weights are finite, and the norm of the gradient."""
 
 from collections.abc import Iterable
 
@@ -10,21 +10,22 @@ from mocokit.errors import NonFiniteLoss
 
 
 class FiniteWatch:
-    """Remembers on the device the first step whose loss was not finite, and raises when asked.
+    """Keeps on the device the first step whose loss was not finite. `check` raises the error.
 
-    Asking waits for the device, so a GPU run asks only where it reads numbers anyway; no checkpoint
-    is written without asking.
+    `check` waits for the device. A GPU run therefore calls it only where it reads numbers anyway,
+    and before every checkpoint.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._first = torch.full((), -1, dtype=torch.long, device=device)
 
     def note(self, step: int, loss: Tensor) -> None:
+        """Remember the step if its loss is the first that is not finite; does not wait."""
         bad = ~torch.isfinite(loss.detach()) & (self._first < 0)
         self._first.masked_fill_(bad, step)
 
     def check(self) -> None:
-        """Raises NonFiniteLoss naming the step, on every process if on any."""
+        """Raises NonFiniteLoss, which names the step; on every process if on any."""
         first = self._first
         if dist.is_initialized():
             first = torch.where(first < 0, torch.iinfo(torch.long).max, first)
@@ -36,7 +37,11 @@ class FiniteWatch:
 
 @torch.no_grad()
 def check_weights(module: nn.Module, step: int) -> None:
-    """Raises NonFiniteLoss if a parameter or buffer is not finite: it must not be saved as good."""
+    """Raises NonFiniteLoss if a parameter or buffer is not finite.
+
+    A finite loss can have a non-finite gradient, and the step it corrupts would otherwise become
+    the "last good" checkpoint.
+    """
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     if not bool(torch.nn.utils.get_total_norm(tensors).isfinite()):
         raise NonFiniteLoss(f"the weights after step {step} are not finite")

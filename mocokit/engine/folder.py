@@ -126,10 +126,10 @@ def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
 
 
 @contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
-    """Make the folder, and keep other processes out; the lock dies with the process that holds it.
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Make the folder and lock it. The lock ends with the process that holds it.
 
-    Raises UserError where the folder cannot be made, or is held.
+    Raises UserError if the folder cannot be made, or is locked by another process.
     """
     folder.make()
     try:

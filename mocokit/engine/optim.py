@@ -1,6 +1,6 @@
 """The optimiser, and its learning rate as a pure function of the step.
 
-LARS as SimCLR uses it: each layer's step is as long as its weights, not as its gradient.
+LARS is SimCLR's variant: the step of a layer is proportional to the norm of its weights.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of a step. `lr` is the peak in effect, after scaling with the batch."""
+    """The learning rate of a step. `lr` is the peak value, already scaled to the batch size."""
 
     lr: float
     kind: str  # steps or cosine
-    per: str  # epoch: constant within an epoch, as the authors have it; step: smooth
+    per: str  # epoch: constant within an epoch, as in the authors' code; step: smooth
     epochs: int
     steps_per_epoch: int
     first_epoch: int = 0
@@ -37,7 +37,7 @@ class Schedule:
         epoch = step // self.steps_per_epoch
         if self.kind == "steps":
             progress = epoch / self.epochs if self.per == "epoch" else self._progress(step)
-            # Rounded, because 0.6 * 200 epochs must mean 120 whatever the floats say.
+            # Rounded, because 0.6 * 200 epochs must be 120 in spite of floating-point errors.
             return self.drop_factor ** sum(round(progress - drop, 9) >= 0 for drop in self.drops)
         if self.per == "epoch":
             progress = (epoch + self.first_epoch) / self.epochs
@@ -58,11 +58,11 @@ def build_optimizer(
     weight_decay: float,
     trust: float = 0.001,
 ) -> torch.optim.Optimizer:
-    """SGD (no Nesterov) or AdamW on all parameters alike, fused where the device allows; or LARS.
+    """SGD (without Nesterov), AdamW or LARS. SGD and AdamW are fused if the device allows it.
 
-    The weight decay covers batch norm and biases too, as in the authors' code; not with LARS. Each
-    of `groups` has `params`, and may have a `weight_decay` and a `trust` of its own; see `set_lr`
-    for `lr_scale` and `fixed_lr`.
+    Weight decay applies to batch norm and biases too, as in the authors' code, but not with LARS.
+    Each of `groups` has `params`, and may have a `weight_decay` and a `trust` of its own. `set_lr`
+    says what `lr_scale` and `fixed_lr` do.
     """
     parameters = [dict(group) for group in groups]
     if name == "lars":
@@ -89,8 +89,8 @@ class LARS(torch.optim.Optimizer):
 
     v <- momentum v + lr r (g + decay w), w <- w - v, where r = trust |w| / |g + decay w| for
     weights of two dimensions and more; batch norm and biases take plain steps without decay
-    (arXiv 2002.05709, appendix B.3). The learning rate is inside v, so a step remembers the rates
-    of those before it.
+    (arXiv 2002.05709, appendix B.3). The learning rate is part of v, so v keeps the rates of
+    earlier steps.
     """
 
     def __init__(
@@ -106,21 +106,20 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step; parameters without gradient stay."""
+        """Take a step. Parameters without a gradient are not changed."""
         loss = None if closure is None else closure()
         for group in self.param_groups:
             moved: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            layers, others = [p for p in moved if p.ndim > 1], [p for p in moved if p.ndim <= 1]
-            if layers and not group["trust"]:  # a group that is not adapted, but decays
-                decayed = torch._foreach_add(
-                    _gradients(layers), layers, alpha=group["weight_decay"]
-                )
-                self._move(layers, list(decayed), group)
-            elif layers:
-                steps = _adapted(layers, group["weight_decay"], group["trust"])
-                self._move(layers, steps, group)
-            if others:
-                self._move(others, _gradients(others), group)
+            weights, vectors = [p for p in moved if p.ndim > 1], [p for p in moved if p.ndim <= 1]
+            if weights and not group["trust"]:  # a group that is not adapted, but decays
+                decay = group["weight_decay"]
+                decayed = torch._foreach_add(_gradients(weights), weights, alpha=decay)
+                self._move(weights, list(decayed), group)
+            elif weights:
+                steps = _adapted(weights, group["weight_decay"], group["trust"])
+                self._move(weights, steps, group)
+            if vectors:
+                self._move(vectors, _gradients(vectors), group)
         return loss
 
     def _move(self, parameters: list[Tensor], steps: list[Tensor], group: dict[str, Any]) -> None:
@@ -142,10 +141,11 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _adapted(weights: list[Tensor], weight_decay: float, trust: float) -> list[Tensor]:
-    """Each layer's decayed gradient, scaled to `trust` times the length of its weights."""
+    """The gradient of each layer plus decay, scaled to `trust` times the norm of its weights."""
     steps = torch._foreach_add(_gradients(weights), weights, alpha=weight_decay)
-    of_weights = torch.stack(torch._foreach_norm(weights))
-    of_steps = torch.stack(torch._foreach_norm(steps))
-    ratios = torch.where((of_weights > 0) & (of_steps > 0), trust * of_weights / of_steps, 1.0)
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    step_norms = torch.stack(torch._foreach_norm(steps))
+    safe = (weight_norms > 0) & (step_norms > 0)
+    ratios = torch.where(safe, trust * weight_norms / step_norms, 1.0)
     torch._foreach_mul_(steps, list(ratios.unbind()))
     return list(steps)

@@ -1,4 +1,4 @@
-"""Processes, device and precision: what a run is computed with."""
+"""Processes, device and precision of a run."""
 
 import gc
 import importlib
@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @contextmanager
 def joined_world(device: str) -> Iterator[World]:
-    """Join the group of processes that the environment announces, if it does."""
+    """Join the process group that the environment announces, if it announces one."""
     if dist.is_initialized():  # the caller's own group
         rank = dist.get_rank()
         yield World(rank, dist.get_world_size(), local_rank(rank))
@@ -38,61 +38,63 @@ def joined_world(device: str) -> Iterator[World]:
     cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
     if cuda:
         torch.cuda.set_device(choose_device("cuda", world))
-    # Its functions name the group there is as their default: loaded within one, as timm does when
-    # the network is built (by torchvision and torch._dynamo), they keep it from ending in `_leave`.
+    # The functions of this module have the current group as a default argument. timm loads it when
+    # it builds a network (by torchvision and torch._dynamo). Loaded inside the group, it would keep
+    # the group alive after `_leave`.
     importlib.import_module("torch.distributed.nn.functional")
 
-    # The first process scores and saves while the others wait.
+    # The others wait this long at most while the first process scores and saves.
     patience = timedelta(hours=1)
     store, rank, size = next(rendezvous("env://", timeout=patience))
-    # torchrun's store outlives a restart, and with it the addresses of processes that are gone.
+    # torchrun's store survives a restart, and still holds the addresses of the ended processes.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = PrefixStore(f"mocokit/{attempt}", store)
+    run_store = PrefixStore(f"mocokit/{attempt}", store)
     if cuda:
-        claim_device(own)
+        claim_device(run_store)
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=run_store, rank=rank, world_size=size, timeout=patience)
     try:
         yield world
     except Interrupted as error:
-        if error.agreed:  # after another error some may never come
+        if error.agreed:  # after any other error some processes may never arrive
             _leave()
         raise
     _leave()
 
 
 def local_rank(rank: int) -> int:
-    """A process's number on its machine; where nobody set it, machines are held to be alike."""
+    """The number of a process on its machine.
+
+    Without LOCAL_RANK, all machines are assumed to have the same number of GPUs.
+    """
     found = os.environ.get("LOCAL_RANK")
     return int(found) if found else rank % max(1, torch.cuda.device_count())
 
 
 def claim_device(store: Store) -> None:
-    """Raise UserError where another process of the run holds this one's GPU, seen by its UUID.
+    """Raise UserError if another process of the run uses the same GPU, compared by UUID.
 
-    What each sees may differ: a scheduler may show each process only its own.
+    Device numbers prove nothing: a scheduler may show each process only its own GPU, as number 0.
     """
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
     if store.add(f"device/{device.uuid}", 1) > 1:
         raise UserError(
-            f"the GPU of this process ({device.name}) is another's already; start no more "
-            "processes on a machine than it has GPUs, or show each its own by CUDA_VISIBLE_DEVICES"
+            f"the GPU of this process ({device.name}) is used by another process of the run; start "
+            "at most one process per GPU, or give each its own GPU with CUDA_VISIBLE_DEVICES"
         )
 
 
 def _leave() -> None:
-    """End the group and its threads, once every process has done its work.
-
-    A group that outlives this, as a cycle that holds it would make it, has threads: one that
-    frees a tensor while the interpreter ends aborts the process.
-    """
+    """End the group and its threads, once every process has done its work."""
     dist.barrier()
+    # A reference cycle can keep the group and its threads alive. If one of these threads frees a
+    # tensor while the interpreter shuts down, the process aborts.
     gc.collect()
     dist.destroy_process_group()
 
 
 def decided_by_rank_zero(world: World, decide: Callable[[], T]) -> T:
-    """What the first process decides, on every process; its UserError too."""
+    """The first process decides. Every process returns its decision, or raises its UserError."""
     if world.size == 1:
         return decide()
     box: list[Any] = [None, None]
@@ -109,46 +111,46 @@ def decided_by_rank_zero(world: World, decide: Callable[[], T]) -> T:
 
 
 def choose_device(name: str, world: World = World()) -> torch.device:
-    """The device of that name, or the best there is; raises UserError if it is not there."""
+    """The named device, or with `auto` the best one. Raises UserError if it is not available."""
     several = world.size > 1
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
-    if name == "auto":  # gloo, which joins processes without CUDA, carries nothing of MPS
-        alone_on_mps = torch.backends.mps.is_available() and not several
-        return torch.device("mps" if alone_on_mps else "cpu")
+    if name == "auto":  # gloo, the backend without CUDA, cannot send tensors of MPS
+        one_on_mps = torch.backends.mps.is_available() and not several
+        return torch.device("mps" if one_on_mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(
-            f"device {name!r} is not one; take auto, cpu, cuda, cuda:1 or mps"
-        ) from None
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if device.index is not None and several:
-            raise UserError(f"device {name} is one for {world.size} processes; take cuda")
-        # A scheduler may show each process only its own.
-        own = 0 if count == 1 else world.local_rank
-        number = own if device.index is None else device.index
+            raise UserError(f"device {name} is one GPU for {world.size} processes; use cuda")
+        # A scheduler may show each process only its own GPU, as number 0.
+        default = 0 if count == 1 else world.local_rank
+        number = default if device.index is None else device.index
         if number >= count:
             there = f"there are {count} CUDA devices" if count else "there is no CUDA device here"
             if several and count:
                 raise UserError(
-                    f"device {name}: {there} for {number + 1} processes or more of this machine; "
-                    "start no more than one for each, or take --device cpu"
+                    f"device {name}: {there} for {number + 1} or more processes on this machine; "
+                    "start at most one process per GPU, or use --device cpu"
                 )
-            raise UserError(f"device {name}: {there}; take --device auto to use what there is")
+            raise UserError(f"device {name}: {there}; use --device auto")
         return torch.device("cuda", number)
     if device.type == "mps" and several:
-        raise UserError(f"device mps is one for {world.size} processes; take cpu, or one process")
+        raise UserError(
+            f"device mps is one GPU for {world.size} processes; use cpu, or one process"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device {name} is not here; take --device auto to use what there is")
+        raise UserError(f"device {name} is not available here; use --device auto")
     if device.type not in ("cpu", "mps"):
-        raise UserError(f"device {name} is not supported; take auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"device {name} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     return device
 
 
 def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "float16"]:
-    """bfloat16 where the device has it natively, float16 on older GPUs, else float32."""
+    """bfloat16 if the device supports it natively, float16 on older GPUs, else float32."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
     if device.type == "cpu":
@@ -158,7 +160,7 @@ def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "f
 
 
 def default_threads() -> int:
-    """The processors this process may use: its part, where several run on this machine."""
+    """The number of processors for this process: its share, if several run on this machine."""
     there = count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
@@ -170,23 +172,23 @@ def default_threads() -> int:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Run the encoders in this precision; losses and updates leave it again themselves."""
+    """Run the encoders in this precision. Losses and updates leave autocast by themselves."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
-    """Set what torch keeps globally, as a function of the settings alone."""
+    """Set torch's global options, as a function of the settings alone."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    torch.set_float32_matmul_precision("highest")  # logits are float32; the encoders autocast
+    torch.set_float32_matmul_precision("highest")  # for the float32 logits; encoders use autocast
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # float32 on request means float32
-        # Views are summed in float32.
+        torch.backends.cudnn.allow_tf32 = False  # float32 must mean float32, not TF32
+        # The products that make views have float16 factors and need float32 sums.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        torch.backends.cudnn.benchmark = False  # it would choose by timing
+        torch.backends.cudnn.benchmark = False  # it chooses kernels by timing, so runs would differ
         torch.backends.cudnn.deterministic = deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -194,12 +196,12 @@ def prepare(device: torch.device, threads: int, deterministic: bool) -> None:
 
 
 def seed_libraries(seed: int, step: int, slot: int = Slot.LIBRARY) -> None:
-    """Give library randomness (dropout, initialisation) a fresh, stateless start."""
+    """Seed torch's generator, for dropout and initialisation, from the seed and the step alone."""
     torch.manual_seed(library_seed(seed, step, slot))
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory used so far in GiB: of the GPU, or on a CPU of this process."""
+    """The peak memory in GiB: of the GPU, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

@@ -1,6 +1,6 @@
-"""Asked to stop: signals set a flag that the loop reads between steps, so that it can save.
+"""Stopping on a signal: it sets a flag, and the loop reads the flag between steps and saves.
 
-Work that leaves nothing to save, such as scoring, is broken off where it says that it can be.
+Work that leaves nothing to save, such as scoring, can be interrupted at the points it declares.
 """
 
 import signal
@@ -15,32 +15,33 @@ PREEMPTED, BY_HAND = 75, 130
 
 
 class Stopped(BaseException):
-    """Raised out of work that a signal breaks off; whoever allowed it, catches it."""
+    """Raised out of work that a signal interrupts. The code that allowed it catches it."""
 
 
 _interruptible: "StopSignals | None" = None
 
 
 def raise_if_interrupted() -> None:
-    """Here work may be broken off: raises Stopped if that is allowed, and a signal has come.
+    """A point at which work may end: raises Stopped if that is allowed and a signal has come.
 
-    Not from the signal's handler, anywhere: a loader of images broken off while it starts its
-    processes leaves one behind, whose end would later be taken for a failure of training's.
+    The signal's handler does not raise it, because it runs anywhere. A loader interrupted while it
+    starts its workers would leave one behind, and training would later take its end for a failure.
     """
     if _interruptible is not None and _interruptible.asked:
         raise Stopped
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and Ctrl-C only set `exit_code`; a second Ctrl-C is obeyed.
+    """While entered, SIGTERM, SIGUSR1 and Ctrl-C only set `exit_code`.
 
-    In a thread that cannot take signals it does nothing.
+    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread this does nothing, since only
+    the main thread may set signal handlers.
     """
 
     def __init__(self) -> None:
         self.exit_code: int | None = None
         self._before: dict[int, object] = {}
-        self._breaks = False
+        self._raises = False
 
     @property
     def asked(self) -> bool:
@@ -54,7 +55,7 @@ class StopSignals:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
@@ -66,13 +67,13 @@ class StopSignals:
         if number == signal.SIGINT and self.exit_code == BY_HAND:
             raise KeyboardInterrupt
         self.exit_code = BY_HAND if number == signal.SIGINT else PREEMPTED
-        if self._breaks:
-            self._breaks = False  # once: cleaning up is not to be broken off
+        if self._raises:
+            self._raises = False  # only once: the cleaning up must not be interrupted
             raise Stopped
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A signal, taken before or during this work, ends it at `raise_if_interrupted`."""
+        """While entered, `raise_if_interrupted` raises, if a signal came before or during it."""
         global _interruptible
         before, _interruptible = _interruptible, self
         try:
@@ -83,15 +84,15 @@ class StopSignals:
 
     @contextmanager
     def before_the_first_step(self) -> Iterator[None]:
-        """Work that a signal ends at once, as there is nothing to save yet; raises Interrupted."""
+        """While entered, a signal raises Interrupted at once: there is nothing to save yet."""
         try:
             if self.asked:
                 raise Stopped
-            self._breaks = True
+            self._raises = True
             try:
                 yield
             finally:
-                self._breaks = False
+                self._raises = False
         except Stopped:
             raise Interrupted(
                 "stopped before the first step: there was nothing to save",
@@ -100,9 +101,10 @@ class StopSignals:
             ) from None
 
     def error(self, step: int, folder: object) -> Interrupted:
-        """What to raise once the checkpoint after `step` steps is written."""
-        code = PREEMPTED if self.exit_code is None else self.exit_code  # asked on another process
+        """The error to raise once the checkpoint after `step` steps is written."""
+        # Without an exit code, the signal went to another process.
+        code = PREEMPTED if self.exit_code is None else self.exit_code
         return Interrupted(
-            f"stopped after step {step} and saved; go on with the same command and --out {folder}",
+            f"stopped after step {step} and saved; resume with the same command and --out {folder}",
             code,
         )

@@ -1,4 +1,4 @@
-"""Which processes make up a run, as whoever started them announces it."""
+"""The processes of a run, as the program that started them announces them."""
 
 import re
 import zlib
@@ -11,7 +11,7 @@ from mocokit.errors import UserError
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is; rank 0 alone writes."""
+    """The rank of this process and the number of processes. Only rank 0 writes files."""
 
     rank: int = 0
     size: int = 1
@@ -23,19 +23,19 @@ class World:
 
 
 class Announced(NamedTuple):
-    """A process's place, and where the first one listens."""
+    """The rank of a process, and the address at which the first one listens."""
 
     world: World
     local_size: int  # processes on this machine
-    bound: bool  # each to processors of its own
+    bound: bool  # whether each process is bound to its own processors
     address: str
     port: int
 
 
 def announced(environment: Mapping[str, str]) -> Announced | None:
-    """What torchrun, a step of SLURM or Open MPI announces; None for a process on its own.
+    """The announcement of torchrun, a SLURM step or Open MPI; None for a single process.
 
-    MASTER_ADDR and MASTER_PORT hold wherever they are set. Raises UserError where the address of
+    MASTER_ADDR and MASTER_PORT take precedence if they are set. Raises UserError if the address of
     the first process is not known.
     """
     get = environment.get
@@ -44,13 +44,15 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     if "RANK" in environment and "WORLD_SIZE" in environment:  # torchrun
         place = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         address, port = get("MASTER_ADDR"), 29500
-    elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:  # before SLURM, which may have started it
+    # Before SLURM, because SLURM may have started mpirun.
+    elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         one_machine = get(place[1]) == get(place[3])
         address = "127.0.0.1" if one_machine else None
-        job = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")  # of Open MPI 4 and 5; to 4
+        job = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")  # Open MPI 4 and 5; up to 4
         port = _port(zlib.crc32(job.encode())) if job else 29500
-    elif int(get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # not a job's: its script has no step
+    # Not SLURM_NTASKS, which a batch script has outside of any step.
+    elif int(get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         place = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
         address = first_host(get("SLURM_STEP_NODELIST", ""))
         number, step = (int(get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -60,8 +62,8 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     address = get("MASTER_ADDR", address)
     if not address:
         raise UserError(
-            f"{place[0]} announces a process of several, but MASTER_ADDR, the machine of the first "
-            "one, is not set; set it, or start with `mocokit pretrain` or torchrun"
+            f"{place[0]} announces one of several processes, but MASTER_ADDR, the machine of the "
+            "first process, is not set; set it, or start with `mocokit pretrain` or torchrun"
         )
     rank, size, local_rank = (int(get(name, "0")) for name in place[:3])
     local = re.match(r"\d+", get(place[3], "1"))  # SLURM writes 4(x2) for two machines of 4
@@ -75,12 +77,12 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
 
 
 def _port(job: int) -> int:
-    """One that follows from the job: two on one machine need two."""
+    """A port that follows from the job, so that two jobs on one machine use two ports."""
     return 20000 + job % 10000
 
 
 def first_host(hosts: str) -> str | None:
-    """The first of SLURM's list of hosts.
+    """The first host of a SLURM host list.
 
     >>> first_host("gpu[07-09,12],login1")
     'gpu07'

@@ -38,29 +38,29 @@ def evaluate_knn(
     if not temperature or min(temperature) <= 0:
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
     trial = Session(run, Options(data, **options), leave_one_out=True)
-    task = trial.task
-    subjects, most = [*trial.subjects(), *trial.pixels()], len(task.train_numbers)
+    split = trial.split
+    subjects, most = [*trial.subjects(), *trial.pixels()], len(split.train_numbers)
     for subject in subjects:
-        train = trial.table(subject, task.train)
-        test = train if task.leave_one_out else trial.table(subject, task.test)
-        known = np.isin(task.train_numbers, train.good)
-        numbers, labels = task.train_numbers[known], task.train_labels[known]
-        queries, truth = linear_paper.test_features(task, test)
-        own = torch.arange(len(numbers)) if task.leave_one_out else None
+        train = trial.table(subject, split.train)
+        test = train if split.leave_one_out else trial.table(subject, split.test)
+        known = np.isin(split.train_numbers, train.good)
+        numbers, labels = split.train_numbers[known], split.train_labels[known]
+        queries, truth = linear_paper.test_features(split, test)
+        own_rows = torch.arange(len(numbers)) if split.leave_one_out else None
         bank = train.take(numbers)
         if subject.name == PIXELS:
-            bank, queries = bank - (middle := bank.mean(0)), queries - middle
-        most = len(numbers) - task.leave_one_out
+            bank, queries = bank - (mean := bank.mean(0)), queries - mean
+        most = len(numbers) - split.leave_one_out
         if not most:
-            raise UserError(f"of {task.train.name} one image can be read; a vote needs others")
+            raise UserError(f"of {split.train.name} one image can be read; a vote needs others")
         grid = knn_grid_of(
             bank,
             torch.from_numpy(labels),
             queries,
             [min(one, most) for one in k],
             temperature,
-            len(task.classes),
-            own,
+            len(split.classes),
+            own_rows,
             subject.device,
         )
         for count, tau, predicted in grid:
@@ -101,7 +101,7 @@ def evaluate_linear(
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
     trial = Session(run, Options(data, **options))
-    trial.task.check_classes()
+    trial.split.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
     views = Transform(stream) if train_views == "crops" else CENTRE
@@ -110,22 +110,22 @@ def evaluate_linear(
     else:
         words = linear_quick.protocol(first, views, trial.options.seed)
     for subject in trial.subjects():
-        test = trial.table(subject, trial.task.test)
+        test = trial.table(subject, trial.split.test)
         try:
             if protocol == "quick":
-                train = trial.table(subject, trial.task.train, views)
+                train = trial.table(subject, trial.split.train, views)
                 fitted = linear_quick.fit_quick(
-                    trial.task, train, subject.device, seed=trial.options.seed
+                    trial.split, train, subject.device, seed=trial.options.seed
                 )
             else:
                 fitted = linear_paper.fit_paper(
                     subject,
-                    trial.task,
+                    trial.split,
                     seed=trial.options.seed,
                     epochs=epochs,
                     lr=lr,
                     workers=trial.workers,
-                    tell=trial.tell_epochs(subject),
+                    progress=trial.epoch_progress(subject),
                 )
         except NonFiniteLoss as error:
             if subject is first:
@@ -158,11 +158,11 @@ def evaluate_finetune(
     if options.get("precision") == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     trial = Session(run, Options(data, **options))
-    trial.task.check_classes()
+    trial.split.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
-    words = plan.describe(trial.opened.subject, len(trial.task.train_numbers))
+    words = plan.describe(trial.opened.subject, len(trial.split.train_numbers))
     for share in percent:
-        part = trial.task.with_share(share / 100, trial.options.seed)
+        part = trial.split.with_share(share / 100, trial.options.seed)
         trial.console.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
         for subject in trial.subjects(calibrate=False):
             predicted, truth, details = finetune.fine_tune(
@@ -171,7 +171,7 @@ def evaluate_finetune(
                 plan,
                 seed=trial.options.seed,
                 workers=trial.workers,
-                tell=trial.tell_epochs(subject, f" {share:g} %"),
+                progress=trial.epoch_progress(subject, f" {share:g} %"),
             )
             setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)

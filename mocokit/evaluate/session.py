@@ -18,10 +18,10 @@ from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
-from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
+from mocokit.protocols.labelled import LabelledSplit, labelled_split
+from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
-from mocokit.protocols.task import Task, task_of
 from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_model
 from mocokit.weights.subject import FrozenModel, Layer, Pixels
@@ -77,7 +77,9 @@ class Session:
         threads = default_threads() if stated == "auto" else min(stated, default_threads())
         prepare(self.device, threads, deterministic=False)
         self.splits = known or labelled(None, settings)
-        self.task: Task = task_of(*self.splits, seed=options.seed, leave_one_out=leave_one_out)
+        self.split: LabelledSplit = labelled_split(
+            *self.splits, seed=options.seed, leave_one_out=leave_one_out
+        )
         self.results: list[Result] = []
         self.notes: list[str] = []
         self.calibrated = False
@@ -102,7 +104,7 @@ class Session:
         width = 3 * first.spec.size**2
         if not self.options.baseline or first.spec.size > PIXEL_LIMIT:
             return []
-        if 4 * width * len(self.task.train) > PIXEL_MEMORY:
+        if 4 * width * len(self.split.train) > PIXEL_MEMORY:
             self.notes.append("raw pixels are left out, which would take over 2 GiB")
             return []
         network = Pixels().to(self.device).eval()
@@ -112,7 +114,7 @@ class Session:
         """Random weights are judged with batch-norm statistics that fit the images."""
         self.calibrated = True
         with evaluating(subject.network):
-            calibrated(subject.network, self.task.train, subject.spec, self.device)
+            calibrated(subject.network, self.split.train, subject.spec, self.device)
         return subject
 
     def table(self, subject: FrozenModel, source: Source, transform: Transform = CENTRE) -> Table:
@@ -124,19 +126,19 @@ class Session:
             workers=self.workers,
             # Pixels are made as fast as they are read, and take much room.
             folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
-            tell=lambda done, total: self._tell(
+            progress=lambda done, total: self._tell(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
-        if source is self.task.train:
-            numbers = self.task.train_numbers
+        if source is self.split.train:
+            numbers = self.split.train_numbers
             unread = len(numbers) - int(np.isin(numbers, table.good).sum())
             note = f"{_images(unread, 'training')} could not be read: left out"
             if unread and note not in self.notes:
                 self.notes.append(note)
         return table
 
-    def tell_epochs(self, subject: FrozenModel, what: str = "") -> TellEpoch:
+    def epoch_progress(self, subject: FrozenModel, what: str = "") -> EpochProgress:
         return lambda done, total, loss: self._tell(
             f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
         )
@@ -148,7 +150,7 @@ class Session:
             self.console.say(text)
 
     def add_fitted(self, subject: FrozenModel, fitted: Fitted, table: Table) -> None:
-        queries, truth = test_features(self.task, table)
+        queries, truth = test_features(self.split, table)
         predicted = fitted.predict(queries).numpy()
         self.add(subject, predicted, truth, {}, fitted.details)
         self.notes += [f"{subject.name}: {note}" for note in fitted.notes]
@@ -161,29 +163,29 @@ class Session:
         setting: Mapping[str, Any],
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        scores = Scores.of(predicted, truth, len(self.task.classes))
+        scores = Scores.of(predicted, truth, len(self.split.classes))
         self.results.append(Result(subject.name, setting, scores, details or {}))
 
     def finish(self, kind: str, protocol: str) -> Evaluation:
         """Print, write, append to the run's report."""
-        split = f"{self.task.train.name}: {self.task.split}"
+        split = f"{self.split.train.name}: {self.split.description}"
         where = f"seed {self.options.seed}, {self.options.precision} on {self.device.type}"
         if self.calibrated:
             where += "; random weights with batch-norm statistics of the training images"
-        unread = len(self.task.test_numbers) - self.results[0].scores.count
+        unread = len(self.split.test_numbers) - self.results[0].scores.count
         if unread:
             note = f"{_images(unread, 'test')} could not be read: neither right nor wrong"
             self.notes.append(note)
         evaluation = Evaluation(
             kind=kind,
             run=self.run,
-            data=str(self.options.data or self.task.train.name),
+            data=str(self.options.data or self.split.train.name),
             protocol=f"{protocol}; {split}; {where}",
             results=tuple(self.results),
-            classes=self.task.classes,
+            classes=self.split.classes,
             notes=tuple(self.notes),
             weights=self.opened.subject.weights,
-            fingerprint=self.task.train.fingerprint,
+            fingerprint=self.split.train.fingerprint,
             seconds=time.perf_counter() - self.started,
             peak_memory_gib=peak_memory(self.device),
         )

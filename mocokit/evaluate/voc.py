@@ -13,7 +13,7 @@ import torch
 from mocokit.chance import Slot
 from mocokit.detection.c4 import Detector
 from mocokit.detection.open import DetectionData, open_boxes
-from mocokit.detection.protocol import Plan, plan_for
+from mocokit.detection.protocol import OLD_NAMES, Plan, plan_for, renamed
 from mocokit.detection.train import Trainer
 from mocokit.detection.trial import DetectionTrial
 from mocokit.engine.folder import ROOT, RunFolder
@@ -41,8 +41,8 @@ def evaluate_voc(
     split: str = "07+12",
     trials: int = 5,
     seed: int = 0,
-    iterations: int | None = None,
-    ims_per_step: int | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
     every: int = 0,
@@ -51,6 +51,8 @@ def evaluate_voc(
     precision: str = "auto",
     pictures: int = 6,
     json: str | Path | None = None,
+    iterations: int | None = None,
+    ims_per_step: int | None = None,
 ) -> Detected:
     """Fine-tune a Faster R-CNN C4 from a backbone and measure its AP: the papers' second measure.
 
@@ -58,10 +60,15 @@ def evaluate_voc(
     Trials have the seeds seed, seed + 1, ...; `settings` changes any value of
     detection.protocol.Plan; every `every` steps a test is made on the way. The same call goes on
     with what was begun in `out`. Raises UserError, Interrupted once saved, and NonFiniteLoss.
+
+    `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
     if trials < 1 or every < 0 or pictures < 0:
         raise UserError("trials are counted from 1; every and pictures from 0")
-    plan = plan_for(split, iterations, ims_per_step, settings)
+    sizes = {"steps": steps, "batch_size": batch_size}
+    sizes |= {"iterations": iterations, "ims_per_step": ims_per_step}
+    stated = renamed({name: value for name, value in sizes.items() if value is not None})
+    plan = plan_for(split, **stated, settings=settings)
     console, started = Console(), time.perf_counter()
     place = choose_device(device)
     precision = _precision(precision, place)
@@ -75,14 +82,16 @@ def evaluate_voc(
     folder = Path(out).expanduser() if out is not None else home / _name(identity)
     prepare(place, _claim(folder, identity), deterministic=False)
 
-    def trainer(own: int) -> Trainer:
-        again = random and own != seed
-        subject = (open_model(run, place, seed=own) if again else opened).subject
-        seed_libraries(own, 0, Slot.DETECTION_WEIGHTS)
+    def trainer(trial_seed: int) -> Trainer:
+        again = random and trial_seed != seed
+        subject = (open_model(run, place, seed=trial_seed) if again else opened).subject
+        seed_libraries(trial_seed, 0, Slot.DETECTION_WEIGHTS)
         detector = Detector(subject.network, len(names), plan)
-        look = subject.spec.mean, subject.spec.std
+        normalisation = subject.spec.mean, subject.spec.std
         threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
-        return Trainer(detector, plan, boxes.train, own, place, *look, precision, threads)
+        return Trainer(
+            detector, plan, boxes.train, trial_seed, place, *normalisation, precision, threads
+        )
 
     report = DetectionReport(
         str(run), str(data), split, plan, boxes, opened, place, precision, folder
@@ -90,15 +99,15 @@ def evaluate_voc(
     report.start(console)
     results = []
     with StopSignals() as stop:
-        for own in range(seed, seed + trials):
-            run_folder = RunFolder(folder / f"trial-{own}")
+        for trial_seed in range(seed, seed + trials):
+            run_folder = RunFolder(folder / f"trial-{trial_seed}")
             trial = DetectionTrial(run_folder, boxes.test, every, pictures, console, stop)
             try:
-                results.append(trial.run(partial(trainer, own)))
+                results.append(trial.run(partial(trainer, trial_seed)))
             except torch.OutOfMemoryError:
                 raise UserError(
-                    f"{plan.ims_per_step} images a step do not fit into the memory of {place}; try "
-                    f"--ims-per-step {max(1, plan.ims_per_step // 2)}, which is another protocol"
+                    f"{plan.batch_size} images a step do not fit into the memory of {place}; try "
+                    f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
                 ) from None
     return report.finish(results, time.perf_counter() - started, console, json)
 
@@ -128,7 +137,10 @@ def _identity(opened: Opened, boxes: DetectionData, plan: Plan, precision: str) 
 
 
 def _name(identity: Mapping[str, Any]) -> str:
-    text = json.dumps(identity, sort_keys=True).encode()
+    """The default folder. It is hashed under the old names, so that 0.1's folders are found."""
+    old = {name: was for was, name in OLD_NAMES.items()}
+    written = {old.get(name, name): value for name, value in identity.items()}
+    text = json.dumps(written, sort_keys=True).encode()
     return f"voc-{hashlib.blake2b(text, digest_size=4).hexdigest()}"
 
 
@@ -144,10 +156,10 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> int:
             text = json.dumps({**identity, "threads": threads}, indent=1)
             path.write_text(text + "\n", encoding="utf-8")
             return threads
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = renamed(json.loads(path.read_text(encoding="utf-8")), OLD_NAMES)
         differing = [name for name in identity if there[name] != identity[name]]
         threads = int(there["threads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot use {folder} ({error}); choose another --out") from None
     if differing:
         shown = ", ".join(f"{name} ({there[name]} there)" for name in differing)

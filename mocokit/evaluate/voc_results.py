@@ -59,7 +59,7 @@ class DetectionReport:
         )
         say(
             f"{len(data.train.samples):,} training and {len(data.test.samples):,} test images, "
-            f"{data.split}; {plan.iterations:,} steps of {plan.ims_per_step} images, lr "
+            f"{data.split}; {plan.steps:,} steps of {plan.batch_size} images, lr "
             f"{plan.lr:g}; {self.precision} on {self.device}"
         )
         if self._network.startswith("resnet50"):
@@ -144,12 +144,12 @@ class DetectionReport:
         seeds = ", ".join(str(one["seed"]) for one in results)
         return "; ".join([
             f"Faster R-CNN {self._network}-C4, all layers fine-tuned on {self.data.split}",
-            f"{plan.iterations:,} iterations of {plan.ims_per_step} images, lr {plan.lr:g}",
+            f"{plan.steps:,} steps of {plan.batch_size} images, lr {plan.lr:g}",
             f"batch norm over the whole step, made precise over {plan.precise_bn} batches",
             which,
             f"AP of the {metric} metric, over IoU .50:.05:.95",
             *others,
-            f"seeds {seeds}, last iteration, {self.precision} on {self.device.type}",
+            f"seeds {seeds}, last step, {self.precision} on {self.device.type}",
         ])  # fmt: skip
 
     def _of_data(self, most: int) -> list[str]:
@@ -201,7 +201,7 @@ def memory_gib(plan: Plan, precision: str) -> float:
     """
     pixels = max(plan.sides) ** 2 * 4 / 3 / 1e6
     regions = plan.roi_batch * (plan.pooled / 14) ** 2
-    kept = plan.ims_per_step * (0.777 * pixels + 0.00253 * regions)
+    kept = plan.batch_size * (0.777 * pixels + 0.00253 * regions)
     return kept * (2 if precision == "float32" else 1)
 
 

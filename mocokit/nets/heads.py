@@ -1,4 +1,4 @@
-"""Projection heads and predictors, and the encoder: a backbone with its head."""
+"""Projection heads, predictors, and the encoder: a backbone with a head."""
 
 from typing import Any, cast
 
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 def build_head(kind: str, features: int, hidden: int | None, dim: int) -> nn.Sequential:
     """(N, features) -> (N, dim): one layer (MoCo v1), or two with a ReLU between (MoCo v2).
 
-    No batch norm, biases on, as in the authors' code. `mlp_bn` has a batch norm before its ReLU
-    (BYOL, arXiv 2006.07733, section 3.3), and serves as a predictor too.
+    Layers have biases and no batch norm, as in the authors' code. `mlp_bn` adds a batch norm before
+    the ReLU (BYOL, arXiv 2006.07733, section 3.3); it is also used as a predictor.
     """
     if kind == "linear":
         return nn.Sequential(nn.Linear(features, dim))
@@ -49,16 +49,16 @@ class Encoder(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the backbone's features."""
+        """The width of the backbone's features."""
         return cast(int, self.backbone.num_features)
 
 
 @torch.no_grad()
 def calibrate_head(encoder: Encoder, images: Tensor) -> None:
-    """Rescale the head's layers so that each output has mean 0 and deviation 1 on these images.
+    """Rescale the head's layers: each output gets mean 0 and standard deviation 1 on these images.
 
-    A data-dependent start (Krähenbühl et al. 2016, arXiv 1511.06856): a small network whose
-    features nearly coincide at first then spreads its queries from the first step.
+    This is a data-dependent initialisation (Krähenbühl et al. 2016, arXiv 1511.06856). The features
+    of a small network nearly coincide at first; this spreads its queries from the first step.
     """
     outputs = encoder.backbone(images)
     for layer in encoder.head.children():

@@ -1,4 +1,4 @@
-"""The mode of a network for a while."""
+"""A network in eval mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every submodule's own mode comes back afterwards."""
+    """While entered, eval mode without gradients. Afterwards every submodule has its old mode."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -1,1 +1,1 @@
-"""How a backbone is judged. A protocol reads weights; it never touches training state."""
+"""Protocols that measure a backbone. They read weights and never change training state."""

@@ -1,4 +1,4 @@
-"""Features of a set of images under frozen weights."""
+"""Features of a set of images, computed with frozen weights."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import evaluation_views, make_views
 
 BATCH = 256
-CROP_AREA = (0.08, 1.0)  # of a probe's random crops: torchvision's RandomResizedCrop
+CROP_AREA = (0.08, 1.0)  # area of a probe's random crops, as in torchvision's RandomResizedCrop
 
 
 def evaluation_batches(
@@ -27,10 +27,10 @@ def evaluation_batches(
     workers: int = 0,
     crops: int | None = None,
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """The images of these numbers in batches, each with its evaluation views (n, 3, S, S).
+    """The images with these numbers, in batches, with their evaluation views (n, 3, S, S).
 
-    Images that cannot be read are left out. With `crops`, the seed of a stream, a random crop of
-    each in place of its evaluation view.
+    Images that cannot be read are left out. If `crops` is given, it is the seed of random crops,
+    which replace the evaluation views.
     """
     random = probe_spec(spec)
     bound = canvas_bound(spec if crops is None else random)
@@ -48,7 +48,7 @@ def evaluation_batches(
 def probe_spec(spec: ViewSpec) -> ViewSpec:
     """The training views of a probe, as in the authors' main_lincls.py: random crops and flips.
 
-    Their size and normalisation stay the network's.
+    Size and normalisation are those of the network.
     """
     return dataclasses.replace(
         spec,
@@ -63,7 +63,7 @@ def compute_features(
     network: Callable[[Tensor], tuple[Tensor, ...]],
     batches: Iterator[tuple[Batch, Tensor]],
 ) -> tuple[NDArray[np.int64], tuple[Tensor, ...]]:
-    """The images' numbers (N,), and each of the network's outputs as one float32 table (N, D).
+    """The numbers of the images (N,), and a float32 table (N, D) for each output of the network.
 
     Both are empty if no image could be read.
     """

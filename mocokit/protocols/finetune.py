@@ -1,6 +1,6 @@
-"""Fine-tuning: how few labels a backbone needs, all of its layers trained.
+"""Fine-tuning of all layers with a share of the labels: it measures how few a backbone needs.
 
-A copy of the subject is trained; the subject stays as it is.
+A copy of the subject is trained. The subject is not changed.
 """
 
 import copy
@@ -21,42 +21,44 @@ from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import evaluation_batches, probe_spec
-from mocokit.protocols.linear_paper import TellEpoch, training_views
+from mocokit.protocols.labelled import LabelledSplit
+from mocokit.protocols.linear_paper import EpochProgress, training_views
 from mocokit.protocols.table import CENTRE
-from mocokit.protocols.task import Task
 from mocokit.weights.subject import FrozenModel
 
-LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to this many steps
+LEAST_STEPS = 400  # few labels make short epochs, so there are more of them, up to this many steps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to fine-tune. Our own choice of values: no paper's protocol."""
+    """The values of fine-tuning. They are our own choice, not the protocol of a paper."""
 
     epochs: int = 30
     lr: float = 0.05
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    layer_decay: float = 1.0  # each layer's rate over that of the layer above it
+    layer_decay: float = 1.0  # learning rate of a layer divided by that of the layer above it
 
     def epochs_for(self, images: int) -> int:
-        """Epochs over so many images."""
+        """The number of epochs for this many images."""
         steps = max(1, -(-images // self.batch_size))
         return max(self.epochs, -(-LEAST_STEPS // steps))
 
     def ahead(self, images: int) -> str:
-        """What training on so many images will be, in words."""
+        """A description of the training on this many images, before it starts."""
         epochs = self.epochs_for(images)
         steps = epochs * -(-images // self.batch_size)
-        least = f" (more than the {self.epochs} asked, for at least {LEAST_STEPS} steps)"
+        least = f" (more than --epochs {self.epochs}, for at least {LEAST_STEPS} steps)"
         return (
             f"{images:,} labelled images, {epochs} epoch{'s' * (epochs != 1)} of them, "
             f"{steps:,} steps{least * (epochs > self.epochs)}"
         )
 
     def describe(self, subject: FrozenModel, images: int) -> str:
-        layers = "" if self.layer_decay == 1 else f" ({self.layer_decay:g} of it a layer down)"
+        layers = (
+            "" if self.layer_decay == 1 else f" (times {self.layer_decay:g} for each layer below)"
+        )
         lasting = f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
         return (
             f"fine-tuning of all layers, {lasting} and at least {LEAST_STEPS} "
@@ -68,7 +70,7 @@ class Plan:
 
 
 class Classifier(nn.Module):
-    """A backbone under a linear layer that starts at zero."""
+    """A backbone with a linear layer on top, which starts at zero."""
 
     def __init__(self, backbone: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -85,19 +87,19 @@ class Classifier(nn.Module):
 
 def fine_tune(
     subject: FrozenModel,
-    task: Task,
+    split: LabelledSplit,
     plan: Plan,
     *,
     seed: int,
     workers: int = 0,
-    tell: TellEpoch = lambda done, total, loss: None,
+    progress: EpochProgress = lambda done, total, loss: None,
 ) -> tuple[Tensor, NDArray[Any], dict[str, Any]]:
-    """(predictions, labels, details) of the test images that can be read.
+    """(predictions, labels, details) for all test images that can be read.
 
-    Raises NonFiniteLoss, with a remedy, where training diverges.
+    Raises NonFiniteLoss, with a remedy, if training diverges.
     """
-    device, images = subject.device, len(task.train_numbers)
-    model = Classifier(copy.deepcopy(subject.network), subject.width, len(task.classes))
+    device, images = subject.device, len(split.train_numbers)
+    model = Classifier(copy.deepcopy(subject.network), subject.width, len(split.classes))
     model = model.to(device).train().requires_grad_(True)
     optimizer = torch.optim.SGD(
         parameter_groups(model, plan.lr, plan.layer_decay),
@@ -112,13 +114,13 @@ def fine_tune(
     stream = chance.library_seed(seed, 2, Slot.EVALUATION)
     for epoch in range(epochs):
         total, seen = torch.zeros((), device=device), 0
-        for views, labels in training_views(spec, task, device, seed, epoch, batch, workers):
+        for views, labels in training_views(spec, split, device, seed, epoch, batch, workers):
             seed_libraries(stream, step)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
             step += 1
             if len(labels) < 2:
-                continue  # one image has no batch statistics
+                continue  # batch norm cannot train on a single image
             with subject.autocast():
                 scores = model(views)
             value = F.cross_entropy(scores, labels)
@@ -130,8 +132,8 @@ def fine_tune(
             seen += len(labels)
         _check(watch, epoch, plan.lr)
         loss = float(total) / max(seen, 1)
-        tell(epoch + 1, epochs, loss)
-    predicted, truth = _predict(model, subject, task, workers)
+        progress(epoch + 1, epochs, loss)
+    predicted, truth = _predict(model, subject, split, workers)
     return predicted, truth, {"images": images, "epochs": epochs, "train_loss": loss, "seed": seed}
 
 
@@ -146,7 +148,7 @@ def _check(watch: FiniteWatch, epoch: int, lr: float) -> None:
 
 
 def parameter_groups(model: Classifier, lr: float, decay: float) -> list[dict[str, Any]]:
-    """The parameters layer by layer, each with its own learning rate; the new layer has `lr`."""
+    """The parameters by layer, each layer with its learning rate. The new layer has `lr`."""
     depths: dict[str, int] = {}
     found: dict[int, list[nn.Parameter]] = {}
     for name, parameter in model.backbone.named_parameters():
@@ -162,27 +164,27 @@ def parameter_groups(model: Classifier, lr: float, decay: float) -> list[dict[st
 
 
 def block_of(name: str) -> str:
-    """The numbered block that a parameter lies in: layer1.0, or blocks.3.
+    """The numbered block of a parameter, such as layer1.0 or blocks.3; empty if there is none.
 
-    What has no number goes with the block before it, a stem with the first.
+    Parameters without a number join the block before them, and a stem joins the first block.
     """
     match = re.match(r"(?:[A-Za-z_]\w*\.)+?\d+(?:\.\d+)?(?=\.)", name)
     return match[0] if match else ""
 
 
 def _predict(
-    model: Classifier, subject: FrozenModel, task: Task, workers: int
+    model: Classifier, subject: FrozenModel, split: LabelledSplit, workers: int
 ) -> tuple[Tensor, NDArray[Any]]:
-    labels = task.test.labels
+    labels = split.test.labels
     assert labels is not None
-    predicted, known = [], []
+    predicted, truth = [], []
     batches = evaluation_batches(
-        task.test, task.test_numbers, subject.spec, subject.device, workers
+        split.test, split.test_numbers, subject.spec, subject.device, workers
     )
     with evaluating(model), subject.autocast():
         for batch, views in batches:
             predicted.append(model(views).argmax(1).cpu())
-            known.append(torch.from_numpy(labels[batch.index]))
+            truth.append(torch.from_numpy(labels[batch.index]))
     if not predicted:
-        raise UserError(f"none of the test images of {task.test.name} can be read")
-    return torch.cat(predicted), torch.cat(known).numpy()
+        raise UserError(f"none of the test images of {split.test.name} can be read")
+    return torch.cat(predicted), torch.cat(truth).numpy()

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 2**26  # similarities held at once: 256 MiB in float32
+CHUNK = 2**26  # similarities in memory at once: 256 MiB in float32
 FACTORS = 2**26  # numbers of the bank on the device at once: 256 MiB in float32
-_STEEP = 1 / 700  # below this temperature exp(cosine / temperature) leaves the doubles
+_STEEP = 1 / 700  # below this temperature, exp(cosine / temperature) overflows a double
 
 
 class Neighbours(NamedTuple):
-    """The nearest rows of a bank, the nearest first; of equals the one with the lower number."""
+    """The nearest rows of a bank, nearest first. Of equally near rows, the lower comes first."""
 
-    cosine: Tensor  # (N, k), -inf where the bank has no other row
-    # Hides tuple.index, which nobody needs here.
+    cosine: Tensor  # (N, k), -inf if the bank has no other row
+    # This hides tuple.index, which is not used.
     index: Tensor  # type: ignore[assignment]  # (N, k)
 
 
@@ -24,13 +24,13 @@ def nearest(
     bank: Tensor,
     queries: Tensor,
     k: int,
-    own: Tensor | None = None,
+    own_rows: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Neighbours:
-    """The k nearest rows of bank (M, D) to each query (N, D) by cosine; all rows where M < k.
+    """The k nearest rows of bank (M, D) to each query (N, D) by cosine; all rows if M < k.
 
-    `own` (N,) is each query's own row in the bank, which is left out (-1: none). The bank goes to
-    the device block by block, so neither it nor the similarities need fit into its memory.
+    `own_rows` (N,) gives the row of each query in the bank, which is left out; -1 means none. The
+    bank is copied to the device in blocks, so neither it nor the similarities must fit there.
     """
     device = device or queries.device
     k = min(k, len(bank))
@@ -39,13 +39,13 @@ def nearest(
     block = max(1, FACTORS // max(bank.shape[1], 1))
     rows = max(1, min(FACTORS // max(bank.shape[1], 1), CHUNK // max(min(block, len(bank)), 1)))
     for first in range(0, len(bank), block):
-        # Numbers of neighbours rise from block to block, so a stable sort keeps equals in order.
+        # Row numbers grow from block to block, so a stable sort keeps equal rows in order.
         part = F.normalize(bank[first : first + block].to(device).float(), dim=1)
         for at in range(0, len(queries), rows):
             here = slice(at, at + rows)
             similar = F.normalize(queries[here].to(device).float(), dim=1) @ part.T  # (n, m)
-            if own is not None:
-                _leave_out(similar, own[here].to(device) - first)
+            if own_rows is not None:
+                _leave_out(similar, own_rows[here].to(device) - first)
             found, number = _highest(similar, min(k, len(part)))
             found = torch.cat([cosine[here], found], 1)
             number = torch.cat([index[here], number + first], 1)
@@ -54,16 +54,16 @@ def nearest(
     return Neighbours(cosine, index)
 
 
-def _leave_out(similar: Tensor, own: Tensor) -> None:
-    """In place; own (n,) may lie outside of this block."""
-    inside = torch.nonzero((own >= 0) & (own < similar.shape[1])).flatten()
-    similar[inside, own[inside]] = -torch.inf
+def _leave_out(similar: Tensor, columns: Tensor) -> None:
+    """Set one column of each row to -inf, in place. Columns (n,) outside the block are skipped."""
+    inside = torch.nonzero((columns >= 0) & (columns < similar.shape[1])).flatten()
+    similar[inside, columns[inside]] = -torch.inf
 
 
 def _highest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest of each row with their columns, rising; of equals the first columns.
+    """The k highest values of each row, in ascending order of columns; of equals, the first.
 
-    topk chooses freely among equals, which matters where they straddle the k-th place.
+    topk chooses any of equal values, which matters if some of them would come after the k-th place.
     """
     found, column = similar.topk(min(k + 1, similar.shape[1]), dim=1)
     if k < similar.shape[1]:
@@ -85,8 +85,8 @@ def vote(
 ) -> Tensor:
     """Scores (N, classes), doubles on the host: k neighbours vote with exp(cosine / temperature).
 
-    Labels (M,) are the bank's. At temperatures near zero, where the exponential overflows, a
-    query's scores share a factor, which changes no order.
+    Labels (M,) are those of the bank. Near temperature zero the exponential would overflow. There,
+    all scores of a query are divided by one factor, which does not change their order.
     """
     cosine = neighbours.cosine[:, :k].cpu().double()
     label = labels.cpu().long()[neighbours.index[:, :k].cpu()]
@@ -100,10 +100,10 @@ def vote(
 def knn_scores(
     bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, classes: int
 ) -> Tensor:
-    """Each query's score for each class, (N, classes): its k nearest vote with exp(cosine / t).
+    """Scores (N, classes): the k nearest rows of the bank vote with exp(cosine / temperature).
 
-    bank (M, D) with labels (M,) in [0, classes), queries (N, D), neither needs to be normalised. Of
-    a bank of fewer than k, all vote.
+    The bank (M, D) has labels (M,) in [0, classes). Neither it nor the queries (N, D) need to be
+    normalised. If the bank has fewer than k rows, all of them vote.
     """
     return vote(nearest(bank, queries, k), labels, k, temperature, classes)
 
@@ -115,9 +115,9 @@ def knn_grid(
     temperatures: Sequence[float],
     classes: int,
 ) -> Iterator[tuple[int, float, Tensor]]:
-    """(k, temperature, predictions (N,)) of every pair, from one search of the largest k.
+    """(k, temperature, predictions (N,)) for every pair, from one search with the largest k.
 
-    Of classes with equal scores the lowest is predicted.
+    If several classes have the same score, the lowest is predicted.
     """
     rows = max(1, CHUNK // max(classes, max(ks)))
     parts = range(0, len(neighbours.cosine), rows)
@@ -143,19 +143,19 @@ def knn_grid_of(
     ks: Sequence[int],
     temperatures: Sequence[float],
     classes: int,
-    own: Tensor | None = None,
+    own_rows: Tensor | None = None,
     device: torch.device | None = None,
 ) -> list[tuple[int, float, Tensor]]:
-    """`nearest` and `knn_grid` for some queries after others, so that a large k fits into memory.
+    """`nearest` and `knn_grid` for a part of the queries at a time, so that a large k fits.
 
-    Each pass goes over the whole bank, so there are as few as CHUNK neighbours allow.
+    Each part searches the whole bank, so parts are as large as CHUNK neighbours allow.
     """
     rows = max(1, CHUNK // max(ks))
     found: list[list[tuple[int, float, Tensor]]] = []
     for first in range(0, max(len(queries), 1), rows):
         here = slice(first, first + rows)
-        mine = None if own is None else own[here]
-        close = nearest(bank, queries[here], max(ks), mine, device)
+        here_rows = None if own_rows is None else own_rows[here]
+        close = nearest(bank, queries[here], max(ks), here_rows, device)
         found.append(list(knn_grid(close, labels, ks, temperatures, classes)))
     return [
         (k, temperature, torch.cat([predicted for _, _, predicted in column]))
@@ -172,7 +172,7 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Share of queries whose highest-scoring class is right."""
+    """The share of queries whose class of highest score is correct."""
     classes = int(torch.cat([labels, query_labels]).max()) + 1
     grid = knn_grid(nearest(bank, queries, k), labels, [k], [temperature], classes)
     _, _, predicted = next(grid)

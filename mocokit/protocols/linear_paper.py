@@ -1,9 +1,9 @@
-"""The linear classifier of MoCo v1 and v2, to the letter of the authors' main_lincls.py.
+"""The linear classifier of MoCo v1 and v2, exactly as in the authors' main_lincls.py.
 
-A frozen backbone in eval mode; one layer, weights N(0, .01) and biases 0, on random crops; SGD
-with the learning rate 30 that the authors found by grid search, no weight decay, 100 epochs, a
-tenth of the rate after epochs 60 and 80. The authors report the best epoch on the test set; here
-it is the last one.
+The backbone is frozen and in eval mode. One linear layer, with weights N(0, .01) and biases 0, is
+trained on random crops for 100 epochs. SGD has no weight decay and the learning rate 30, which the
+authors found by grid search; it drops to a tenth after epochs 60 and 80. The authors report the
+best epoch on the test set; here the last epoch is reported.
 """
 
 import math
@@ -24,21 +24,21 @@ from mocokit.engine.finite import FiniteWatch
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import probe_spec
+from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.table import CENTRE, Table
-from mocokit.protocols.task import Task
 from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import make_views
 from mocokit.weights.subject import FrozenModel
 
 LR, MOMENTUM, EPOCHS, BATCH = 30.0, 0.9, 100, 256
-DROPS = (0.6, 0.8)  # epochs 60 and 80 of 100
+DROPS = (0.6, 0.8)  # shares of the epochs: 60 and 80 of 100
 INIT_STD = 0.01
-TellEpoch = Callable[[int, int, float], None]  # epochs done, epochs in all, mean loss
+EpochProgress = Callable[[int, int, float], None]  # epochs done, total epochs, mean loss
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A linear layer (C, D), (C,) on features as they are, and what became of its training."""
+    """A linear layer (C, D), (C,) on features that are not standardised, and how it was trained."""
 
     weight: Tensor
     bias: Tensor
@@ -46,7 +46,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
     def predict(self, features: Tensor) -> Tensor:
-        """Classes (N,), on the host."""
+        """The predicted classes (N,), on the host."""
         device = self.weight.device
         parts = torch.split(features, 16384)
         scores = [F.linear(part.to(device), self.weight, self.bias).argmax(1) for part in parts]
@@ -54,33 +54,33 @@ class Fitted:
 
 
 def protocol(subject: FrozenModel, epochs: int, lr: float) -> str:
-    """What `fit_paper` does, in words."""
+    """A description of `fit_paper`."""
     drops = " and ".join(f"{share * epochs:.0f}" for share in DROPS)
-    own = "" if (epochs, lr) == (EPOCHS, LR) else " (the paper's are 100 and 30)"
+    changed = "" if (epochs, lr) == (EPOCHS, LR) else " (the paper's are 100 and 30)"
     size, lasting = subject.spec.size, f"{epochs} epoch{'s' * (epochs != 1)}"
     return (
         f"the linear protocol of MoCo v2: frozen {subject.layer} in eval mode, {lasting}, "
-        f"SGD lr {lr:g}{own}, momentum {MOMENTUM}, no weight decay, a tenth after epochs {drops}, "
-        f"batch {BATCH}; trained on random crops of area .08 to 1 at {size} px and flips, tested "
-        f"on: {CENTRE.describe(subject.spec)}; last epoch"
+        f"SGD lr {lr:g}{changed}, momentum {MOMENTUM}, no weight decay, "
+        f"a tenth after epochs {drops}, batch {BATCH}; trained on random crops of area .08 to 1 "
+        f"at {size} px and flips, tested on: {CENTRE.describe(subject.spec)}; last epoch"
     )
 
 
 def fit_paper(
     subject: FrozenModel,
-    task: Task,
+    split: LabelledSplit,
     *,
     seed: int,
     epochs: int = EPOCHS,
     lr: float = LR,
     workers: int = 0,
-    tell: TellEpoch = lambda done, total, loss: None,
+    progress: EpochProgress = lambda done, total, loss: None,
 ) -> Fitted:
-    """Train the layer. Raises NonFiniteLoss, with a remedy, where it diverges.
+    """Train the layer. Raises NonFiniteLoss, with a remedy, if it diverges.
 
-    The subject's weights, running statistics included, are the same to the bit afterwards.
+    The weights and running statistics of the subject are bit for bit the same afterwards.
     """
-    before, device, classes = subject.weights, subject.device, len(task.classes)
+    before, device, classes = subject.weights, subject.device, len(split.classes)
     layer = _first_layer(subject.width, classes, seed).to(device)
     optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
@@ -91,7 +91,7 @@ def fit_paper(
         for group in optimizer.param_groups:
             group["lr"] = rate
         total, seen = torch.zeros((), device=device), 0
-        batches = training_views(spec, task, device, seed, epoch, BATCH, workers)
+        batches = training_views(spec, split, device, seed, epoch, BATCH, workers)
         for step, (views, labels) in enumerate(batches):
             with evaluating(subject.network):
                 features = subject.features(views)
@@ -106,7 +106,7 @@ def fit_paper(
             seen += len(labels)
         _check(watch, epoch, lr, mean_square)
         losses.append(float(total) / max(seen, 1))
-        tell(epoch + 1, epochs, losses[-1])
+        progress(epoch + 1, epochs, losses[-1])
     if subject.weights != before:
         raise RuntimeError("the frozen network changed during a linear probe")
     details = {"epochs": epochs, "lr": lr, "batch_size": BATCH, "seed": seed}
@@ -115,10 +115,10 @@ def fit_paper(
     return Fitted(layer.weight.detach(), layer.bias.detach(), details, notes)
 
 
-def test_features(task: Task, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
-    """Features and labels of the test images that can be read."""
-    good = np.isin(task.test_numbers, table.good)
-    return table.take(task.test_numbers[good]), task.test_labels[good]
+def test_features(split: LabelledSplit, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
+    """Features and labels of all test images that can be read."""
+    good = np.isin(split.test_numbers, table.good)
+    return table.take(split.test_numbers[good]), split.test_labels[good]
 
 
 def _first_layer(width: int, classes: int, seed: int) -> nn.Linear:
@@ -132,21 +132,21 @@ def _first_layer(width: int, classes: int, seed: int) -> nn.Linear:
 
 def training_views(
     spec: ViewSpec,
-    task: Task,
+    split: LabelledSplit,
     device: torch.device,
     seed: int,
     epoch: int,
     batch_size: int,
     workers: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random views of the task's training images with their labels, batch after batch."""
+    """Batches of random views of the training images, with their labels."""
     stream = chance.library_seed(seed, 1, Slot.EVALUATION)
-    order = chance.Order(stream, epoch, len(task.train_numbers))
-    numbers = task.train_numbers[order[np.arange(len(task.train_numbers))]]
-    labels = task.train.labels
+    order = chance.Order(stream, epoch, len(split.train_numbers))
+    numbers = split.train_numbers[order[np.arange(len(split.train_numbers))]]
+    labels = split.train.labels
     assert labels is not None
     bound = canvas_bound(spec)
-    for batch in read_batches(task.train, numbers, batch_size, bound, workers):
+    for batch in read_batches(split.train, numbers, batch_size, bound, workers):
         if len(batch.index):
             sizes = batch.heights, batch.widths
             table = draw_table(spec, stream, epoch, batch.index, 0, *sizes)
@@ -165,22 +165,21 @@ def _check(watch: FiniteWatch, epoch: int, lr: float, mean_square: float) -> Non
 
 
 def _doubts(losses: list[float], classes: int, lr: float, mean_square: float) -> tuple[str, ...]:
-    """Why the result should not be believed, if so."""
+    """Notes on why the result should not be trusted; none if it should."""
     chance_loss = math.log(classes)
     if losses[-1] > chance_loss:
         what = f"the probe did not converge: its last training loss, {losses[-1]:.3g}, is"
     elif (before := losses[max(0, round(DROPS[0] * len(losses)) - 1)]) > chance_loss:
-        what = (
-            f"lr {lr:g} is too large here: until it dropped, the training loss, {before:.3g}, was"
-        )
+        what = f"lr {lr:g} is too large: until its first drop, the training loss, {before:.3g}, was"
     else:
         return ()
     return (f"{what} above that of guessing, {chance_loss:.3g}; {_remedy(lr, mean_square)}",)
 
 
 def _remedy(lr: float, mean_square: float) -> str:
-    """What to do. SGD with momentum m is stable for lr < 2 (1 + m) / L; for softmax L <= |x|^2 / 2.
+    """The remedy: a learning rate for which SGD is stable, or the quick protocol.
 
+    SGD with momentum m is stable for lr < 2 (1 + m) / L, and for softmax L <= |x|^2 / 2.
     `mean_square` is the mean of |x|^2 over the features of a batch.
     """
     stable = 4 * (1 + MOMENTUM) / max(mean_square, 1e-12)

@@ -1,12 +1,12 @@
 """A linear probe in a minute: multinomial logistic regression on cached features.
 
-All regularisations are solved together. The curvature of softmax is at most half that of least
-squares (Böhning 1992, "Multinomial logistic regression algorithm"), so one eigendecomposition of
-the features' covariance gives each of them a step that never overshoots, without a learning rate;
-Nesterov's momentum, restarted where it points uphill, makes few of them enough. Each starts at its
-ridge regression, which the same decomposition gives in closed form.
+All penalties are solved together. The curvature of softmax is at most half that of least squares
+(Böhning 1992, "Multinomial logistic regression algorithm"). One eigendecomposition of the
+correlation of the features therefore gives a step for each penalty that never overshoots, without
+a learning rate. Nesterov's momentum needs few of these steps; it restarts if it points uphill. Each
+penalty starts at its ridge regression, which the same decomposition gives in closed form.
 
-Features are standardised, so that one scale of regularisation serves every network.
+Features are standardised, so that one range of penalties suits every network.
 """
 
 from dataclasses import dataclass
@@ -20,29 +20,29 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss
+from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.linear_paper import Fitted
 from mocokit.protocols.split import hold_out, stratified
 from mocokit.protocols.table import CENTRE, Table, Transform
-from mocokit.protocols.task import Task
 from mocokit.weights.subject import FrozenModel
 
-PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # of a mean loss
+PENALTIES = tuple(10.0**power for power in (-5, -4, -3, -2, -1, 0))  # relative to the mean loss
 CHOICE_SHARE = 0.1  # of the training images, held out to choose the penalty
-CHOICE_WORK = 1e9  # images x features x classes that the choice looks at; it takes fewer images,
-CHOICE_IMAGES = 50  # but this many of each class, if there are as many
+CHOICE_WORK = 1e9  # limit on images x features x classes while the penalty is chosen
+CHOICE_IMAGES = 50  # average images per class that are used in spite of this limit
 STEPS, CHOICE_STEPS = 100, 50
-TOLERANCE = 1e-5  # stop once no step improves the mean loss by more than this share
-ROWS = 16384  # of features on the device at once
+TOLERANCE = 1e-5  # stop once no mean loss changes by this share or more
+ROWS = 16384  # rows of features on the device at once
 OUTPUTS = 2**25  # scores on the device at once: 128 MiB in float32
 
 
 class Moments(NamedTuple):
-    """Mean and deviation of each feature, and the eigenvectors of their correlation."""
+    """Mean and standard deviation of each feature, and the eigenvectors of the correlation."""
 
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
-    values: Tensor  # (D,) eigenvalues, rising
-    vectors: Tensor  # (D, D), a column for each
+    values: Tensor  # (D,) eigenvalues, ascending
+    vectors: Tensor  # (D, D), one eigenvector per column
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Data:
     device: torch.device
 
     def rows(self, numbers: NDArray[np.int64]) -> "Data":
-        """Some of the images."""
+        """The data of these images."""
         index = torch.from_numpy(numbers)
         return Data(self.features[index], self.labels[index], self.classes, self.device)
 
     def parts(self, outputs: int = 1) -> list[tuple[Tensor, Tensor]]:
-        """Rows in pieces, not yet on the device, so that so many outputs of each fit too."""
+        """Blocks of rows, not yet on the device, small enough for `outputs` scores per row."""
         rows = max(1, min(ROWS, OUTPUTS // outputs))
         return list(
             zip(torch.split(self.features, rows), torch.split(self.labels, rows), strict=True)
@@ -68,7 +68,7 @@ class Data:
 
 
 def protocol(subject: FrozenModel, transform: Transform, seed: int) -> str:
-    """What `fit_quick` does, in words."""
+    """A description of `fit_quick`."""
     low, high = PENALTIES[0], PENALTIES[-1]
     return (
         f"quick linear probe (not the paper's protocol): logistic regression on standardised "
@@ -79,23 +79,28 @@ def protocol(subject: FrozenModel, transform: Transform, seed: int) -> str:
 
 
 def fit_quick(
-    task: Task, table: Table, device: torch.device, *, seed: int, penalties: tuple[float, ...] = ()
+    split: LabelledSplit,
+    table: Table,
+    device: torch.device,
+    *,
+    seed: int,
+    penalties: tuple[float, ...] = (),
 ) -> Fitted:
-    """Choose a penalty on held-out training images, then fit all of them.
+    """Choose a penalty on held-out training images, then fit all training images.
 
-    `table` holds the features of task.train. Raises UserError for fewer than two classes.
+    `table` holds the features of split.train. Raises UserError for fewer than two classes.
     """
     if device.type == "mps":
-        device = torch.device("cpu")  # for want of doubles
-    task.check_classes()
+        device = torch.device("cpu")  # MPS has no doubles
+    split.check_classes()
     penalties = penalties or PENALTIES
-    good = np.isin(task.train_numbers, table.good)
-    numbers, labels = task.train_numbers[good], task.train_labels[good]
-    classes = len(task.classes)
+    good = np.isin(split.train_numbers, table.good)
+    numbers, labels = split.train_numbers[good], split.train_labels[good]
+    classes = len(split.classes)
     everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
-    known = moments(everything)
-    chosen, shares = _choose(everything, known, penalties, seed)
-    (layer,) = solve(everything, (chosen,), STEPS, known)
+    moments = compute_moments(everything)
+    chosen, shares = _choose(everything, moments, penalties, seed)
+    (layer,) = solve(everything, (chosen,), STEPS, moments)
     details = {
         "penalty": chosen,
         "penalties": list(penalties),
@@ -110,30 +115,30 @@ def fit_quick(
 
 
 def _choose(
-    data: Data, known: Moments, penalties: tuple[float, ...], seed: int
+    data: Data, moments: Moments, penalties: tuple[float, ...], seed: int
 ) -> tuple[float, list[float]]:
-    """The penalty that does best on held-out images, and the accuracies of all."""
+    """The penalty with the best accuracy on held-out images, and the accuracy of each."""
     labels = data.labels.numpy()
-    kept, held = hold_out(labels, CHOICE_SHARE, seed, Slot.CHOICE)
-    if not len(held) or len(penalties) == 1:
+    kept, held_out = hold_out(labels, CHOICE_SHARE, seed, Slot.CHOICE)
+    if not len(held_out) or len(penalties) == 1:
         return penalties[len(penalties) // 2], []
     slack = len(labels) / len(kept)
     few = max(CHOICE_WORK / (data.features.shape[1] * data.classes), CHOICE_IMAGES * data.classes)
     if few < len(kept):
         kept = kept[stratified(labels[kept], few / len(kept), seed, Slot.LABELS)]
-        known, slack = moments(data.rows(kept)), 1.0
-    solved = solve(data.rows(kept), penalties, CHOICE_STEPS, known, slack)
-    unseen = data.rows(held)
+        moments, slack = compute_moments(data.rows(kept)), 1.0
+    solved = solve(data.rows(kept), penalties, CHOICE_STEPS, moments, slack)
+    unseen = data.rows(held_out)
     shares = [
         float((one.predict(unseen.features) == unseen.labels).float().mean()) for one in solved
     ]
-    # Of equals the strongest penalty: the simplest layer that does as well.
+    # Of equally good penalties the strongest, because it gives the simplest layer.
     best = max(range(len(shares)), key=lambda at: (shares[at], penalties[at]))
     return penalties[best], shares
 
 
-def moments(data: Data) -> Moments:
-    """One pass for the mean, one for the correlation; constant features stay zero."""
+def compute_moments(data: Data) -> Moments:
+    """One pass for the mean, one for the correlation. Constant features become zero."""
     count, width = data.features.shape
     mean = torch.zeros(width, dtype=torch.double, device=data.device)
     for part, _ in data.parts():
@@ -146,8 +151,8 @@ def moments(data: Data) -> Moments:
     second /= count
     if not bool(second.isfinite().all()):
         raise NonFiniteLoss(
-            "the features are too large to be squared in float32, or not finite, so there is no "
-            "linear probe of them; look at the weights, or take --layer head"
+            "the features are not finite, or too large to be squared in float32, so they allow no "
+            "linear probe; check the weights, or use --layer head"
         )
     std = second.diagonal().sqrt().float()
     std = torch.where(std > 1e-6 * std.max().clamp_min(1e-30), std, torch.inf)
@@ -156,41 +161,43 @@ def moments(data: Data) -> Moments:
     return Moments(shift, std, values.clamp_min(0).float(), vectors.float())
 
 
-def ridge(data: Data, penalties: tuple[float, ...], known: Moments) -> tuple[Tensor, Tensor]:
-    """Least squares on one-hot labels with |W|^2 times each penalty: W (R, D, C), b (C,).
+def ridge(data: Data, penalties: tuple[float, ...], moments: Moments) -> tuple[Tensor, Tensor]:
+    """Least squares on one-hot labels for each penalty: W (R, D, C), b (C,).
 
-    On standardised features; minimises the mean of |Wx + b - y|^2 / 2, plus penalty |W|^2 / 2.
+    Minimises the mean of |Wx + b - y|^2 / 2 plus penalty |W|^2 / 2, on standardised features.
     """
-    cross = torch.zeros(len(known.std), data.classes, device=data.device)
+    cross = torch.zeros(len(moments.std), data.classes, device=data.device)
     counts = torch.bincount(data.labels, minlength=data.classes).to(data.device).float()
     for part, labels in data.parts():
-        centred = (part.to(data.device) - known.mean) / known.std
+        centred = (part.to(data.device) - moments.mean) / moments.std
         cross.index_add_(1, labels.to(data.device), centred.T.contiguous())
-    rotated = known.vectors.T @ (cross / len(data.labels))  # (D, C); centring y changes nothing
-    scale = 1 / (known.values + torch.tensor(penalties, device=data.device)[:, None])  # (R, D)
-    return known.vectors @ (scale[:, :, None] * rotated), counts / counts.sum()
+    rotated = moments.vectors.T @ (cross / len(data.labels))  # (D, C); centring y changes nothing
+    scale = 1 / (moments.values + torch.tensor(penalties, device=data.device)[:, None])  # (R, D)
+    return moments.vectors @ (scale[:, :, None] * rotated), counts / counts.sum()
 
 
 def solve(
-    data: Data, penalties: tuple[float, ...], steps: int, known: Moments, slack: float = 1.0
+    data: Data, penalties: tuple[float, ...], steps: int, moments: Moments, slack: float = 1.0
 ) -> list[Fitted]:
-    """Logistic regression at every penalty, as layers on features as they are.
+    """Logistic regression for every penalty, as layers on features that are not standardised.
 
-    `known` are the moments of these features, or of `slack` times as many that contain them: their
-    own curvature is then at most so many times as large.
+    `moments` are those of these features, or of `slack` times as many features that include them.
+    The curvature of these features is then at most `slack` times as large.
     """
     penalty = torch.tensor(penalties, device=data.device)[:, None, None]
-    start, prior = ridge(data, penalties, known)
-    weight = start * min(4.0, float(data.classes))  # one-hot targets are smaller than log-odds
+    start, prior = ridge(data, penalties, moments)
+    weight = start * min(4.0, float(data.classes))  # log-odds are larger than one-hot targets
     bias = (prior.clamp_min(1e-8).log()).expand(len(penalties), 1, -1).clone()
-    curvature = 1 / (
-        slack * known.values / 2 + torch.tensor(penalties, device=data.device)[:, None]
+    # Böhning's bound: along each eigenvector the curvature is at most slack x value / 2 + penalty,
+    # at every point. Its inverse is a step that never overshoots.
+    inverse_curvature = 1 / (
+        slack * moments.values / 2 + torch.tensor(penalties, device=data.device)[:, None]
     )
     position, fast_weight, fast_bias = torch.ones(len(penalties), device=data.device), weight, bias
     losses = torch.full((len(penalties),), torch.inf, device=data.device)
     best_weight, best_bias, taken = weight, bias, 0
     for taken in range(1, steps + 1):
-        loss, slope, slope_bias = _gradient(data, known, fast_weight, fast_bias)
+        loss, slope, slope_bias = _gradient(data, moments, fast_weight, fast_bias)
         loss = loss + (penalty * fast_weight.square()).sum((1, 2)) / 2
         slope = slope + penalty * fast_weight
         better = loss < losses
@@ -201,10 +208,10 @@ def solve(
         losses = torch.minimum(loss, losses)
         if finished:
             break
-        rotated = known.vectors.T @ slope
-        after = fast_weight - known.vectors @ (curvature[:, :, None] * rotated)
-        after_bias = fast_bias - 2 / slack * slope_bias
-        # Adaptive restart (O'Donoghue and Candès 2015): momentum against the gradient is dropped.
+        rotated = moments.vectors.T @ slope
+        after = fast_weight - moments.vectors @ (inverse_curvature[:, :, None] * rotated)
+        after_bias = fast_bias - 2 / slack * slope_bias  # its curvature is at most slack / 2
+        # Adaptive restart (O'Donoghue and Candès 2015): reset momentum that points uphill.
         uphill = ((after - weight) * slope).sum((1, 2)) + ((after_bias - bias) * slope_bias).sum(
             (1, 2)
         ) > 0
@@ -215,22 +222,20 @@ def solve(
         fast_bias = after_bias + momentum * (after_bias - bias)
         weight, bias, position = after, after_bias, later
     return [
-        _on_raw_features(known, best_weight[at], best_bias[at, 0], float(losses[at]), taken)
+        _on_raw_features(moments, best_weight[at], best_bias[at, 0], float(losses[at]), taken)
         for at in range(len(penalties))
     ]
 
 
 def _gradient(
-    data: Data, known: Moments, weight: Tensor, bias: Tensor
+    data: Data, moments: Moments, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy (R,) with its slopes by weight (R, D, C) and bias (R, 1, C).
-
-    Standardising is folded into the weights, so features are read but never copied.
-    """
+    """The mean cross-entropy (R,), and its gradients by weight (R, D, C) and bias (R, 1, C)."""
     count, width = data.features.shape
     runs, _, classes = weight.shape
-    scaled = weight / known.std[:, None]  # (R, D, C)
-    shift = bias - (known.mean @ scaled)[:, None]  # (R, 1, C)
+    # Standardising is folded into the weights, because a copy of the features may not fit.
+    scaled = weight / moments.std[:, None]  # (R, D, C)
+    shift = bias - (moments.mean @ scaled)[:, None]  # (R, 1, C)
     flat = scaled.permute(1, 0, 2).reshape(width, runs * classes)
     loss = torch.zeros(runs, device=data.device)
     slope = torch.zeros(width, runs * classes, device=data.device)
@@ -246,14 +251,14 @@ def _gradient(
         flat_wrong = wrong.view(len(part), -1)
         slope += part.T @ flat_wrong
         excess += flat_wrong.sum(0)
-    slope -= known.mean[:, None] * excess
-    slope = slope.view(width, runs, classes).permute(1, 0, 2) / known.std[:, None]
+    slope -= moments.mean[:, None] * excess
+    slope = slope.view(width, runs, classes).permute(1, 0, 2) / moments.std[:, None]
     return loss / count, slope / count, excess.view(runs, 1, classes) / count
 
 
 def _on_raw_features(
-    known: Moments, weight: Tensor, bias: Tensor, loss: float, steps: int
+    moments: Moments, weight: Tensor, bias: Tensor, loss: float, steps: int
 ) -> Fitted:
-    scaled = (weight / known.std[:, None]).T.contiguous()  # (C, D)
+    scaled = (weight / moments.std[:, None]).T.contiguous()  # (C, D)
     details = {"train_loss": loss, "steps": steps}
-    return Fitted(scaled, bias - scaled @ known.mean, details)
+    return Fitted(scaled, bias - scaled @ moments.mean, details)

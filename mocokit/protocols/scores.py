@@ -1,4 +1,4 @@
-"""What a set of predictions is worth: accuracy, by class, and who is taken for whom."""
+"""Scores of a set of predictions: accuracy, accuracy by class, and the confusion matrix."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Scores:
-    """Counts of (true class, predicted class), from which everything else follows."""
+    """Counts of (true class, predicted class). Every other score follows from them."""
 
     confusion: NDArray[np.int64]  # (C, C)
 
@@ -25,12 +25,12 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of right predictions; NaN if there was none to judge."""
+        """The share of correct predictions; NaN without predictions."""
         return float(np.trace(self.confusion) / self.count) if self.count else float("nan")
 
     @property
     def per_class(self) -> NDArray[np.float64]:
-        """Share of each class's images that were recognised (C,); NaN for a class without any."""
+        """The share of correct predictions for each class (C,); NaN for a class without images."""
         images = self.confusion.sum(1)
         right = np.diag(self.confusion).astype(np.float64)
         shares = np.full(len(right), np.nan)
@@ -39,12 +39,12 @@ class Scores:
 
     @property
     def balanced(self) -> float:
-        """Mean accuracy over the classes that there are: each class counts the same."""
-        known = self.per_class[~np.isnan(self.per_class)]
-        return float(known.mean()) if len(known) else float("nan")
+        """The mean accuracy over all classes that have images; each class counts the same."""
+        present = self.per_class[~np.isnan(self.per_class)]
+        return float(present.mean()) if len(present) else float("nan")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no NaN."""
+        """For JSON, which has no NaN."""
         return {
             "accuracy": _rounded(self.accuracy),
             "balanced_accuracy": _rounded(self.balanced),

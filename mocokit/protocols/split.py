@@ -1,4 +1,4 @@
-"""Which labelled images a probe may learn from: stratified, and drawn from chance."""
+"""Stratified random choices of labelled images, drawn by mocokit.chance."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -7,13 +7,14 @@ from mocokit import chance
 
 
 def stratified(labels: ArrayLike, share: float, seed: int, slot: int) -> NDArray[np.int64]:
-    """Positions of about `share` of each class, at least one of each, rising.
+    """Positions of about `share` of each class, at least one of each class, ascending.
 
-    Of a larger share the smaller one is a part, so that curves over shares compare like with like.
+    A smaller share is part of every larger one, so that a curve over shares adds images and never
+    exchanges them.
     """
     labels = np.asarray(labels, np.int64)
     drawn = chance.uniform(seed, 0, np.arange(len(labels)), 0, slot)
-    order = np.lexsort((drawn, labels))  # class by class, each in an order from chance
+    order = np.lexsort((drawn, labels))  # class by class, in a random order within each class
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     rank = np.arange(len(labels)) - np.repeat(starts, counts)
     wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
@@ -23,9 +24,9 @@ def stratified(labels: ArrayLike, share: float, seed: int, slot: int) -> NDArray
 def hold_out(
     labels: ArrayLike, share: float, seed: int, slot: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Positions to keep and positions held out, rising; a class of one image is kept."""
+    """Positions to keep and positions held out, ascending. A class of one image is kept."""
     labels = np.asarray(labels, np.int64)
-    held = stratified(labels, share, seed, slot)
-    alone = np.flatnonzero(np.bincount(labels) == 1) if len(labels) else labels
-    held = held[~np.isin(labels[held], alone)]
-    return np.setdiff1d(np.arange(len(labels)), held), held
+    held_out = stratified(labels, share, seed, slot)
+    singletons = np.flatnonzero(np.bincount(labels) == 1) if len(labels) else labels
+    held_out = held_out[~np.isin(labels[held_out], singletons)]
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out

@@ -1,8 +1,8 @@
-"""Features of a data set, computed once: a table on disk, mapped into memory, that can be resumed.
+"""Features of a data set, computed once and kept in a table on disk, which is memory-mapped.
 
-Its name is a hash of all that decides its numbers: weights, images, view, precision. A table under
-construction is a file that grows by whole batches; what a killed process left is gone on with, at
-the same batches, so the finished table is the same to the bit.
+The name of a table is a hash of everything that its numbers depend on: weights, images, view and
+precision. An unfinished table is a file that grows by whole batches. After a kill, the computation
+resumes at the same batches, so the finished table is bit for bit the same.
 """
 
 import hashlib
@@ -26,18 +26,21 @@ from mocokit.views.params import ViewSpec
 from mocokit.weights.subject import FrozenModel
 
 FORMAT = 2
-LIMIT_GIB = 20.0  # of finished tables; past it the longest unused go
-Tell = Callable[[int, int], None]  # images done, images in all
+LIMIT_GIB = 20.0  # size of all tables; beyond it, the least recently used are deleted
+Progress = Callable[[int, int], None]  # images done, total images
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How an image becomes the view that is looked at; `crops` is the seed of random crops."""
+    """How an image becomes the view of which features are computed.
+
+    `crops` is the seed of random crops; without it, the view is the centre crop.
+    """
 
     crops: int | None = None
 
     def describe(self, spec: ViewSpec) -> str:
-        """In words."""
+        """The view in words, for a protocol."""
         size = f"{spec.size} x {spec.size}, {spec.interpolation}"
         if self.crops is not None:
             low, high = CROP_AREA
@@ -51,7 +54,7 @@ CENTRE = Transform()
 
 
 def cache_folder() -> Path:
-    """Where tables are kept: $MOCOKIT_CACHE, or the system's folder for caches."""
+    """The folder of tables: in $MOCOKIT_CACHE, or in the system's cache folder."""
     if stated := os.environ.get("MOCOKIT_CACHE"):
         return Path(stated).expanduser() / "features"
     if sys.platform == "win32":
@@ -76,7 +79,7 @@ def key_of(subject: FrozenModel, source: Source, transform: Transform = CENTRE) 
 
 
 class Table:
-    """Row i (D,) holds the features of image i; of an unreadable image, NaN."""
+    """Row i (D,) holds the features of image i, or NaN if it is unreadable."""
 
     def __init__(self, rows: NDArray[np.float32]) -> None:
         self.rows = rows
@@ -86,7 +89,7 @@ class Table:
         return len(self.rows)
 
     def take(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Features (n, D) of these images; all images in order stay on disk until they are read."""
+        """Features (n, D) of these images. All images in order are mapped, not copied."""
         if len(numbers) == len(self.rows) and (numbers == np.arange(len(numbers))).all():
             return torch.from_numpy(self.rows)
         return torch.from_numpy(self.rows[numbers])
@@ -99,30 +102,30 @@ def features_of(
     *,
     workers: int = 0,
     folder: Path | None = None,
-    tell: Tell = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> Table:
-    """The table of a source, from `folder` if it was computed before; None keeps nothing."""
+    """The table of a source, from `folder` if it is there. Without a folder, nothing is kept."""
     if folder is None:
         rows = np.empty((len(source), subject.width), np.float32)
         for first, part in _batches(subject, source, transform, 0, workers):
             rows[first : first + len(part)] = part
-            tell(first + len(part), len(source))
+            progress(first + len(part), len(source))
         return _checked(rows, source)
     key = key_of(subject, source, transform)
     path = folder / f"{key}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{key}.lock"):
+        with _exclusive(folder / f"{key}.lock"):
             if not path.is_file():
-                _compute(subject, source, transform, path, workers, tell)
+                _compute(subject, source, transform, path, workers, progress)
                 prune(folder, path)
         os.utime(path)
-        # Copy on write: torch wants an array that could be written, and nobody writes it.
+        # Copy on write, because torch warns of arrays that are read-only. No code writes to it.
         return _checked(np.load(path, mmap_mode="c", allow_pickle=False), source)
     except OSError as error:
         raise MocokitError(
-            f"cannot keep features in {folder} ({error.strerror or error}); point MOCOKIT_CACHE at "
-            "a folder with room, or give --no-cache"
+            f"cannot keep features in {folder} ({error.strerror or error}); set MOCOKIT_CACHE to "
+            "a folder with free space, or use --no-cache"
         ) from None
 
 
@@ -131,7 +134,7 @@ def _checked(rows: NDArray[np.float32], source: Source) -> Table:
     if not len(table.good):
         raise UserError(
             f"none of the {len(source)} images of {source.name} gave features: either none can be "
-            "read, or the weights are not finite; look with mocokit check"
+            "read, or the weights are not finite; check the images with mocokit check"
         )
     return table
 
@@ -139,7 +142,7 @@ def _checked(rows: NDArray[np.float32], source: Source) -> Table:
 def _batches(
     subject: FrozenModel, source: Source, transform: Transform, start: int, workers: int
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(first image, rows) of batch after batch."""
+    """(first image, rows) for each batch."""
     numbers = np.arange(start, len(source))
     expected = start
     with evaluating(subject.network):
@@ -160,9 +163,14 @@ def _batches(
 
 
 def _compute(
-    subject: FrozenModel, source: Source, transform: Transform, path: Path, workers: int, tell: Tell
+    subject: FrozenModel,
+    source: Source,
+    transform: Transform,
+    path: Path,
+    workers: int,
+    progress: Progress,
 ) -> None:
-    """Write the table to a partial file, from where an earlier attempt stopped, and rename it."""
+    """Write the table to a partial file, resuming an earlier attempt, and rename it."""
     partial = path.with_suffix(".partial")
     shape, row = (len(source), subject.width), 4 * subject.width
     with open(partial, "a+b") as file:
@@ -179,13 +187,13 @@ def _compute(
         for first, rows in _batches(subject, source, transform, start, workers):
             file.write(rows.tobytes())
             file.flush()
-            tell(first + len(rows), len(source))
+            progress(first + len(rows), len(source))
         os.fsync(file.fileno())
     os.replace(partial, path)
 
 
 def _header(shape: tuple[int, int]) -> bytes:
-    """How a .npy of float32 rows begins."""
+    """The header of a .npy file of float32 rows."""
     import io
 
     buffer = io.BytesIO()
@@ -195,11 +203,11 @@ def _header(shape: tuple[int, int]) -> bytes:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time compute a table; others wait, and find it finished."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Let one process at a time compute a table. Others wait and then find it finished."""
     try:
         import fcntl
-    except ImportError:  # not on Windows, where two processes may do the work twice
+    except ImportError:  # on Windows there is no lock, and two processes may both compute the table
         yield
         return
     with open(path, "w", encoding="utf-8") as file:
@@ -208,7 +216,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def prune(folder: Path, kept: Path, limit_gib: float = LIMIT_GIB) -> None:
-    """Delete the tables that were not used for the longest, until the rest fit the limit."""
+    """Delete the least recently used tables, until the rest fit the limit."""
     tables = sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
     size = 0
     for path in [kept, *(path for path in tables if path != kept)]:

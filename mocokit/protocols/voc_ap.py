@@ -1,7 +1,7 @@
-"""Average precision of detections: PASCAL VOC's two rules, and COCO's.
+"""Average precision of detections by PASCAL VOC's two rules and by COCO's.
 
-VOC's as detectron2's PascalVOCDetectionEvaluator has them, which is what the MoCo papers quote.
-Boxes of VOC are in its own coordinates: whole pixels counted from 1, both ends inside the box.
+VOC's rules follow detectron2's PascalVOCDetectionEvaluator, whose numbers the MoCo papers quote.
+VOC boxes are in VOC's coordinates: whole pixels counted from 1, with both ends inside the box.
 """
 
 from collections import defaultdict
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 Metric = Literal["voc07", "area", "coco"]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
-COCO_MOST = 100  # detections of an image that COCO looks at
+COCO_MOST = 100  # detections per image that COCO counts
 
 
 class Detection(NamedTuple):
-    """A box of one class found in an image."""
+    """A detected box of one class."""
 
     image: Hashable
     score: float
@@ -27,7 +27,7 @@ class Detection(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """A box of one class that is there. `difficult` (COCO: a crowd) need not be found."""
+    """A true box of one class. A `difficult` one (COCO: a crowd) need not be detected."""
 
     image: Hashable
     box: Box
@@ -42,15 +42,16 @@ def average_precision(
 ) -> float:
     """The average precision in [0, 1] of one class at one overlap.
 
-    Detections are (image, score, box), ground truths (image, box) or (image, box, difficult), boxes
-    (left, top, right, bottom). `voc07` is the mean of precision at 11 recalls (VOC 2007), `area`
-    the area under the curve (VOC 2010 on): a detection is right if its overlap with the box that it
-    overlaps most is more than `iou` and no surer one took that box; areas count the last pixel.
-    `coco` is COCO's mean over 101 recalls: overlaps of at least `iou`, plain areas. Equal scores
-    keep the order in which they are given. 0 where there is nothing to find.
+    Detections are (image, score, box), ground truths (image, box) or (image, box, difficult), and
+    boxes (left, top, right, bottom). `voc07` is the mean precision at 11 recalls (VOC 2007). `area`
+    is the area under the curve (since VOC 2010). For both, a detection is matched to the true box
+    with the largest overlap. It is correct if that overlap is more than `iou` and no detection of
+    higher score was matched to that box. Areas include the last pixel. `coco` is COCO's mean over
+    101 recalls, with overlaps of at least `iou` and plain areas. Detections of equal score keep
+    their order. The result is 0 if there is nothing to detect.
     """
     if metric not in ("voc07", "area", "coco"):
-        raise ValueError(f"metric {metric!r} is not one; take voc07, area or coco")
+        raise ValueError(f"unknown metric {metric!r}; use voc07, area or coco")
     found = [Detection(*one) for one in detections]
     return _averages(found, [Truth(*one) for one in ground_truth], (iou,), metric)[0]
 
@@ -61,7 +62,7 @@ def _averages(
     levels: Sequence[float],
     metric: Metric,
 ) -> list[float]:
-    """One class's average precision at each of these overlaps."""
+    """The average precision of one class at each of these overlaps."""
     truths: dict[Hashable, list[Truth]] = defaultdict(list)
     for truth in ground_truth:
         truths[truth.image].append(truth)
@@ -79,7 +80,7 @@ def _averages(
 
 
 class _VocMatches:
-    """Which true box each detection, the surest first, overlaps most, and how much."""
+    """The largest overlap of each detection, highest score first, and its true box."""
 
     def __init__(
         self, detections: Sequence[Detection], truths: Mapping[Hashable, list[Truth]]
@@ -104,7 +105,7 @@ class _VocMatches:
             first += len(there)
 
     def judge(self, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which detections are right, and which are wrong; on a difficult box they are neither."""
+        """Which detections are correct and which wrong. On a difficult box they are neither."""
         hit = self.overlap > iou
         counted = np.flatnonzero(hit & ~self.difficult)
         surest = np.unique(self.box[counted], return_index=True)[1]
@@ -114,7 +115,7 @@ class _VocMatches:
 
 
 class _CocoMatches:
-    """The overlaps of each image's surest detections with its true boxes."""
+    """The overlaps of the best detections of each image with its true boxes."""
 
     def __init__(
         self, detections: Sequence[Detection], truths: Mapping[Hashable, list[Truth]]
@@ -124,7 +125,7 @@ class _CocoMatches:
             of_image[detections[at].image].append(at)
         kept = sorted(at for found in of_image.values() for at in found[:COCO_MOST])
         scores = np.array([detections[at].score for at in kept])
-        # Of equal scores the first given counts first.
+        # Of equal scores, the first in the input counts first.
         self.order = np.array(kept, np.int64)[np.argsort(-scores, kind="stable")]
         self.count = len(detections)
         self.images = []
@@ -132,18 +133,18 @@ class _CocoMatches:
             found = of_image[image][:COCO_MOST]
             crowd = np.array([one.difficult for one in truths[image]], bool)
             boxes = np.array([one.box for one in truths[image]], np.float64)
-            own = np.array([detections[at].box for at in found], np.float64)
-            self.images.append((found, crowd, overlaps(own, boxes, 0.0, crowd)))
+            corners = np.array([detections[at].box for at in found], np.float64)
+            self.images.append((found, crowd, overlaps(corners, boxes, 0.0, crowd)))
 
     def judge(self, iou: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Right and wrong by COCO's rule: a detection takes the best box that is still free."""
+        """Which are correct and wrong by COCO's rule: a detection takes the best unmatched box."""
         right, wrong = np.zeros(self.count, bool), np.ones(self.count, bool)
         for found, crowd, shares in self.images:
             free = ~crowd
             for at, row in zip(found, shares, strict=True):
                 fit = free & (row >= iou)
                 if fit.any():
-                    # Of equally good boxes the last, as COCO's own code takes.
+                    # Of equally good boxes the last, as in COCO's own code.
                     best = len(row) - 1 - int(np.where(fit, row, -1.0)[::-1].argmax())
                     free[best], right[at], wrong[at] = False, True, False
                 elif (crowd & (row >= iou)).any():
@@ -157,9 +158,9 @@ def overlaps(
     pixel: float,
     crowd: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.float64]:
-    """Intersection over union (N, M) of boxes (N, 4) and (M, 4), `pixel` added to every side.
+    """Intersection over union (N, M) of boxes (N, 4) and (M, 4), with `pixel` added to each side.
 
-    Over a crowd (M,), it is the share of the first box that lies in the second.
+    For a crowd (M,) it is the share of the first box inside the second.
     """
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
@@ -181,7 +182,7 @@ def _eleven_points(recall: NDArray[np.float64], precision: NDArray[np.float64]) 
 
 
 def _area(recall: NDArray[np.float64], precision: NDArray[np.float64]) -> float:
-    """Under the curve whose precision never rises with recall."""
+    """The area under the curve, after precision is made to never rise with recall."""
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
@@ -197,24 +198,24 @@ _CURVES = {"voc07": _eleven_points, "area": _area, "coco": _hundred_points}
 
 @dataclass(frozen=True)
 class Precisions:
-    """Average precision of every class at every overlap, (classes, overlaps) in [0, 1]."""
+    """The average precision of each class at each overlap, (classes, overlaps) in [0, 1]."""
 
     classes: tuple[str, ...]
     values: NDArray[np.float64]
-    wanted: tuple[int, ...]  # boxes to find, by class
+    wanted: tuple[int, ...]  # number of true boxes to detect, by class
 
     @property
     def _of_wanted(self) -> NDArray[np.float64]:
-        """A class of which there is no box in the test images says nothing."""
+        """The values of all classes that have a box in the test images."""
         return self.values[np.array(self.wanted) > 0]
 
     @property
     def ap(self) -> float:
-        """COCO-style: the mean over IoU .50:.05:.95, and over classes."""
+        """The mean over IoU .50:.05:.95 and over classes, as COCO defines AP."""
         return float(self._of_wanted.mean()) if sum(self.wanted) else 0.0
 
     def at(self, percent: int) -> float:
-        """The mean over classes at an overlap of 50, 55, ... 95 percent."""
+        """The mean over classes at an overlap of 50, 55, ... or 95 percent."""
         column = THRESHOLDS.index(percent / 100)
         return float(self._of_wanted[:, column].mean()) if sum(self.wanted) else 0.0
 
@@ -225,7 +226,7 @@ def precisions(
     classes: Sequence[str],
     metric: Metric,
 ) -> Precisions:
-    """Of every class, at IoU .50:.05:.95; detections and truths are lists by class."""
+    """For each class, at IoU .50:.05:.95. Detections and truths are lists by class."""
     values = [
         _averages(found, there, THRESHOLDS, metric)
         for found, there in zip(detections, truths, strict=True)
@@ -235,8 +236,8 @@ def precisions(
 
 
 def as_written(detection: Detection) -> Detection:
-    """A detection in coordinates from 0, as detectron2 writes it for VOC: from 1, and rounded."""
-    # float32, as its boxes are.
+    """A detection in pixels from 0, as detectron2 writes it for VOC: in pixels from 1, rounded."""
+    # In float32, because detectron2's boxes are, and rounding depends on it.
     corners = np.array(detection.box, np.float32) + np.array([1, 1, 0, 0], np.float32)
     left, top, right, bottom = (float(f"{value:.1f}") for value in corners)
     score = float(f"{detection.score:.3f}")

@@ -16,7 +16,7 @@ from mocokit.data.sources.packed import lacking
 from mocokit.data.sources.several import renumbered
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
 from mocokit.engine.upload import Upload
@@ -177,7 +177,7 @@ def open_run(
 @contextlib.contextmanager
 def begun(run: RunState) -> Iterator[None]:
     """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
-    with held(run.folder) if run.world.writes else contextlib.nullcontext():
+    with locked(run.folder) if run.world.writes else contextlib.nullcontext():
         if run.world.writes:
             _write_start(run)
         note = run.console.note
