@@ -26,8 +26,9 @@ def asked(
     the package is imported if `changes` name it, or if `allowed` has its module. Raises UserError
     for what does not exist.
     """
-    module, colon, _ = str(changes.get("method.name")).partition(":")
-    methods.allow([*allowed, *([module] if colon else [])])
+    methods.allow(allowed)
+    if ":" in (name := str(changes.get("method.name"))) and not methods.is_known(name):
+        methods.allow([name.partition(":")[0]])
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
         if data is None and locations.exist(recipe):
             recipe, data = "mocov2", recipe

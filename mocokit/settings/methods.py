@@ -222,6 +222,11 @@ def allow(modules: Iterable[str]) -> None:
     _allowed.update(modules)
 
 
+def is_known(name: str) -> bool:
+    """Whether a method is built-in, or its class is here already."""
+    return name in BUILT_IN or name in _outside
+
+
 def may_import(name: str) -> bool:
     """Whether the user of this process named or allowed the module of a method `module:Class`."""
     module = name.partition(":")[0]
