@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,13 +18,14 @@ from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
+from mocokit.protocols.defaults import Layer, Precision, Shared
 from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
 from mocokit.protocols.task import Task, task_of
 from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_model
-from mocokit.weights.subject import FrozenModel, Layer, Pixels
+from mocokit.weights.subject import FrozenModel, Pixels
 
 MAX_WORKERS = 8
 PIXELS = "raw pixels, centred"
@@ -33,20 +34,17 @@ QUIET_SECONDS = 10.0  # between lines that tell of long work
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all evaluations share. `data` None is the run's own."""
+class Options(Shared):
+    """The defaults' table with the images and the file of one call. `data` None: the run's own."""
 
+    _: KW_ONLY
     data: str | Path | None = None
-    layer: Layer = "backbone"
-    device: str = "auto"
-    precision: str = "float32"
-    size: int | None = None
-    seed: int = 0
-    baseline: bool = True
-    cache: bool = True
-    per_class: bool = False
-    confusion: bool = False
     json: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("layer", get_args(Layer)), ("precision", get_args(Precision))):
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
 
 
 class Session:

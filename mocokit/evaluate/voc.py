@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -28,28 +28,28 @@ from mocokit.engine.runtime import (
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_results import Detected, DetectionReport
+from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
 from mocokit.weights.resolve import Opened, open_model
 
 MAX_THREADS = 8
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def evaluate_voc(
     run: str | Path,
     data: str | Path,
     *,
-    split: str = "07+12",
-    trials: int = 5,
-    seed: int = 0,
+    split: Split = Voc.split,
+    trials: int = Voc.trials,
+    seed: int = Shared.seed,
     iterations: int | None = None,
     ims_per_step: int | None = None,
     settings: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
-    every: int = 0,
+    every: int = Voc.every,
     out: str | Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    pictures: int = 6,
+    device: str = Shared.device,
+    precision: DetectorPrecision = Voc.precision,
+    pictures: int = Voc.pictures,
     json: str | Path | None = None,
 ) -> Detected:
     """Fine-tune a Faster R-CNN C4 from a backbone and measure its AP: the papers' second measure.
@@ -61,16 +61,18 @@ def evaluate_voc(
     """
     if trials < 1 or every < 0 or pictures < 0:
         raise UserError("trials are counted from 1; every and pictures from 0")
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
     plan = plan_for(split, iterations, ims_per_step, settings)
     console, started = Console(), time.perf_counter()
     place = choose_device(device)
-    precision = _precision(precision, place)
+    resolved = _precision(precision, place)
     opened = open_model(run, place, seed=seed)
     boxes = open_boxes(data, split, tuple(classes), console.counting)
     names = boxes.train.classes
     Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
     random = opened.untrained is None  # then each trial draws its own weights
-    identity = _identity(opened, boxes, plan, precision)
+    identity = _identity(opened, boxes, plan, resolved)
     home = opened.folder.path if opened.folder else ROOT
     folder = Path(out).expanduser() if out is not None else home / _name(identity)
     prepare(place, _claim(folder, identity), deterministic=False)
@@ -82,10 +84,10 @@ def evaluate_voc(
         detector = Detector(subject.network, len(names), plan)
         look = subject.spec.mean, subject.spec.std
         threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
-        return Trainer(detector, plan, boxes.train, own, place, *look, precision, threads)
+        return Trainer(detector, plan, boxes.train, own, place, *look, resolved, threads)
 
     report = DetectionReport(
-        str(run), str(data), split, plan, boxes, opened, place, precision, folder
+        str(run), str(data), split, plan, boxes, opened, place, resolved, folder
     )
     report.start(console)
     results = []
@@ -104,8 +106,9 @@ def evaluate_voc(
 
 
 def _precision(asked: str, device: torch.device) -> str:
-    if asked not in PRECISIONS:
-        raise UserError(f"precision {asked!r} is not one; take {', '.join(PRECISIONS)}")
+    if asked not in get_args(DetectorPrecision):
+        allowed = ", ".join(get_args(DetectorPrecision))
+        raise UserError(f"unknown precision {asked!r}; use {allowed}")
     best = default_precision(device)
     own = "float32" if best == "float16" else best  # in which gradients would vanish
     return own if asked == "auto" else asked

@@ -20,6 +20,7 @@ from mocokit.engine.finite import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating
+from mocokit.protocols.defaults import FineTune
 from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.linear_paper import TellEpoch, training_views
 from mocokit.protocols.table import CENTRE
@@ -33,12 +34,12 @@ LEAST_STEPS = 400  # few labels make short epochs: more of them are made, up to 
 class Plan:
     """How to fine-tune. Our own choice of values: no paper's protocol."""
 
-    epochs: int = 30
-    lr: float = 0.05
+    epochs: int = FineTune.epochs
+    lr: float = FineTune.lr
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    layer_decay: float = 1.0  # each layer's rate over that of the layer above it
+    layer_decay: float = FineTune.layer_decay
 
     def epochs_for(self, images: int) -> int:
         """Epochs over so many images."""
