@@ -1,8 +1,11 @@
 """The command line: its flags, its sentences, its exit codes."""
 
 import json
+import platform
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
@@ -39,9 +42,10 @@ def test_the_flags_are_pinned(mocokit):
     assert code == 0 and words == FLAGS
 
 
-def test_help_loads_no_torch():
+@pytest.mark.parametrize("verb", [[], ["pretrain"], ["evaluate", "knn"], ["evaluate", "voc"]])
+def test_help_loads_no_torch(verb):
     script = (
-        "import sys; sys.argv = ['mocokit', 'pretrain', '--help']\n"
+        f"import sys; sys.argv = {['mocokit', *verb, '--help']}\n"
         "from mocokit import cli\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
@@ -50,6 +54,20 @@ def test_help_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_version_says_what_a_bug_report_needs(mocokit):
+    code, out, err = mocokit("--version")
+    first, python, packages, device, cpu, *gpus = out.splitlines()
+    assert (code, err) == (0, "") and first == f"mocokit {version('mocokit')}"
+    assert platform.python_version() in python
+    for name in ("torch", "torchvision", "timm"):
+        assert f"{name} {version(name)}" in packages
+    assert re.fullmatch(
+        r"device: (cpu|cuda(:0)?|mps), precision (float32|bfloat16|float16)", device
+    )
+    assert re.fullmatch(r"CPU: .+, [1-9]\d* usable cores, \d+\.\d GiB memory", cpu)
+    assert gpus and all(re.fullmatch(r"GPU: (none|\d+ x .+, .+ GiB)", line) for line in gpus)
 
 
 def test_python_dash_m_is_the_same():

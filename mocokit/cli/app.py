@@ -26,9 +26,27 @@ app = typer.Typer(
 app.add_typer(evaluate.app, name="evaluate")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from mocokit.cli.version import report
+
+        typer.echo(report())
+        raise typer.Exit
+
+
 @app.callback()
-def callback() -> None:
-    """Keeps `pretrain` a verb of its own."""
+def callback(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,  # before typer complains that there is no command
+            callback=_print_version,
+            help="print the versions and the hardware, as a bug report needs them",
+        ),
+    ] = False,
+) -> None:
+    """Options of `mocokit` itself. Without this function, a single verb would need no name."""
 
 
 @app.command()
