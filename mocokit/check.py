@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from mocokit.data.batch import look
 from mocokit.data.examine import Examined, examine
-from mocokit.data.names import show
 from mocokit.data.open import open_data
 from mocokit.data.source import Source
 from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
+from mocokit.files import show
 from mocokit.run import command
 from mocokit.settings import sizes
 from mocokit.views.params import canvas_bound

@@ -12,7 +12,7 @@ from mocokit import recipes
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
-from mocokit.engine.folder import RunFolder, held, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, locked, next_folder, unfinished
 from mocokit.engine.record import Console, Metrics, Progress, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals, raise_if_interrupted
@@ -145,12 +145,12 @@ class TestFolders:
     def test_two_runs_exclude_each_other(self, tmp_path):
         folder, _ = self.make(tmp_path / "run")
         with (
-            held(folder),
+            locked(folder),
             pytest.raises(UserError, match="another process is running in"),
-            held(RunFolder(folder.path)),
+            locked(RunFolder(folder.path)),
         ):
             pass
-        with held(folder):  # free again
+        with locked(folder):  # free again
             pass
 
 

@@ -13,6 +13,7 @@ import mocokit
 from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Console
 from mocokit.errors import UserError
 from mocokit.evaluate import results
 from mocokit.evaluate.session import Options, Session
@@ -278,3 +279,19 @@ def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
         mocokit.evaluate_finetune(
             "random:resnet_tiny", tmp_path / "pets", size=16, percent=[100], epochs=1
         )
+
+
+def test_without_a_home_one_sentence_names_the_remedy(toy_npz, homeless):
+    with pytest.raises(UserError, match="no home folder .*; set MOCOKIT_CACHE to a folder"):
+        mocokit.evaluate_knn("random:resnet_tiny", toy_npz)
+    found = mocokit.evaluate_knn("random:resnet_tiny", toy_npz, cache=False, size=16)
+    assert found.accuracy > 0
+
+
+def test_names_of_classes_reach_a_terminal_as_text(capsys):
+    """Folders name classes: rich would read [/a] as markup, and a terminal obeys an escape."""
+    names = ["[/a]", "[bold]b", "\x1b]0;title\x07c"]
+    Console().table("classes", ["class", names[0]], [(name, "1") for name in names])
+    shown = capsys.readouterr().err
+    assert "[/a]" in shown and "[bold]b" in shown and "\\x1b]0;title\\x07c" in shown
+    assert "\x1b]" not in shown and "\x07" not in shown

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mocokit.errors import Interrupted, MocokitError, UserError
+from mocokit.files import write_text
 
 REPORTS = "MOCOKIT_REPORTS"  # the environment's name for the folder of reports
 STOPS = (75, 130)
@@ -88,8 +89,7 @@ def report(error: MocokitError) -> bool:
     told |= {"code": error.exit_code, "text": str(error)}
     path = Path(folder) / f"{attempt}-{rank}.json"
     try:
-        path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
-        path.with_suffix(".partial").replace(path)
+        write_text(path, json.dumps(told))
     except OSError:
         return False
     return True

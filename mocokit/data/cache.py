@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 import stat
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,9 @@ from mocokit.data.index import (
     to_arrays,
     write_arrays,
 )
-from mocokit.data.names import Names, show
+from mocokit.data.names import Names
+from mocokit.errors import UserError
+from mocokit.files import cache_folder, show
 
 _FORMAT = 1
 _SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
@@ -88,7 +89,10 @@ class Watch:
 def listed(key: str, look: Callable[[Watch], Listing]) -> Listing:
     """What `look` finds, or found when nothing was different."""
     name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
-    path = cache_folder() / "listings" / f"{name}.npz"
+    try:
+        path = cache_folder() / "listings" / f"{name}.npz"
+    except UserError:  # nowhere to keep it: that costs time, not the run
+        return look(Watch())
     if (known := _recall(path, key)) is not None:
         return known
     watch = Watch()
@@ -97,35 +101,6 @@ def listed(key: str, look: Callable[[Watch], Listing]) -> Listing:
         with suppress(OSError):  # a full or read-only home costs time, not the run
             _remember(path, key, found, watch)
     return found
-
-
-def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again; MOCOKIT_CACHE comes first."""
-    if own := os.environ.get("MOCOKIT_CACHE"):
-        return Path(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "mocokit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mocokit" / "cache"
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without a home, as in some containers
-        home = Path("/nonexistent")
-    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    return home / caches / "mocokit"
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process makes what is to be at a path, the others wait for it."""
-    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:  # not on Windows, where the lock is left out
-            pass
-        yield
 
 
 def _recall(path: Path, key: str) -> Listing | None:

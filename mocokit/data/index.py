@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import struct
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.names import Names, show
+from mocokit.data.names import Names
 from mocokit.errors import UserError
+from mocokit.files import show, whole
 
 Arrays = dict[str, NDArray[Any]]
 DAMAGE = (
@@ -105,15 +105,6 @@ def read_arrays(path: str | Path) -> Arrays:
 
 def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:
     """Write an .npz, all of it or nothing; of two writers at once, one wins."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    part = target.with_name(f"{target.name}.{writer}.part")
     save = np.savez_compressed if compressed else np.savez
-    try:
-        with part.open("wb") as file:
-            save(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+    with whole(target, sync=True) as file:
+        save(file, allow_pickle=False, **arrays)

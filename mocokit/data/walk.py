@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mocokit.data.cache import Watch
-from mocokit.data.names import show
 from mocokit.errors import UserError
+from mocokit.files import show
 
 Endings = frozenset[bytes]
 

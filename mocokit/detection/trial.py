@@ -12,7 +12,7 @@ from mocokit.detection import pictures
 from mocokit.detection.dataset import BoxDataset
 from mocokit.detection.train import Trainer, detect_in
 from mocokit.engine import checkpoint
-from mocokit.engine.folder import RunFolder, held
+from mocokit.engine.folder import RunFolder, locked
 from mocokit.engine.record import Console, Meter, Metrics, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
@@ -55,7 +55,7 @@ class DetectionTrial:
         if self.result_path.is_file():
             found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
             return found
-        with held(self.folder):
+        with locked(self.folder):
             trainer = make()
             state = checkpoint.load_newest(self.folder.checkpoints)
             if state is not None:

@@ -1,13 +1,12 @@
-"""The run folder: what lies in it, whether it can be gone on with, and who holds it."""
+"""The run folder: what is in it, whether its run can be resumed, and its lock."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mocokit import settings as settings_
+from mocokit import files, settings as settings_
 from mocokit.engine.record import read_metrics
 from mocokit.errors import UserError
 from mocokit.settings.schema import Settings
@@ -41,7 +40,7 @@ class RunFolder:
     @property
     def is_begun(self) -> bool:
         """Whether a run was killed here before it wrote its settings: nothing else is in it."""
-        own = {".lock", self.checkpoints.name, self.config.with_suffix(".partial").name}
+        own = {".lock", self.checkpoints.name, files.partial_of(self.config).name}
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         return ".lock" in found and found <= own and not any(self.checkpoints.glob("*"))
 
@@ -61,9 +60,8 @@ class RunFolder:
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         self.make()
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(settings_.to_yaml(settings, resolved), encoding="utf-8")
-        os.replace(partial, self.config)
+        # The folder is locked. `is_begun` knows the partial file that a kill may leave.
+        files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
 
     def make(self) -> None:
         """Make the folder; raises UserError where nothing can be written."""
@@ -126,22 +124,19 @@ def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
 
 
 @contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
-    """Make the folder, and keep other processes out; the lock dies with the process that holds it.
+def locked(folder: RunFolder) -> Iterator[None]:
+    """Make the folder and lock it. The lock ends with the process.
 
-    Raises UserError where the folder cannot be made, or is held.
+    Raises UserError if the folder cannot be made or locked, or if another process holds the lock.
     """
     folder.make()
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where the lock is left out
-        yield
-        return
-    with open(folder.path / ".lock", "w", encoding="utf-8") as file:
+    with ExitStack() as stack:  # so that an error of the block is not taken for one of the lock
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(files.locked(folder.path / ".lock", wait=False))
+        except BlockingIOError:
             raise UserError(
                 f"another process is running in {folder.path}; wait for it, or choose another --out"
             ) from None
+        except OSError as error:  # a network disk without locks, for one
+            raise folder.unwritable(error) from None
         yield

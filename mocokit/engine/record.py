@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mocokit.files import printable, write_text
+
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
 
 
@@ -30,9 +31,7 @@ class Metrics:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept), sole_writer=True)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -157,9 +156,10 @@ class Console:
         """A small table; all but the first column are set to the right."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, name in enumerate(columns):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            table.add_column(Text(printable(name)), justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            # As Text: class names come from strangers, and rich would read "[/a]" as markup.
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.terminal.print(table)
 
     @contextmanager

@@ -201,7 +201,7 @@ def evaluate_finetune(
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     options = Options(
         data=data, device=device, precision=precision, size=size, seed=seed,
-        baseline=baseline, per_class=per_class, confusion=confusion, json=json,
+        baseline=baseline, cache=False, per_class=per_class, confusion=confusion, json=json,
     )  # fmt: skip
     trial = Session(run, options)
     trial.task.check_classes()

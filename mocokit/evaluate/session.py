@@ -13,21 +13,27 @@ from mocokit.data import locations
 from mocokit.data.open import Labels, open_data
 from mocokit.data.source import Source, Splits
 from mocokit.engine.record import Console
-from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
+from mocokit.engine.runtime import (
+    choose_device,
+    default_threads,
+    default_workers,
+    peak_memory,
+    prepare,
+)
 from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
+from mocokit.files import cache_folder
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import Layer, Precision, Shared
 from mocokit.protocols.linear_paper import Fitted, TellEpoch, test_features
 from mocokit.protocols.scores import Scores
-from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
+from mocokit.protocols.table import CENTRE, Table, Transform, features_of
 from mocokit.protocols.task import Task, task_of
 from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_model
 from mocokit.weights.subject import FrozenModel, Pixels
 
-MAX_WORKERS = 8
 PIXELS = "raw pixels, centred"
 PIXEL_MEMORY = 2**31  # bytes
 QUIET_SECONDS = 10.0  # between lines that tell of long work
@@ -55,11 +61,12 @@ class Session:
         if options.json is not None:
             check_writable(options.json)
         # Mistakes come before weights are fetched.
+        self.tables = cache_folder() / "features" if options.cache else None
         ours = is_ours(run)
         known = None if options.data is None and ours else labelled(options.data, None)
         self.console, self.started = Console(), time.perf_counter()
         self.device = choose_device(options.device)
-        self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
+        self.workers = default_workers(self.device)
         self.opened: Opened = open_model(
             run,
             self.device,
@@ -121,7 +128,7 @@ class Session:
             transform,
             workers=self.workers,
             # Pixels are made as fast as they are read, and take much room.
-            folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
+            folder=self.tables if self.options.cache and subject.name != PIXELS else None,
             tell=lambda done, total: self._tell(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),

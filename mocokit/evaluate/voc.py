@@ -21,17 +21,16 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import (
     choose_device,
     default_precision,
-    default_threads,
+    default_workers,
     prepare,
     seed_libraries,
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_results import Detected, DetectionReport
+from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
 from mocokit.weights.resolve import Opened, open_model
-
-MAX_THREADS = 8
 
 
 def evaluate_voc(
@@ -83,8 +82,9 @@ def evaluate_voc(
         seed_libraries(own, 0, Slot.DETECTION_WEIGHTS)
         detector = Detector(subject.network, len(names), plan)
         look = subject.spec.mean, subject.spec.std
-        threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
-        return Trainer(detector, plan, boxes.train, own, place, *look, resolved, threads)
+        return Trainer(
+            detector, plan, boxes.train, own, place, *look, resolved, default_workers(place)
+        )
 
     report = DetectionReport(
         str(run), str(data), split, plan, boxes, opened, place, resolved, folder
@@ -145,7 +145,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> int:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**identity, "threads": threads}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
             return threads
         there = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in identity if there[name] != identity[name]]

@@ -7,9 +7,7 @@ the same batches, so the finished table is the same to the bit.
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from mocokit.data.source import Source
 from mocokit.errors import MocokitError, UserError
+from mocokit.files import locked
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches
 from mocokit.views.params import ViewSpec
@@ -48,19 +47,6 @@ class Transform:
 
 
 CENTRE = Transform()
-
-
-def cache_folder() -> Path:
-    """Where tables are kept: $MOCOKIT_CACHE, or the system's folder for caches."""
-    if stated := os.environ.get("MOCOKIT_CACHE"):
-        return Path(stated).expanduser() / "features"
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "mocokit" / "features"
 
 
 def key_of(subject: FrozenModel, source: Source, transform: Transform = CENTRE) -> str:
@@ -112,7 +98,7 @@ def features_of(
     path = folder / f"{key}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{key}.lock"):
+        with locked(folder / f"{key}.lock"):
             if not path.is_file():
                 _compute(subject, source, transform, path, workers, tell)
                 prune(folder, path)
@@ -192,19 +178,6 @@ def _header(shape: tuple[int, int]) -> bytes:
     fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let one process at a time compute a table; others wait, and find it finished."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where two processes may do the work twice
-        yield
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def prune(folder: Path, kept: Path, limit_gib: float = LIMIT_GIB) -> None:

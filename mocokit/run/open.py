@@ -16,10 +16,9 @@ from mocokit.data.sources.packed import lacking
 from mocokit.data.sources.several import renumbered
 from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.folder import RunFolder, claim_folder, held, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
-from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.nets.batchnorm import alone, group_sizes, one_statistics_update, set_groups
@@ -30,6 +29,7 @@ from mocokit.run.resident import hold
 from mocokit.run.state import RunState
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
+from mocokit.transfer import Upload
 from mocokit.views.params import canvas_bound
 from mocokit.views.sheet import contact_sheet
 
@@ -173,7 +173,7 @@ def open_run(
 @contextlib.contextmanager
 def begun(run: RunState) -> Iterator[None]:
     """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
-    with held(run.folder) if run.world.writes else contextlib.nullcontext():
+    with locked(run.folder) if run.world.writes else contextlib.nullcontext():
         if run.world.writes:
             _write_start(run)
         note = run.console.note
@@ -198,7 +198,7 @@ def _newest(run: RunState) -> dict[str, Any] | None:
 
     def choose() -> int | None:
         nonlocal state
-        state = checkpoint.load_newest(run.folder.checkpoints, tell=run.console.note)
+        state = checkpoint.load_newest(run.folder.checkpoints, log=run.console.note)
         return None if state is None else int(state["step"])
 
     step = decided_by_rank_zero(run.world, choose)

@@ -176,7 +176,7 @@ def finish(run: RunState) -> dict[str, Any]:
     if (found is None or found.healthy) and (advice := advise(lines)):
         result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
-    run.folder.readme.write_text(readme.text(run, result), encoding="utf-8")
+    readme.write(run, result)
     metrics = Metrics(run.folder.metrics, run.step)
     metrics.write(result)
     metrics.close()

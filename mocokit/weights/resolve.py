@@ -1,7 +1,6 @@
 """What a user names: a run folder, a checkpoint, an exported file, a timm name, or `random`."""
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
-from mocokit.nets.backbones import build_backbone
+from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
@@ -177,13 +176,7 @@ def _random_model(name: str) -> str:
 
 
 def _check_random(model: str) -> None:
-    import timm
-
-    known = ["resnet_tiny", *timm.list_models()]
-    if model not in known and not timm.is_model(model):
-        close = difflib.get_close_matches(model, known, n=1)
-        hint = f"did you mean {RANDOM}:{close[0]}?" if close else "timm.list_models() lists them"
-        raise UserError(f"{RANDOM}:{model}: there is no such model; {hint}")
+    check_model(model, f"{RANDOM}:{model}: there is no such model", prefix=f"{RANDOM}:")
 
 
 def _random_backbone(model: str, seed: int) -> nn.Module:
@@ -211,30 +204,25 @@ def _open_foreign(path: Path, place: Callable[..., FrozenModel], layer: Layer, s
 
 
 def _timm_name(name: str) -> str:
-    """The model that a name stands for; raises UserError."""
-    import timm
-
+    """The model that a name means, with the tag of its weights; raises UserError."""
     model = name.removeprefix("timm:")
-    if not timm.is_model(model.partition(".")[0]):
-        close = difflib.get_close_matches(model, [*timm.list_models(), RANDOM], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(
-            f"there is no run, checkpoint or timm model {name!r}{hint} (random, or random:MODEL, "
-            "has random weights)"
-        )
+    what = f"there is no run, checkpoint or timm model {name!r}"
+    untagged = model.partition(".")[0]
+    # Of our own models there are no published weights.
+    check_model(untagged, f"{what} (random or random:MODEL has random weights)", ours=(RANDOM,))
     return model
 
 
 @contextmanager
 def _without_retries() -> Iterator[None]:
-    """Hugging Face tells of each of ten attempts, which are one mistake."""
-    log = logging.getLogger("huggingface_hub")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Hugging Face logs each of ten attempts, which are one mistake."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(before)
 
 
 def _open_timm(name: str, place: Callable[..., FrozenModel], seed: int) -> Opened:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.names import printable, show
 from mocokit.data.source import extended
 from mocokit.data.sources.arrays import numbered
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 _CLASSES = ("label", "labels", "fine_label", "class")  # usual names
 _REMEDY = "download it again"

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index, stamp_of
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.source import extended
 from mocokit.data.walk import Closed, Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 IMAGES: Endings = frozenset(extension.encode() for extension in EXTENSIONS)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.index import Arrays, Index, stamp_of
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.sources.folder import VALIDATION, Labels, digest_names, find_splits, folder_labels
 from mocokit.data.sources.tars import Member, members_of, splits_inside
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 TARS: Endings = frozenset([b"tar"])
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)", re.IGNORECASE)
