@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.batch import look
+from mocokit.data.batch import read_spread
 from mocokit.data.examine import Examined, examine
 from mocokit.data.open import open_data
 from mocokit.data.source import Source
@@ -69,7 +69,7 @@ def check(
         notices = [str(error)]
     for notice in notices:
         console.say(f"note: {notice}", "yellow")
-    canvases, _ = look(splits.train, images, bound)
+    canvases, _ = read_spread(splits.train, images, bound)
     try:
         contact_sheet(spec, list(canvases.values()), list(canvases), asked.seed, path)
     except (OSError, ValueError) as error:
@@ -90,7 +90,7 @@ def _tell_counts(console: Console, split: str, source: Source) -> None:
 
 
 def _quick(console: Console, source: Source) -> None:
-    found, bad = look(source, QUICK, None)
+    found, bad = read_spread(source, QUICK, None)
     if not found:
         raise UserError(f"none of {len(bad)} images looked at can be read: {bad[0]}")
     heights, widths = np.array([canvas.shape[:2] for canvas in found.values()]).T

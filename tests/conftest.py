@@ -93,5 +93,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Listings of folders go where no user's are; loading processes and commands inherit it."""
+    """Listings of folders go where no user's are; workers and commands inherit it."""
     os.environ["MOCOKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -60,7 +60,7 @@ def test_mistakes_come_before_weights_are_fetched(fetched, toy_npz, tmp_path):
 
 
 def test_a_missing_connection_is_one_sentence(fetched, toy_npz, caplog):
-    with pytest.raises(UserError, match="cannot fetch the weights of resnet18"):
+    with pytest.raises(UserError, match="cannot download the weights of resnet18"):
         mocokit.evaluate_knn("resnet18", toy_npz)
     assert fetched == ["resnet18"] and caplog.records == []
     assert logging.getLogger("huggingface_hub").level != logging.ERROR
@@ -184,7 +184,9 @@ def test_a_run_that_was_moved_keeps_its_report(toy_npz, tmp_path):
     kept = json.loads((moved / "evaluations.jsonl").read_text())
     assert kept["results"][0]["accuracy"] == round(found.accuracy, 6)
     data.unlink()
-    with pytest.raises(UserError, match=r"trained on are not at .*data\.npz; name them"):
+    with pytest.raises(
+        UserError, match=r"training images are no longer at .*data\.npz; pass their new location"
+    ):
         mocokit.evaluate_knn(moved)
     assert mocokit.evaluate_knn(moved, toy_npz, baseline=False).accuracy == found.accuracy
     assert mocokit.evaluate_knn(moved, toy_npz, baseline=False, layer="head").accuracy > 0.25

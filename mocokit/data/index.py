@@ -1,4 +1,4 @@
-"""What is known of a source without its pixels: kept by a run, and in the user's cache."""
+"""A source without its pixels, as kept in a run folder and in the user's cache."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ DAMAGE = (
 
 
 class Index(NamedTuple):
-    """A source without its pixels; of arrays only what tells them from others.
+    """A source without its pixels; of arrays only what distinguishes them from others.
 
     `extra` holds what one kind of source needs to find its images, and the others do not.
     """
@@ -46,14 +46,14 @@ def stamp_of(fingerprint: str, paths: Iterable[bytes | Path]) -> str:
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
     for path in paths:
         digest.update(os.path.abspath(os.fsencode(path)) + b"\0")
-        with contextlib.suppress(OSError, ValueError):  # it is gone: told where it is read
+        with contextlib.suppress(OSError, ValueError):  # a missing file is reported when it is read
             status = os.stat(path)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
 def save_index(index: Index, path: str | Path) -> None:
-    """Write images.idx, which tells a run's images from others and numbers them for good."""
+    """Write images.idx, which identifies a run's images and fixes their numbers."""
     write_arrays(Path(path), to_arrays(index._replace(extra={})), compressed=True)
 
 

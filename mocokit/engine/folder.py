@@ -15,7 +15,7 @@ ROOT = Path("runs")
 
 
 class RunFolder:
-    """Paths of a run folder, and what can be read from them."""
+    """Paths of a run folder, and the state of the run in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a run was killed here before it wrote its settings: nothing else is in it."""
+        """Whether a run was killed here before it wrote its settings, and nothing else is here."""
         own = {".lock", self.checkpoints.name, files.partial_of(self.config).name}
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         return ".lock" in found and found <= own and not any(self.checkpoints.glob("*"))
@@ -53,7 +53,7 @@ class RunFolder:
         return lines[-1] if lines and lines[-1].get("finished") else None
 
     def unscored(self) -> bool:
-        """Whether the latest step of the metrics has no line of scores."""
+        """Whether the last line of the metrics is a training step, not a line of scores."""
         lines = read_metrics(self.metrics)
         return bool(lines) and "loss" in lines[-1]
 
@@ -77,7 +77,7 @@ class RunFolder:
         )
 
     def conflicts(self, settings: Settings) -> list[str]:
-        """Identity settings in which this folder's run differs, as `path (its value, asked)`."""
+        """Identity settings in which this folder's run differs from `settings`, and both values."""
         ours, asked = settings_.identity(self.settings()), settings_.identity(settings)
         return [f"{k} ({ours[k]} there, {asked[k]} asked)" for k in ours if ours[k] != asked[k]]
 
@@ -90,7 +90,7 @@ def next_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
 
 
 def claim_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
-    """Make the next folder, or the one after where another run was faster."""
+    """Make the next folder; if another run makes it first, the one after."""
     while True:
         folder = next_folder(recipe, data, root)
         try:

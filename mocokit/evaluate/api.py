@@ -160,7 +160,7 @@ def evaluate_linear(
                     epochs=epochs,
                     lr=lr,
                     workers=trial.workers,
-                    tell=trial.tell_epochs(subject),
+                    tell=trial.log_epochs(subject),
                 )
         except NonFiniteLoss as error:
             if subject is first:
@@ -217,7 +217,7 @@ def evaluate_finetune(
                 plan,
                 seed=trial.options.seed,
                 workers=trial.workers,
-                tell=trial.tell_epochs(subject, f" {share:g} %"),
+                tell=trial.log_epochs(subject, f" {share:g} %"),
             )
             setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)

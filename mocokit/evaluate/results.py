@@ -133,7 +133,7 @@ def keep(
         try:
             readme.append(folder, record)
             console.say(f"added to {folder.readme} and {folder.evaluations.name}")
-        except OSError as error:  # another's run, say: the result stands all the same
+        except OSError as error:  # for example another user's run; the result is valid all the same
             reason = f"cannot add this to {folder.path} ({error.strerror})"
             console.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
     took, memory = clock(record["seconds"]), record["peak_memory_gib"]

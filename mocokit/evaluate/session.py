@@ -1,4 +1,4 @@
-"""One evaluation on its way: what is judged, on which images, and what was found so far."""
+"""One evaluation in progress: the models, the images, and the results so far."""
 
 import time
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from mocokit.weights.subject import FrozenModel, Pixels
 
 PIXELS = "raw pixels, centred"
 PIXEL_MEMORY = 2**31  # bytes
-QUIET_SECONDS = 10.0  # between lines that tell of long work
+QUIET_SECONDS = 10.0  # at least, between progress lines
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options(Shared):
 
 
 class Session:
-    """What an evaluation works with, and what it has found so far."""
+    """What an evaluation works with, and its results so far."""
 
     def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
         self.run, self.options = str(run), options
@@ -86,7 +86,7 @@ class Session:
         self.results: list[Result] = []
         self.notes: list[str] = []
         self.calibrated = False
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
         self._untrained: dict[bool, FrozenModel] = {}
 
     def subjects(self, calibrate: bool = True) -> list[FrozenModel]:
@@ -129,7 +129,7 @@ class Session:
             workers=self.workers,
             # Pixels are made as fast as they are read, and take much room.
             folder=self.tables if self.options.cache and subject.name != PIXELS else None,
-            tell=lambda done, total: self._tell(
+            tell=lambda done, total: self._log(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
@@ -141,15 +141,16 @@ class Session:
                 self.notes.append(note)
         return table
 
-    def tell_epochs(self, subject: FrozenModel, what: str = "") -> TellEpoch:
-        return lambda done, total, loss: self._tell(
+    def log_epochs(self, subject: FrozenModel, what: str = "") -> TellEpoch:
+        return lambda done, total, loss: self._log(
             f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
         )
 
-    def _tell(self, text: str) -> None:
+    def _log(self, text: str) -> None:
+        """Say it, unless the last line is too recent."""
         now = time.monotonic()
-        if now - self._told > QUIET_SECONDS:
-            self._told = now
+        if now - self._logged > QUIET_SECONDS:
+            self._logged = now
             self.console.say(text)
 
     def add_fitted(self, subject: FrozenModel, fitted: Fitted, table: Table) -> None:
@@ -205,17 +206,19 @@ class Session:
 
 
 def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
-    """The images to score on: those named, or the run's own; labels from folders where need be."""
+    """The images to score on: the given ones or the run's own. Folders may be their labels."""
     path, root = None if data is None else str(data), None
     labels: Labels = "auto"
     if data is None:
         if settings is None:
-            raise UserError("name the images to score on: only a run knows its own")
+            raise UserError("name the images to score on; only a run folder records its own")
         path, root = settings.data.path, settings.data.root
         labels = "folders" if settings.data.labels == "folders" else "auto"
         if path is not None and not locations.exist(path):
-            where = f"the images that it was trained on are not at {path}"
-            raise UserError(f"{where}; name them, or others, after it")
+            where = f"the training images are no longer at {path}"
+            raise UserError(
+                f"{where}; pass their new location, or other images, as the second argument"
+            )
     if path is not None and (Path(path).expanduser() / "config.yaml").is_file():
         raise UserError(f"{path} is a run folder, not images; leave it out to take the run's own")
     splits = open_data(path, labels, root)

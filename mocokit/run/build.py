@@ -146,7 +146,7 @@ def build_loader(
         share=share,
         start_step=start_step,
         known_bad=known_bad,
-        tell=tell,
+        log=tell,
         pin=device.type == "cuda",
     )
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mocokit.data.batch import look
+from mocokit.data.batch import read_spread
 from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.source import Source, Splits
 from mocokit.data.sources.packed import lacking
@@ -214,7 +214,7 @@ def _write_start(run: RunState) -> None:
         return
     save_index(run.splits.train.index(), run.folder.index)
     spec = run.parts.spec
-    canvases, _ = look(run.splits.train, SHEET_IMAGES, canvas_bound(spec))
+    canvases, _ = read_spread(run.splits.train, SHEET_IMAGES, canvas_bound(spec))
     if canvases:
         seed, path = run.settings.seed, run.folder.sheet
         contact_sheet(spec, list(canvases.values()), list(canvases), seed, path)

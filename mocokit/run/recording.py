@@ -111,7 +111,7 @@ class Recording:
         return self.run.step > 0 and decided_by_rank_zero(self.run.world, self.run.folder.unscored)
 
     def close(self) -> None:
-        """End the loading processes too, which a traceback would otherwise keep alive."""
+        """End the workers too, which a traceback would otherwise keep alive."""
         if isinstance(self._batches, Generator):
             self._batches.close()
         if self.metrics:

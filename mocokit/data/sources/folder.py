@@ -109,7 +109,7 @@ def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource 
     """The images to train on and, where train/ has a sibling for it, those to validate on."""
     place = root.resolve()
     key = f"folder 2 {labels} {place}"
-    found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
+    found = listed(key, lambda watch: _scan(place, short_name(place.name), labels, watch))
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
     source = FolderSource.of_index(train.root, train.known)
@@ -141,7 +141,7 @@ def _classes_perhaps(names: Names) -> tuple[str, ...]:
     return (text,)
 
 
-def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
+def _scan(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
     train, beside = find_splits(root, IMAGES, watch)
     found = _found(train, watch)
     # Folders below train/ are classes; elsewhere they may be anything.

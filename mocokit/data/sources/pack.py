@@ -37,7 +37,7 @@ TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and t
 BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
 _MARK = b"IMG\n"
 _QUALITY = 95
-_CHUNK = 64  # images between two looks at the disk
+_CHUNK = 64  # images between two flushes
 
 
 class Head(NamedTuple):
@@ -89,8 +89,8 @@ def write_pack(
 ) -> Packed:
     """Pack training and validation images, in this order; without a bound, the files as they are.
 
-    `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError, with
-    `remedy` if the target cannot be written.
+    `advance(n)` counts the images that are done, those of an earlier attempt first. Raises
+    UserError, with `remedy` if the target cannot be written.
     """
     sources = [source for source in splits if source is not None]
     header = {

@@ -97,7 +97,7 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
     places = [path.resolve() for path in paths]
     key = "shards 2 " + " ".join([labels, *map(str, places)])
     train, held = split_by_words(places, [split_word(path.name) for path in places])
-    return _sources(listed(key, lambda watch: _look(train, held, labels, watch)))
+    return _sources(listed(key, lambda watch: _scan(train, held, labels, watch)))
 
 
 def split_word(name: str) -> str:
@@ -132,7 +132,7 @@ def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSou
         found = open_shards(first, labels)
     else:
         key = "shards 2 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
-        found = _sources(listed(key, lambda watch: _look(first, second, labels, watch)))
+        found = _sources(listed(key, lambda watch: _scan(first, second, labels, watch)))
     found[0].notes += watch.notes
     return found
 
@@ -142,7 +142,7 @@ def _sources(found: Listing) -> tuple[ShardSource, ShardSource | None]:
     return ShardSource.of_index(found.train.known, found.notes), held
 
 
-def _look(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> Listing:
+def _scan(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> Listing:
     notes: list[str] = []
     trained, tested = (members_of(paths, watch, notes) for paths in (train, held))
     name = short_name(re.sub(r"[-_.]*\d*$", "", train[0].stem) or train[0].parent.name)
