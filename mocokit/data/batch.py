@@ -126,7 +126,7 @@ def free_shared_memory() -> int:
     try:
         return shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
-        return sys.maxsize  # not Linux: shared memory is no file system there
+        return sys.maxsize  # not Linux: shared memory is no file system, so its size is unknown
 
 
 def _hopeless(source: Source, last: tuple[int, str, str]) -> UserError:

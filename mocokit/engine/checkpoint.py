@@ -60,6 +60,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    # As bytes, because numpy knows no bfloat16. reshape(-1), because a scalar has no bytes to view.
     flat: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -86,6 +87,7 @@ def _on_cpu(tree: Any) -> Any:
 
 def _point(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to target, without a moment in which there is none."""
+    # A link cannot be changed in place: a new one takes its place at once.
     temporary = link.with_name(link.name + ".partial")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))

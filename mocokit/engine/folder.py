@@ -94,7 +94,9 @@ def claim_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
     while True:
         folder = next_folder(recipe, data, root)
         try:
-            folder.path.mkdir(parents=True)
+            folder.path.mkdir(
+                parents=True
+            )  # of several processes, one makes it and the others fail
             return folder
         except FileExistsError:
             continue
