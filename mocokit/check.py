@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.batch import look
+from mocokit.data.batch import read_spread
 from mocokit.data.examine import Examined, examine
-from mocokit.data.names import show
 from mocokit.data.open import open_data
 from mocokit.data.source import Source
 from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
+from mocokit.files import show
 from mocokit.run import build, command
 from mocokit.settings import sizes
 from mocokit.views.sheet import contact_sheet
@@ -67,7 +67,7 @@ def check(
         notices = [str(error)]
     for notice in notices:
         console.say(f"note: {notice}", "yellow")
-    canvases, _ = look(splits.train, images, bound)
+    canvases, _ = read_spread(splits.train, images, bound)
     try:
         contact_sheet(specs, list(canvases.values()), list(canvases), asked.seed, path)
     except (OSError, ValueError) as error:
@@ -88,7 +88,7 @@ def _tell_counts(console: Console, split: str, source: Source) -> None:
 
 
 def _quick(console: Console, source: Source) -> None:
-    found, bad = look(source, QUICK, None)
+    found, bad = read_spread(source, QUICK, None)
     if not found:
         raise UserError(f"none of {len(bad)} images looked at can be read: {bad[0]}")
     heights, widths = np.array([canvas.shape[:2] for canvas in found.values()]).T

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mocokit.data.names import show
 from mocokit.data.open import open_data
 from mocokit.data.sources.pack import write_pack
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError
+from mocokit.files import show
 from mocokit.run import command
 from mocokit.views.params import canvas_bound
 from mocokit.weights.encoder import view_spec

@@ -29,6 +29,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home folder and without MOCOKIT_CACHE."""
+    import pwd
+
+    def unknown(user: int) -> pwd.struct_passwd:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    for name in ("HOME", "MOCOKIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real images beside the checkout; tests that need it skip where it is absent."""
@@ -80,5 +93,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Listings of folders go where no user's are; loading processes and commands inherit it."""
+    """Listings of folders go where no user's are; workers and commands inherit it."""
     os.environ["MOCOKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))

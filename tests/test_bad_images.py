@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Flaky(FolderSource):
     """Images of which some cannot be read the first `times` times they are asked for.
 
-    What was asked is counted on disk, so that loading processes count together.
+    What was asked is counted on disk, so that workers count together.
     """
 
     def __init__(self, root: Path, counts: Path, times: dict[int, int]) -> None:

@@ -169,12 +169,6 @@ def test_unused_entries_are_forgotten(folder: Path) -> None:
     assert not old.exists() and len(list(old.parent.iterdir())) == 1
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOCOKIT_CACHE", "/one")
-    assert cache.cache_folder() == Path("/one")
-    monkeypatch.delenv("MOCOKIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
-    assert cache.cache_folder() == Path("/two/mocokit")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/x")
-    assert cache.cache_folder().is_relative_to("/home/x")
+def test_without_a_home_images_are_listed_each_time(folder: Path, homeless: None) -> None:
+    """As in containers whose user is a bare number: it costs time, not the run."""
+    assert len(open_data(folder).train) == len(open_data(folder).train) > 0

@@ -204,7 +204,7 @@ def test_nothing_is_left_in_shared_memory_nor_running(photos, tmp_path, number):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     pids = family(process.pid)
-    assert len(pids) >= 4  # itself, the server, two loading processes
+    assert len(pids) >= 4  # itself, the server, two workers
     if number == signal.SIGINT:
         os.killpg(process.pid, number)
     else:

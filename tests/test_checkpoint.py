@@ -71,7 +71,7 @@ def test_a_flipped_bit_is_found_named_and_the_one_before_is_used(tmp_path):
     with pytest.raises(UserError, match="step-00000002.pt is damaged: .* checksum"):
         checkpoint.load(path)
     told = []
-    assert checkpoint.load_newest(folder, tell=told.append)["step"] == 1
+    assert checkpoint.load_newest(folder, log=told.append)["step"] == 1
     assert len(told) == 1 and "step-00000002.pt" in told[0] and "checkpoint before" in told[0]
 
 

@@ -1,8 +1,11 @@
 """The command line: its flags, its sentences, its exit codes."""
 
 import json
+import platform
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from PIL import Image
@@ -12,7 +15,7 @@ from mocokit import cli
 FLAGS = {
     "--processes", "--nodes", "--rdzv", "--restarts", "--deterministic",
     "--out", "--epochs", "--batch-size", "--device", "--seed", "--set", "--resume", "--show",
-    "--show-all", "--help",
+    "--show-all", "--help", "--allow-import",
 }  # fmt: skip
 
 
@@ -40,7 +43,15 @@ def test_the_flags_are_pinned(mocokit):
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["pretrain", "--help"], ["recipes"], ["recipes", "mocov2_cifar10"]]
+    "words",
+    [
+        *(
+            [*verb, "--help"]
+            for verb in ([], ["pretrain"], ["evaluate", "knn"], ["evaluate", "voc"])
+        ),
+        ["recipes"],
+        ["recipes", "mocov2_cifar10"],
+    ],
 )
 def test_help_and_recipes_load_no_torch(words):
     script = (
@@ -53,6 +64,20 @@ def test_help_and_recipes_load_no_torch(words):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_version_says_what_a_bug_report_needs(mocokit):
+    code, out, err = mocokit("--version")
+    first, python, packages, device, cpu, *gpus = out.splitlines()
+    assert (code, err) == (0, "") and first == f"mocokit {version('mocokit')}"
+    assert platform.python_version() in python
+    for name in ("torch", "torchvision", "timm"):
+        assert f"{name} {version(name)}" in packages
+    assert re.fullmatch(
+        r"device: (cpu|cuda(:0)?|mps), precision (float32|bfloat16|float16)", device
+    )
+    assert re.fullmatch(r"CPU: .+, [1-9]\d* usable cores, \d+\.\d GiB memory", cpu)
+    assert gpus and all(re.fullmatch(r"GPU: (none|\d+ x .+, .+ GiB)", line) for line in gpus)
 
 
 def test_python_dash_m_is_the_same():

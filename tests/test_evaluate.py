@@ -226,7 +226,9 @@ def test_timm_without_a_connection_says_so(monkeypatch):
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="cannot fetch the weights of resnet18 .*random:resnet18"):
+    with pytest.raises(
+        UserError, match="cannot download the weights of resnet18 .*random:resnet18"
+    ):
         open_model("resnet18", CPU)
 
 

@@ -1,10 +1,25 @@
-"""Memory that is freed and taken again costs nothing."""
+"""Files are written whole or not at all; locks; the cache folder; memory that is kept."""
 
+import os
 import platform
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from mocokit import files, recipes
+from mocokit.data.index import text_array, write_arrays
+from mocokit.engine import checkpoint
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Metrics
+from mocokit.errors import UserError
+from mocokit.files import cache_folder, locked, partial_of, printable, whole, write_text
+from mocokit.nets.backbones import build_backbone
+from mocokit.weights.write import write_backbone
 
 SCRIPT = """
 import resource, torch
@@ -28,3 +43,135 @@ def test_pages_are_taken_once():
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 200
+
+
+def write_npz(path):
+    write_arrays(path, {"a": text_array("x")}, compressed=True)
+
+
+def save_checkpoint(path):
+    checkpoint.save(path.parent, 1, {"x": torch.ones(2)}).rename(path)
+
+
+WRITERS = {
+    "text": lambda path: write_text(path, "x"),
+    "npz": write_npz,
+    "checkpoint": save_checkpoint,
+    "backbone": lambda path: write_backbone(path, build_backbone("resnet_tiny"), recipes.demo()),
+    "metrics": lambda path: Metrics(path).close(),
+    "config": lambda path: (
+        RunFolder(path.parent / "run").create(recipes.demo(), {}),
+        (path.parent / "run/config.yaml").rename(path),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_the_mode_follows_the_umask(tmp_path, name, mask):
+    """safetensors' own writer makes files that their owner alone may read."""
+    before = os.umask(mask)
+    try:
+        WRITERS[name](tmp_path / "file")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("sole", [False, True])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, sole, error):
+    path = tmp_path / "file"
+    write_text(path, "old")
+    with pytest.raises(error), whole(path, sole_writer=sole) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"  # until all is there
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_content_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+    calls, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
+    for name in ("npz", "checkpoint"):
+        calls.clear()
+        WRITERS[name](tmp_path / name)
+        assert calls[:2] == ["sync", "replace"], name
+    calls.clear()
+    write_text(tmp_path / "text", "x")
+    assert calls == ["replace"]
+
+
+def test_a_sole_writer_overwrites_what_a_kill_left(tmp_path):
+    path = tmp_path / "file"
+    partial_of(path).write_text("a piece")
+    write_text(path, "x", sole_writer=True)
+    assert path.read_text() == "x" and os.listdir(tmp_path) == ["file"]
+
+
+def test_writers_at_the_same_time_do_not_mix(tmp_path):
+    path, go = tmp_path / "file", threading.Barrier(4)
+    texts = [letter * 300_000 for letter in "abcd"]
+
+    def write(text):
+        go.wait()
+        for _ in range(20):
+            write_text(path, text)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert not path.exists() or path.read_text() in texts
+    for thread in threads:
+        thread.join()
+    assert path.read_text() in texts and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_lock_keeps_others_out_and_ends_with_its_process(tmp_path):
+    path = tmp_path / "lock"
+    script = "import sys, time; from pathlib import Path; from mocokit.files import locked\n"
+    script += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError), locked(path, wait=False):
+            pytest.fail("two have the lock")
+        threading.Timer(0.3, other.kill).start()
+        with locked(path):  # waits for the end of the other
+            assert other.wait() != 0
+    with locked(path, wait=False):
+        pass
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    monkeypatch.setenv("MOCOKIT_CACHE", "/one")
+    assert cache_folder() == Path("/one")
+    monkeypatch.setenv("MOCOKIT_CACHE", "~/own")
+    assert cache_folder() == Path("/home/x/own")
+    monkeypatch.delenv("MOCOKIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
+    assert cache_folder() == Path("/two/mocokit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder().is_relative_to("/home/x") and cache_folder().name == "mocokit"
+
+
+@pytest.mark.parametrize("stated", [None, "~/own"])
+def test_without_a_home_the_cache_is_one_sentence(homeless, monkeypatch, stated):
+    if stated:
+        monkeypatch.setenv("MOCOKIT_CACHE", stated)
+    with pytest.raises(UserError, match="no home folder .*; set MOCOKIT_CACHE to a folder"):
+        cache_folder()
+    monkeypatch.setenv("MOCOKIT_CACHE", "/somewhere")
+    assert cache_folder() == Path("/somewhere")
+
+
+def test_strangers_text_is_one_line_without_control_characters():
+    assert printable("a b ä 狗") == "a b ä 狗"
+    assert printable("x\n\x1b[2J\x9b\udcff\u202e") == "x\\n\\x1b[2J\\x9b\\udcff\\u202e"
+    assert files.show(Path("a\tb")) == "a\\tb"
+    assert all(printable(chr(one)).isprintable() for one in np.r_[:1000, 0xD7F0:0xE010])

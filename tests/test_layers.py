@@ -24,7 +24,8 @@ LAYERS = [
     {"nets"},
     {"recipes"},
     {"settings"},
-    {"chance", "errors", "files", "transfer", "published"},
+    {"chance", "files", "transfer", "published"},
+    {"errors"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 # Below the builders: constructors take plain values.

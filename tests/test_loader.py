@@ -191,7 +191,7 @@ def test_loading_draws_nothing_from_the_process_s_generator(folder: FolderSource
 
 
 def processes() -> list[int]:
-    """The loading processes of this process: descendants that are not its direct children."""
+    """The workers of this process: descendants that are not its direct children."""
     tree: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -275,12 +275,12 @@ def test_after_a_killed_worker_loading_goes_on(
     folder: FolderSource, straight: list[tuple[int, Batch]]
 ) -> None:
     told: list[str] = []
-    stream = iter(loader(folder, workers=2, tell=told.append))
+    stream = iter(loader(folder, workers=2, log=told.append))
     arrived = [next(stream)]
     os.kill(processes()[0], signal.SIGKILL)
     assert_same(straight, arrived + list(stream))
     assert len(told) == 1
-    assert re.fullmatch(r"a loading process ended .*data\.workers, now 2.*started again", told[0])
+    assert re.fullmatch(r"a worker ended .*data\.workers, now 2.*started again", told[0])
     wait_for_none()
 
 
@@ -292,9 +292,9 @@ def test_a_batch_that_ends_its_worker_twice_is_reported(
     """As an image does on which a decoder crashes."""
     deadly = Deadly(folder, straight[3][1].index[0])
     told: list[str] = []
-    made = loader(deadly, workers=workers, tell=told.append)
+    made = loader(deadly, workers=workers, log=told.append)
     arrived: list[tuple[int, Batch]] = []
-    with pytest.raises(MocokitError, match=r"a loading process ended .*data\.workers") as caught:
+    with pytest.raises(MocokitError, match=r"a worker ended .*data\.workers") as caught:
         for item in made:
             arrived.append(item)
     wait_for_none()  # although the traceback still holds everything
@@ -311,7 +311,7 @@ def test_whatever_is_killed_loading_goes_on(victim: str) -> None:
     options: Any = {"batch_size": 4096, "epochs": 2}
     straight = list(loader(source, **options))
     told: list[str] = []
-    stream = iter(loader(source, workers=2, tell=told.append, **options))
+    stream = iter(loader(source, workers=2, log=told.append, **options))
     arrived = [next(stream)]
     end = time.monotonic() + 20
     blocked: list[int] = []
@@ -326,7 +326,7 @@ def test_whatever_is_killed_loading_goes_on(victim: str) -> None:
     assert_same(straight, arrived + list(stream))
     # Without their server the processes live on, and may be done before anybody looks.
     assert len(told) == 1 or (victim == "their server" and not told)
-    assert all(text.startswith("a loading process ended") for text in told)
+    assert all(text.startswith("a worker ended") for text in told)
     wait_for_none()
 
 
@@ -356,7 +356,7 @@ def test_scoring_goes_on_too(
     arrived += list(stream)
     assert_same(list(enumerate(straight)), list(enumerate(arrived)))
     assert len(starts) == 2 and len(caplog.messages) == 1
-    assert caplog.messages[0].endswith("they are started again")
+    assert caplog.messages[0].endswith("all workers are started again")
 
 
 class Plain:

@@ -13,6 +13,7 @@ import mocokit
 from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Console
 from mocokit.errors import UserError
 from mocokit.evaluate import results
 from mocokit.evaluate.session import Options, Session
@@ -59,7 +60,7 @@ def test_mistakes_come_before_weights_are_fetched(fetched, toy_npz, tmp_path):
 
 
 def test_a_missing_connection_is_one_sentence(fetched, toy_npz, caplog):
-    with pytest.raises(UserError, match="cannot fetch the weights of resnet18"):
+    with pytest.raises(UserError, match="cannot download the weights of resnet18"):
         mocokit.evaluate_knn("resnet18", toy_npz)
     assert fetched == ["resnet18"] and caplog.records == []
     assert logging.getLogger("huggingface_hub").level != logging.ERROR
@@ -183,7 +184,9 @@ def test_a_run_that_was_moved_keeps_its_report(toy_npz, tmp_path):
     kept = json.loads((moved / "evaluations.jsonl").read_text())
     assert kept["results"][0]["accuracy"] == round(found.accuracy, 6)
     data.unlink()
-    with pytest.raises(UserError, match=r"trained on are not at .*data\.npz; name them"):
+    with pytest.raises(
+        UserError, match=r"training images are no longer at .*data\.npz; pass their new location"
+    ):
         mocokit.evaluate_knn(moved)
     assert mocokit.evaluate_knn(moved, toy_npz, baseline=False).accuracy == found.accuracy
     assert mocokit.evaluate_knn(moved, toy_npz, baseline=False, layer="head").accuracy > 0.25
@@ -278,3 +281,19 @@ def test_no_test_image_to_score_fine_tuning_on(tmp_path, monkeypatch):
         mocokit.evaluate_finetune(
             "random:resnet_tiny", tmp_path / "pets", size=16, percent=[100], epochs=1
         )
+
+
+def test_without_a_home_one_sentence_names_the_remedy(toy_npz, homeless):
+    with pytest.raises(UserError, match="no home folder .*; set MOCOKIT_CACHE to a folder"):
+        mocokit.evaluate_knn("random:resnet_tiny", toy_npz)
+    found = mocokit.evaluate_knn("random:resnet_tiny", toy_npz, cache=False, size=16)
+    assert found.accuracy > 0
+
+
+def test_names_of_classes_reach_a_terminal_as_text(capsys):
+    """Folders name classes: rich would read [/a] as markup, and a terminal obeys an escape."""
+    names = ["[/a]", "[bold]b", "\x1b]0;title\x07c"]
+    Console().table("classes", ["class", names[0]], [(name, "1") for name in names])
+    shown = capsys.readouterr().err
+    assert "[/a]" in shown and "[bold]b" in shown and "\\x1b]0;title\\x07c" in shown
+    assert "\x1b]" not in shown and "\x07" not in shown

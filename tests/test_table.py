@@ -16,7 +16,7 @@ from mocokit.errors import MocokitError, UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.pack import pack
 from mocokit.protocols import table as table_
-from mocokit.protocols.table import CENTRE, Transform, cache_folder, features_of, key_of, prune
+from mocokit.protocols.table import CENTRE, Transform, features_of, key_of, prune
 from mocokit.views.params import ViewSpec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
@@ -167,13 +167,6 @@ def test_the_oldest_tables_go_first(tmp_path):
         os.utime(path, (number, number))
     prune(tmp_path, tmp_path / "0.npy", limit_gib=2.5 / 1024)
     assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["0.npy", "3.npy"]
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path / "features"
-    monkeypatch.delenv("MOCOKIT_CACHE")
-    assert cache_folder().parts[-2:] == ("mocokit", "features")
 
 
 def photo(path, level):

@@ -25,9 +25,27 @@ app = typer.Typer(
 app.add_typer(evaluate.app, name="evaluate")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from mocokit.cli.version import report
+
+        typer.echo(report())
+        raise typer.Exit
+
+
 @app.callback()
-def callback() -> None:
-    """Keeps `pretrain` a verb of its own."""
+def callback(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,  # before typer complains that there is no command
+            callback=_print_version,
+            help="print the versions and the hardware, as a bug report needs them",
+        ),
+    ] = False,
+) -> None:
+    """Options of `mocokit` itself. Without this function, a single verb would need no name."""
 
 
 @app.command()
@@ -38,12 +56,12 @@ def pretrain(
     ] = None,
     data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
     out: Annotated[
-        str | None, typer.Option(help="run folder; an unfinished run there is gone on with")
+        str | None, typer.Option(help="run folder; an unfinished run in it is resumed")
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="passes over the images")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step, over all GPUs")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = None,
-    seed: Annotated[int | None, typer.Option(help="all chance follows from it")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
@@ -52,7 +70,8 @@ def pretrain(
         typer.Option(metavar="MODULE", help="let a method of this module be imported; repeatable"),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the newest unfinished such run in runs/")
+        bool,
+        typer.Option("--resume", help="resume the newest unfinished run like this one in runs/"),
     ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
@@ -62,7 +81,11 @@ def pretrain(
         str | None, typer.Option(metavar="HOST:PORT", help="where several machines meet")
     ] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="go on so often from the last checkpoint after a failure")
+        int,
+        typer.Option(
+            min=0,
+            help="after a failure, restart from the last checkpoint up to this many times",
+        ),
     ] = 0,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="bit for bit on CUDA too, and slower")
@@ -151,7 +174,7 @@ def pack_data(
     command.asked(recipe, data, changes)
     from mocokit.pack import pack
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # it has something to say at its end
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `pack` prints how to resume
     pack(data, file, recipe, raw, changes)
 
 
@@ -162,12 +185,12 @@ def write_slurm(
     ] = None,
     data: Annotated[str | None, typer.Argument(help="a folder of images, or a .npz")] = None,
     out: Annotated[
-        str | None, typer.Option(help="run folder; must be named, as it is gone on with")
+        str | None, typer.Option(help="run folder; required, because the job resumes it")
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine")] = 8,
     cpus: Annotated[int, typer.Option(min=1, help="processors for each GPU")] = 8,
-    time: Annotated[str, typer.Option(help="limit of a job, after which it goes on")] = "24:00:00",
+    time: Annotated[str, typer.Option(help="time limit of a job, which then resumes")] = "24:00:00",
     sbatch: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="of sbatch, as partition=gpu; repeatable"),
@@ -175,17 +198,17 @@ def write_slurm(
     file: Annotated[str, typer.Option(help="where to write the batch file")] = "mocokit.sbatch",
     epochs: Annotated[int | None, typer.Option(help="passes over the images")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step, over all GPUs")] = None,
-    seed: Annotated[int | None, typer.Option(help="all chance follows from it")] = None,
+    seed: Annotated[int | None, typer.Option(help="random seed")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
 ) -> None:
-    """Write a batch file for SLURM that trains, saves before its limit, and goes on by itself."""
+    """Write a batch file for SLURM that trains, saves before its limit, and resumes by itself."""
     changes = settings_.parse_assignments(assignments or [])
     flags = {"train.epochs": epochs, "train.batch_size": batch_size, "seed": seed}
     asked, _ = command.asked(recipe, data, command.merge(flags, changes))
     if out is None:
-        raise UserError("name the run folder with --out: a job that goes on must find it again")
+        raise UserError("name the run folder with --out: a job that resumes must find it again")
     shares = sizes.count_shares(asked, asked.train.batch_size)
     if nodes * gpus > shares:
         raise UserError(
@@ -228,7 +251,7 @@ def list_recipes(
 
 
 def main() -> None:
-    """Run a verb and exit: 0 done, 1 our fault, 2 the user's, 75 or 130 stopped and saved."""
+    """Run a verb and exit: 0 done, 1 our error, 2 the user's mistake, 75 or 130 stopped, saved."""
     # Until a run takes over signals, Ctrl-C ends everything at once: an import cannot be unwound.
     before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:

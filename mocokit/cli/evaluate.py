@@ -1,8 +1,26 @@
 """`mocokit evaluate ...`: one verb for each way to judge a network."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
+
+from mocokit.detection.protocol import BATCH_SIZE, STEPS
+from mocokit.protocols.defaults import (
+    DetectorPrecision,
+    FineTune,
+    Knn,
+    Layer,
+    Linear,
+    LinearProtocol,
+    Precision,
+    Shared,
+    Split,
+    TrainViews,
+    Voc,
+)
+
+# Lists, because these options are repeatable.
+NEIGHBOURS, TEMPERATURES, PERCENT = [*Knn.k], [*Knn.temperature], [*FineTune.percent]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,59 +35,56 @@ Run = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None, typer.Argument(help="labelled images; nothing: those the run was trained on")
+    str | None, typer.Argument(help="labelled images; default: the run's training images")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
-Precision = Annotated[
-    Literal["float32", "bfloat16", "float16"], typer.Option(help="of the frozen network")
-]
+NetworkPrecision = Annotated[Precision, typer.Option(help="precision of the frozen network")]
 Size = Annotated[
     int | None,
-    typer.Option(help="side of the evaluation view; nothing: as the network was trained"),
+    typer.Option(help="side of the evaluation views; default: as in training"),
 ]
-Seed = Annotated[int, typer.Option(help="of splits, crops and first weights")]
+Seed = Annotated[int, typer.Option(help="random seed of splits, crops and random weights")]
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help="score random weights beside it")
 ]
 Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep features in $MOCOKIT_CACHE")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="print each class's accuracy")]
 Confusion = Annotated[
-    bool, typer.Option("--confusion", help="print and write who is taken for whom")
+    bool,
+    typer.Option("--confusion", help="print the confusion matrix and include it in --json"),
 ]
 Json = Annotated[str | None, typer.Option("--json", help="also write the result to this file")]
-Head = Annotated[
-    Literal["backbone", "head"], typer.Option("--layer", help="whose output the features are")
-]
+Output = Annotated[Layer, typer.Option("--layer", help="the output that is scored")]
 
 
 @app.command()
 def knn(
     run: Run,
     data: Data = None,
-    k: Annotated[list[int] | None, typer.Option("-k", "--k", help="neighbours; repeatable")] = None,
+    k: Annotated[list[int], typer.Option("-k", "--k", help="neighbours; repeatable")] = NEIGHBOURS,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="exp(cosine / temperature) is a vote; repeatable")
-    ] = None,
-    layer: Head = "backbone",
-    size: Size = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    seed: Seed = 0,
-    baseline: Baseline = True,
-    cache: Cache = True,
-    per_class: PerClass = False,
-    confusion: Confusion = False,
+        list[float], typer.Option(help="a vote weighs exp(cosine / temperature); repeatable")
+    ] = TEMPERATURES,
+    layer: Output = Shared.layer,
+    size: Size = Shared.size,
+    device: Device = Shared.device,
+    precision: NetworkPrecision = Shared.precision,
+    seed: Seed = Shared.seed,
+    baseline: Baseline = Shared.baseline,
+    cache: Cache = Shared.cache,
+    per_class: PerClass = Shared.per_class,
+    confusion: Confusion = Shared.confusion,
     json: Json = None,
 ) -> None:
-    """The weighted vote of the nearest training images (default: k 200, temperature 0.1).
+    """The weighted vote of the nearest training images.
 
-    Without validation images each image is left out of its own vote.
+    Without validation images, each image is left out of its own vote.
     """
     from mocokit.evaluate.api import evaluate_knn
 
     options: dict[str, Any] = {"layer": layer, "cache": cache}
     options |= _shared(size, device, precision, seed, baseline, per_class, confusion, json)
-    evaluate_knn(run, data, k=k or (200,), temperature=temperature or (0.1,), **options)
+    evaluate_knn(run, data, k=k, temperature=temperature, **options)
 
 
 @app.command()
@@ -77,24 +92,26 @@ def linear(
     run: Run,
     data: Data = None,
     protocol: Annotated[
-        Literal["paper", "quick"],
-        typer.Option(help="paper: MoCo's, 100 epochs of crops; quick: a minute on cached features"),
-    ] = "paper",
+        LinearProtocol,
+        typer.Option(help="paper: MoCo's, on random crops; quick: a minute on cached features"),
+    ] = Linear.protocol,
     train_views: Annotated[
-        Literal["crops", "centre"],
-        typer.Option(help="quick: trained on a random crop, or on the view of the test"),
-    ] = "crops",
-    epochs: Annotated[int, typer.Option(help="paper: passes over the training images")] = 100,
-    lr: Annotated[float, typer.Option(help="paper: first learning rate")] = 30.0,
-    layer: Head = "backbone",
-    size: Size = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    seed: Seed = 0,
-    baseline: Baseline = True,
-    cache: Cache = True,
-    per_class: PerClass = False,
-    confusion: Confusion = False,
+        TrainViews,
+        typer.Option(help="quick: train on a random crop, or on the view of the test"),
+    ] = Linear.train_views,
+    epochs: Annotated[
+        int, typer.Option(help="paper: passes over the training images")
+    ] = Linear.epochs,
+    lr: Annotated[float, typer.Option(help="paper: initial learning rate")] = Linear.lr,
+    layer: Output = Shared.layer,
+    size: Size = Shared.size,
+    device: Device = Shared.device,
+    precision: NetworkPrecision = Shared.precision,
+    seed: Seed = Shared.seed,
+    baseline: Baseline = Shared.baseline,
+    cache: Cache = Shared.cache,
+    per_class: PerClass = Shared.per_class,
+    confusion: Confusion = Shared.confusion,
     json: Json = None,
 ) -> None:
     """A linear classifier on frozen features."""
@@ -110,21 +127,21 @@ def linear(
 def finetune(
     run: Run,
     data: Data = None,
-    percent: Annotated[
-        list[float] | None, typer.Option(help="of the labels; repeatable (default: 1, 10, 100)")
-    ] = None,
-    epochs: Annotated[int, typer.Option(help="passes over the labelled images, at least")] = 30,
-    lr: Annotated[float, typer.Option(help="first learning rate")] = 0.05,
+    percent: Annotated[list[float], typer.Option(help="share of the labels; repeatable")] = PERCENT,
+    epochs: Annotated[
+        int, typer.Option(help="passes over the labelled images, at least")
+    ] = FineTune.epochs,
+    lr: Annotated[float, typer.Option(help="initial learning rate")] = FineTune.lr,
     layer_decay: Annotated[
         float, typer.Option(help="each layer's learning rate over that of the layer above it")
-    ] = 1.0,
-    size: Size = None,
-    device: Device = "auto",
-    precision: Precision = "float32",
-    seed: Seed = 0,
-    baseline: Baseline = True,
-    per_class: PerClass = False,
-    confusion: Confusion = False,
+    ] = FineTune.layer_decay,
+    size: Size = Shared.size,
+    device: Device = Shared.device,
+    precision: NetworkPrecision = Shared.precision,
+    seed: Seed = Shared.seed,
+    baseline: Baseline = Shared.baseline,
+    per_class: PerClass = Shared.per_class,
+    confusion: Confusion = Shared.confusion,
     json: Json = None,
 ) -> None:
     """Train all layers on a share of the labels, beside the same from random weights."""
@@ -132,7 +149,7 @@ def finetune(
 
     options = _shared(size, device, precision, seed, baseline, per_class, confusion, json)
     evaluate_finetune(
-        run, data, percent=percent or (1, 10, 100), epochs=epochs, lr=lr, layer_decay=layer_decay,
+        run, data, percent=percent, epochs=epochs, lr=lr, layer_decay=layer_decay,
         **options,
     )  # fmt: skip
 
@@ -143,36 +160,43 @@ def voc(
     data: Annotated[
         str, typer.Argument(help="VOCdevkit/, a folder of VOC's layout, or one of COCO's")
     ],
-    split: Annotated[Literal["07+12", "07"], typer.Option(help="of VOCdevkit")] = "07+12",
-    trials: Annotated[int, typer.Option(help="how many, with seeds one after another")] = 5,
-    seed: Annotated[int, typer.Option(help="of the first trial")] = 0,
+    split: Annotated[Split, typer.Option(help="training images of VOCdevkit")] = Voc.split,
+    trials: Annotated[int, typer.Option(help="number of trials; seeds count up")] = Voc.trials,
+    seed: Annotated[int, typer.Option(help="random seed of the first trial")] = Shared.seed,
     steps: Annotated[
-        int | None, typer.Option(help="training steps (default: 24,000, or 9,000 for 07)")
+        int | None,
+        typer.Option(help=f"steps; default: {STEPS['07+12']:,}, or {STEPS['07']:,} for 07"),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="images per step (default: 16); fewer take a lower lr and more steps"),
+        typer.Option(
+            help=f"batch size; default: {BATCH_SIZE}; a smaller one lowers lr, adds steps"
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A=VALUE", help="any value; repeatable")
     ] = None,
-    classes: Annotated[str | None, typer.Option(help="A,B,C; nothing: all that are found")] = None,
-    every: Annotated[int, typer.Option(help="test every so many steps too")] = 0,
+    classes: Annotated[str | None, typer.Option(help="A,B,C; default: all in the data")] = None,
+    every: Annotated[
+        int, typer.Option(help="also test every so many steps; 0: only at the end")
+    ] = Voc.every,
     out: Annotated[
-        str | None, typer.Option(help="folder; nothing: one in RUN, or in runs/")
+        str | None, typer.Option(help="folder; default: one in RUN, or in runs/")
     ] = None,
-    device: Device = "auto",
+    device: Device = Shared.device,
     precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], typer.Option(help="of the network")
-    ] = "auto",
-    pictures: Annotated[int, typer.Option(help="test images to draw with what was found")] = 6,
+        DetectorPrecision, typer.Option(help="precision of the network")
+    ] = Voc.precision,
+    pictures: Annotated[
+        int, typer.Option(help="test images to draw with the detections")
+    ] = Voc.pictures,
     json: Json = None,
     iterations: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --steps
     ims_per_step: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --batch-size
 ) -> None:
     """Fine-tune a Faster R-CNN C4 as the MoCo papers do, and measure AP. Takes a GPU.
 
-    The same command goes on with what was stopped.
+    The same command resumes an interrupted evaluation.
     """
     from mocokit.settings import parse_assignments
 

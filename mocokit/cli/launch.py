@@ -1,6 +1,6 @@
-"""One process for each GPU: starts torch.distributed.run, and passes on how they ended.
+"""One process for each GPU: starts torch.distributed.run, and reports how the processes ended.
 
-Started processes leave a report of a known error instead of printing it, so that it is told once.
+Started processes write a known error to a file instead of printing it, so that it is printed once.
 """
 
 import json
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mocokit.errors import Interrupted, MocokitError, UserError
+from mocokit.files import write_text
 
 REPORTS = "MOCOKIT_REPORTS"  # the environment's name for the folder of reports
 STOPS = (75, 130)
-PATIENCE = 50  # seconds for processes that are told to end; then they are killed
+PATIENCE = 50  # seconds for processes to end after SIGTERM; then they are killed
 
 
 def count_processes(device: str, processes: int | None, nodes: int) -> int | None:
@@ -62,7 +63,7 @@ def launch(
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, default_threads() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
-    # What SIGUSR1 asks of a run, SIGTERM asks too; the starter knows the latter.
+    # A run stops for either signal, but torch's launcher passes on SIGTERM only.
     signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="mocokit-") as folder:
         os.environ[REPORTS] = folder
@@ -79,17 +80,16 @@ def launch(
 
 
 def report(error: MocokitError) -> bool:
-    """Leave a report of this process's error, if one is wanted and can be written."""
+    """Report this process's error to the launcher; false without one, or if that fails."""
     folder = os.environ.get(REPORTS)
     if folder is None:
         return False
     rank, attempt = (int(os.environ.get(n, "0")) for n in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
-    told: dict[str, Any] = {"rank": rank, "attempt": attempt, "time": time.time()}
-    told |= {"code": error.exit_code, "text": str(error)}
+    content: dict[str, Any] = {"rank": rank, "attempt": attempt, "time": time.time()}
+    content |= {"code": error.exit_code, "text": str(error)}
     path = Path(folder) / f"{attempt}-{rank}.json"
     try:
-        path.with_suffix(".partial").write_text(json.dumps(told), encoding="utf-8")
-        path.with_suffix(".partial").replace(path)
+        write_text(path, json.dumps(content))
     except OSError:
         return False
     return True
@@ -98,48 +98,48 @@ def report(error: MocokitError) -> bool:
 def read_reports(folder: Path) -> list[dict[str, Any]]:
     """The reports of the latest attempt that left any, by time."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    latest = max((told["attempt"] for told in found), default=0)
-    found = [told for told in found if told["attempt"] == latest]
-    return sorted(found, key=lambda told: told["time"])
+    latest = max((one["attempt"] for one in found), default=0)
+    found = [one for one in found if one["attempt"] == latest]
+    return sorted(found, key=lambda one: one["time"])
 
 
 def end_again() -> None:
-    """In a restarted process: raise what a new start cannot help, a mistake or a stop."""
+    """In a restarted process, raise an error that a new start cannot cure: a mistake or a stop."""
     if REPORTS in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        for told in read_reports(Path(os.environ[REPORTS])):
-            if told["code"] != MocokitError.exit_code:
-                raise _error(told["code"], told["text"])
+        for one in read_reports(Path(os.environ[REPORTS])):
+            if one["code"] != MocokitError.exit_code:
+                raise _error(one["code"], one["text"])
 
 
 def ended(reports: Sequence[Mapping[str, Any]], codes: Mapping[int, int]) -> MocokitError:
-    """What to say of processes that did not all finish.
+    """The error of processes that did not all finish.
 
-    By their reports, and the exit codes of those that failed, by rank: none if it was the starter
-    that was signalled. Processes that were told to end for another's failure may say that they
-    stopped: that counts only where all who failed say so.
+    `codes` are the exit codes of the failed ones by rank; none if the launcher got the signal.
+    A process that torch ends because another one failed may report a stop. A stop counts only if
+    all failed processes report one.
     """
-    stops = [told for told in reports if told["code"] in STOPS]
-    mistakes = [told for told in reports if told["code"] not in STOPS]
+    stops = [one for one in reports if one["code"] in STOPS]
+    mistakes = [one for one in reports if one["code"] not in STOPS]
     if stops and not mistakes and all(code in STOPS for code in codes.values()):
         return _error(stops[0]["code"], stops[0]["text"])
     if mistakes:
         first = mistakes[0]
-        alone = len(codes) > 1 and any(told["text"] != first["text"] for told in reports)
+        alone = len(codes) > 1 and any(one["text"] != first["text"] for one in reports)
         alone = alone or len(codes) > len(reports)
         who = f"process {first['rank']}: " if alone else ""
         return _error(first["code"], f"{who}{first['text']}")
-    going_on = "go on from the last checkpoint with the same command and --out RUN_FOLDER"
+    remedy = "resume from the last checkpoint with the same command and --out RUN_FOLDER"
     ends = [_end(rank, code) for rank, code in sorted(codes.items()) if code not in STOPS]
     killed = [end for end in ends if "was ended by" in end]
     if ends:
-        return MocokitError(f"{'; '.join(killed or ends)}; {going_on}")
-    return MocokitError(f"stopped before the processes had saved; {going_on}")
+        return MocokitError(f"{'; '.join(killed or ends)}; {remedy}")
+    return MocokitError(f"stopped before the processes had saved; {remedy}")
 
 
 def _end(rank: int, code: int) -> str:
-    if code >= 0 or -code == signal.SIGTERM:  # told to end for another's failure
-        return f"process {rank} failed, as told above"
-    why = " (out of memory, or somebody's kill)" if -code == signal.SIGKILL else ""
+    if code >= 0 or -code == signal.SIGTERM:  # ended because another failed
+        return f"process {rank} failed; its error is above"
+    why = " (out of memory, or killed by a user)" if -code == signal.SIGKILL else ""
     return f"process {rank} was ended by {signal.Signals(-code).name}{why}"
 
 

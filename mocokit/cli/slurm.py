@@ -1,4 +1,4 @@
-"""A batch file for SLURM that trains, and goes on where a time limit or another job cut it off."""
+"""A batch file for SLURM that trains, and resumes after a time limit or a preemption."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mocokit.errors import UserError
 
-# TERM comes this long before the limit: what a run needs to save.
+# SIGTERM comes this long before the limit, so that the run can save.
 WARNING = 120  # seconds
 
 SCRIPT = """\
@@ -24,14 +24,14 @@ SCRIPT = """\
 # After a failed node or a preemption SLURM starts the job again by itself.
 #SBATCH --requeue
 {extra}
-# The signal above reaches the run alone; one that comes here too is scancel's or a preemption's.
+# The signal above reaches only the run. A signal to this script is scancel's or a preemption's.
 trap 'cancelled=yes' TERM
 
 # One process for each GPU; a minute after the first has ended, the others are ended too.
 srun --cpus-per-task={cpus} --kill-on-bad-exit=0 --wait=60 {command}
 code=$?
 
-# A time limit is no reason for --requeue, so the job asks for it.
+# --requeue does not cover a time limit, so the job requeues itself.
 if [ "$code" -eq 75 ] && [ -z "$cancelled" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,4 +1,4 @@
-"""Several images on their way to the device, never padded."""
+"""A batch: several images of different sizes, one after another, without padding."""
 
 import shutil
 import sys
@@ -16,7 +16,7 @@ from mocokit.data.sources.unread import Unread
 from mocokit.errors import UserError
 
 _SHARED_MEMORY = "/dev/shm"
-_TRIES = 100  # images looked at before giving up on one place in a batch
+_TRIES = 100  # images tried for one place in a batch before giving up
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     bad: number, name and reason of every image that could not be read
     """
 
-    # Hides tuple.index, which nobody needs here.
+    # Hides tuple.index, which is not needed here.
     index: NDArray[np.int64]  # type: ignore[assignment]
     pixels: torch.Tensor
     heights: NDArray[np.int64]
@@ -40,10 +40,13 @@ class Batch(NamedTuple):
         return self._replace(pixels=self.pixels.pin_memory())
 
 
-def look(
+def read_spread(
     source: Source, count: int, bound: int | None
 ) -> tuple[dict[int, NDArray[np.uint8]], list[str]]:
-    """{number: pixels} of `count` images spread over a source, and those that cannot be read."""
+    """Read `count` images spread evenly over a source.
+
+    {number: pixels} of those that can be read, and a line with the reason for each other one.
+    """
     found, bad = {}, []
     for number in np.unique(np.linspace(0, len(source) - 1, count).astype(int)).tolist():
         try:
@@ -60,10 +63,10 @@ def read_batch(
     other: Callable[[int, int], int] | None = None,
     avoid: frozenset[int] = frozenset(),
 ) -> Batch:
-    """These images in this order; each that cannot be read is named in `bad`.
+    """These images in this order; `bad` names each that cannot be read.
 
-    `other(index, attempt)` names one to take its place; without it the place is left out. Images to
-    avoid are replaced without a word.
+    `other(index, attempt)` gives the number of a substitute; without it the place is left out.
+    Images in `avoid` are replaced without being read or named.
     """
     indices = np.asarray(indices, np.int64)
     if isinstance(source, ArraySource):
@@ -71,7 +74,7 @@ def read_batch(
         heights, widths = (np.full(len(indices), images.shape[axis], np.int64) for axis in (1, 2))
         return Batch(indices, torch.from_numpy(images.reshape(-1)), heights, widths)
     if isinstance(source, Unread) and not (source.bad or avoid):
-        # Nothing to read and nothing to replace: a GPU that trains in 10 ms would wait for a loop.
+        # A short cut: at 10 ms a step, a GPU would wait for the loop below.
         empty = torch.empty(0, dtype=torch.uint8)
         return Batch(indices, empty, source.heights[indices], source.widths[indices])
     read: list[tuple[int, NDArray[np.uint8]]] = []
@@ -109,11 +112,11 @@ def _join(
 
 
 def _room(size: int) -> torch.Tensor:
-    """Where a batch's pixels go: in a loading process, where the training process finds them."""
+    """Memory for a batch's pixels: in a worker, shared with the training process if it fits."""
     worker = torch.utils.data.get_worker_info()
     if worker is None or not size or 2 * worker.num_workers * size >= free_shared_memory():
         return torch.empty(size, dtype=torch.uint8)
-    # As torch's own collation does, for want of a public way: moved there later, all is copied.
+    # Private, as in torch's own collation: pixels moved to shared memory later would be copied.
     storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 
@@ -123,7 +126,7 @@ def free_shared_memory() -> int:
     try:
         return shutil.disk_usage(_SHARED_MEMORY).free
     except OSError:
-        return sys.maxsize  # not Linux: shared memory is no file system there
+        return sys.maxsize  # not Linux: shared memory is no file system, so its size is unknown
 
 
 def _hopeless(source: Source, last: tuple[int, str, str]) -> UserError:

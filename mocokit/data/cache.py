@@ -1,18 +1,17 @@
 """Listings kept in the user's cache folder: a million images are listed once, then loaded.
 
-A listing stands while all that it depended on looks as it did: each directory's time of change and
-number of entries, each archive's time and size. Two runs may read and write at once, since a file
-appears whole or not at all.
+A listing is valid while all that it depends on is unchanged: each directory's time of change and
+number of entries, each archive's time and size. Two runs may read and write at the same time,
+because a file appears whole or not at all.
 """
 
 import hashlib
 import json
 import os
 import stat
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,9 @@ from mocokit.data.index import (
     to_arrays,
     write_arrays,
 )
-from mocokit.data.names import Names, show
+from mocokit.data.names import Names
+from mocokit.errors import UserError
+from mocokit.files import cache_folder, show
 
 _FORMAT = 1
 _SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
@@ -43,7 +44,7 @@ class Part(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The images to train on, those to validate on if there are any, and what to tell of them."""
+    """The images to train on, those to validate on if there are any, and notes for the user."""
 
     train: Part
     validation: Part | None = None
@@ -51,7 +52,7 @@ class Listing(NamedTuple):
 
 
 class Watch:
-    """All that a listing depends on, as it was before it was looked at.
+    """All that a listing depends on, noted before it is read.
 
     `closed` has the folders that this user may not list, each with the system's reason.
     """
@@ -69,13 +70,13 @@ class Watch:
 
     @property
     def settled(self) -> bool:
-        """Whether it would be seen if anything of it changed; rights change without a mark."""
+        """Whether any later change would be noticed. A change of access rights would not."""
         old = all(changed < self.started - _SETTLED for changed, _ in self.marks)
         return old and not self.closed
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to tell of folders that are closed."""
+        """A sentence about the folders in `closed`, if there are any."""
         if not self.closed:
             return ()
         names = sorted(self.closed)
@@ -85,47 +86,21 @@ class Watch:
         return (f"left out, for they cannot be listed ({why}): {shown}{more}",)
 
 
-def listed(key: str, look: Callable[[Watch], Listing]) -> Listing:
-    """What `look` finds, or found when nothing was different."""
+def listed(key: str, scan: Callable[[Watch], Listing]) -> Listing:
+    """The result of `scan`, from the cache if nothing has changed since."""
     name = hashlib.blake2b(os.fsencode(key), digest_size=16).hexdigest()
-    path = cache_folder() / "listings" / f"{name}.npz"
+    try:
+        path = cache_folder() / "listings" / f"{name}.npz"
+    except UserError:  # no home: that costs time, not the run
+        return scan(Watch())
     if (known := _recall(path, key)) is not None:
         return known
     watch = Watch()
-    found = look(watch)
+    found = scan(watch)
     if watch.settled:
         with suppress(OSError):  # a full or read-only home costs time, not the run
             _remember(path, key, found, watch)
     return found
-
-
-def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again; MOCOKIT_CACHE comes first."""
-    if own := os.environ.get("MOCOKIT_CACHE"):
-        return Path(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "mocokit"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mocokit" / "cache"
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without a home, as in some containers
-        home = Path("/nonexistent")
-    caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
-    return home / caches / "mocokit"
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """One process makes what is to be at a path, the others wait for it."""
-    with open(path.with_name(f".{path.name}.lock"), "w", encoding="utf-8") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:  # not on Windows, where the lock is left out
-            pass
-        yield
 
 
 def _recall(path: Path, key: str) -> Listing | None:
@@ -170,7 +145,7 @@ def _remember(path: Path, key: str, found: Listing, watch: Watch) -> None:
 
 
 def forget_unused(folder: Path, pattern: str) -> None:
-    """Delete what was not used for 100 days; use sets a file's time of access."""
+    """Delete files that were not used for 100 days; use sets a file's time of access."""
     for other in folder.glob(pattern):
         with suppress(OSError):
             status = other.stat()

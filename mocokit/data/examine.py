@@ -1,4 +1,4 @@
-"""A look at every image: what it is, whether it can be read, and which others are the same."""
+"""Every image is read: its format and size, whether it can be decoded, and which are equal."""
 
 import hashlib
 from collections import Counter
@@ -58,7 +58,7 @@ class Examined(NamedTuple):
 
 
 def examine(source: Source, bound: int, threads: int, advance: Callable[[int], None]) -> Examined:
-    """Read every image as training does; `advance(n)` is told of images done."""
+    """Read every image as training does; `advance(n)` counts the images that are done."""
     kinds: Counter[str] = Counter()
     sizes: list[tuple[int, int]] = []
     bad: list[str] = []

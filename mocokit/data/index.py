@@ -1,11 +1,10 @@
-"""What is known of a source without its pixels: kept by a run, and in the user's cache."""
+"""A source without its pixels, as kept in a run folder and in the user's cache."""
 
 import contextlib
 import hashlib
 import json
 import os
 import struct
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.names import Names, show
+from mocokit.data.names import Names
 from mocokit.errors import UserError
+from mocokit.files import show, whole
 
 Arrays = dict[str, NDArray[Any]]
 DAMAGE = (
@@ -26,7 +26,7 @@ DAMAGE = (
 
 
 class Index(NamedTuple):
-    """A source without its pixels; of arrays only what tells them from others.
+    """A source without its pixels; of arrays only what distinguishes them from others.
 
     `extra` holds what one kind of source needs to find its images, and the others do not.
     """
@@ -46,14 +46,14 @@ def stamp_of(fingerprint: str, paths: Iterable[bytes | Path]) -> str:
     digest = hashlib.blake2b(fingerprint.encode(), digest_size=16)
     for path in paths:
         digest.update(os.path.abspath(os.fsencode(path)) + b"\0")
-        with contextlib.suppress(OSError, ValueError):  # it is gone: told where it is read
+        with contextlib.suppress(OSError, ValueError):  # a missing file is reported when it is read
             status = os.stat(path)
             digest.update(f"{status.st_size} {status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
 
 
 def save_index(index: Index, path: str | Path) -> None:
-    """Write images.idx, which tells a run's images from others and numbers them for good."""
+    """Write images.idx, which identifies a run's images and fixes their numbers."""
     write_arrays(Path(path), to_arrays(index._replace(extra={})), compressed=True)
 
 
@@ -105,15 +105,6 @@ def read_arrays(path: str | Path) -> Arrays:
 
 def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:
     """Write an .npz, all of it or nothing; of two writers at once, one wins."""
-    writer = f"{os.getpid()}-{threading.get_ident()}"
-    part = target.with_name(f"{target.name}.{writer}.part")
     save = np.savez_compressed if compressed else np.savez
-    try:
-        with part.open("wb") as file:
-            save(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
+    with whole(target, sync=True) as file:
+        save(file, allow_pickle=False, **arrays)

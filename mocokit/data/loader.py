@@ -11,7 +11,7 @@ from mocokit.data.batch import Batch, read_batch
 from mocokit.data.source import Source
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.data.sources.unread import Unread
-from mocokit.data.workers import log, prepare_workers, read_in_workers
+from mocokit.data.workers import logger, prepare_workers, read_in_workers
 from mocokit.errors import UserError
 
 __all__ = ["Batch", "Loader", "Window", "read_batch", "read_batches"]
@@ -32,7 +32,7 @@ class Reader:
         self.source, self.seed, self.bound = source, seed, bound
 
     def read(self, window: Window, avoid: frozenset[int] = frozenset()) -> Batch:
-        """The images of a window; those of `avoid` are replaced without a look at them."""
+        """The images of a window; those of `avoid` are replaced without being read."""
         order = chance.Order(self.seed, window.epoch, len(self.source))
         indices = order[np.arange(window.first, window.last)]
 
@@ -42,7 +42,7 @@ class Reader:
         return read_batch(self.source, indices, self.bound, other, avoid)
 
     def _other(self, window: Window, index: int, attempt: int) -> int:
-        """An image that stands in for `index`, and is not `index` itself."""
+        """A substitute for image `index`, never `index` itself."""
         size = len(self.source)
         number = chance.uniform(self.seed, window.epoch, index, attempt, chance.Slot.SUBSTITUTE)
         return (index + 1 + int(number * (size - 1))) % size
@@ -51,11 +51,11 @@ class Reader:
 class Loader:
     """Yields (step, batch) from `start_step` to the last step of the last epoch.
 
-    `share` maps the length of a global batch to the slice of it that this process reads. With
-    workers, those of one pass at a time: a new one ends the one before. `known_bad` names images
-    that may not be used at a step: asked when the step's turn comes, since batches are read ahead
-    and what failed before them may not have been known yet. Loading processes that end before their
-    time are started again, as `tell` hears; if that happens twice at a step, WorkerEnded is raised.
+    `share` maps the length of a global batch to the slice of it that this process reads. A new pass
+    ends the workers of the pass before. `known_bad` gives the images that may not be used at a
+    step. It is called at the step itself, because batches are read ahead, when later failures are
+    not yet known. Workers that end early are started again, and `log` gets a sentence. If that
+    happens twice at one step, WorkerEnded is raised.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Loader:
         start_step: int = 0,
         pin: bool = False,
         known_bad: Callable[[int], NDArray[np.int64]] | None = None,
-        tell: Callable[[str], None] = log.warning,
+        log: Callable[[str], None] = logger.warning,
     ) -> None:
         size = len(source)
         self.steps_per_epoch = size // batch_size if last == "drop" else -(-size // batch_size)
@@ -80,10 +80,10 @@ class Loader:
             counts = f"train.batch_size={batch_size} is more than the {size} images"
             raise UserError(f"{counts} of {source.name}: lower it, or set data.last=keep")
         self.total_steps = self.steps_per_epoch * epochs
-        # One gather is faster than sending pixels from process to process.
+        # Gathering rows of an array is faster than sending pixels between processes.
         self.workers = 0 if isinstance(source, ArraySource | Unread) else workers
         self.start_step, self.pin, self._known_bad = start_step, pin, known_bad
-        self._tell = tell
+        self._log = log
         self._reader = Reader(source, seed, bound)
         self._batch_size, self._size, self._share = batch_size, size, share
         self._arriving: Generator[Batch, None, None] | None = None
@@ -105,7 +105,7 @@ class Loader:
             lambda done: map(self.window, steps[done:]),
             self.workers,
             self.pin,
-            self._tell,
+            self._log,
         )
         self._arriving = arriving
         try:
@@ -135,7 +135,7 @@ class Loader:
         return Window(epoch, first + part.start, first + part.stop)
 
     def close(self) -> None:
-        """End the loading processes, after the batch that each is at."""
+        """End the workers, each after its current batch."""
         if self._arriving is not None:
             arriving, self._arriving = self._arriving, None
             arriving.close()

@@ -1,6 +1,6 @@
 """Texts that name images: a path, a pattern of paths, a well-known set, several joined by `::`.
 
-Read before anything heavy is imported, so that a mistake in a command is told at once.
+Needs no heavy import, so that a mistake in a command is reported at once.
 """
 
 import difflib

@@ -1,9 +1,8 @@
-"""File names: many at little cost, and each as a person can read it."""
+"""File names: many of them at little cost."""
 
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +42,3 @@ class Names:
 def short_name(text: str) -> str:
     """A text as a part of a file name on any system."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:40].strip("-._") or "images"
-
-
-def printable(text: str) -> str:
-    """A file name on one line, whatever bytes it is made of."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
-
-
-def show(path: str | Path) -> str:
-    """A path for a message."""
-    return printable(str(path))

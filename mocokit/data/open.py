@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from mocokit.data import locations
-from mocokit.data.names import short_name, show
+from mocokit.data.names import short_name
 from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import open_arrays
 from mocokit.data.sources.folder import NoImages, open_folder
@@ -18,6 +18,7 @@ from mocokit.data.sources.parquet import Counting, open_hub, open_parquet, open_
 from mocokit.data.sources.several import SeveralSource, unlabelled
 from mocokit.data.sources.shards import open_shards, open_shards_below
 from mocokit.errors import UserError
+from mocokit.files import show
 
 Labels = Literal["auto", "folders", "none"]
 

@@ -1,4 +1,4 @@
-"""Files below a folder, by their endings: one walk, links followed, loops survived."""
+"""Files below a folder, by their endings: one walk that follows links and survives loops."""
 
 import os
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mocokit.data.cache import Watch
-from mocokit.data.names import show
 from mocokit.errors import UserError
+from mocokit.files import show
 
 Endings = frozenset[bytes]
 
@@ -21,15 +21,16 @@ def walk(root: Path, endings: Endings, watch: Watch) -> Iterator[bytes]:
 
     Links are followed, as `find -L` does; one that leads back to a folder above it is left out.
     Links that lead nowhere are listed, so that they are reported when they are read. Folders below
-    `root` that are closed to this user are left out, and `watch` has them noted. Raises UserError
-    for `root` itself, and for what else fails: that may pass, and would cost images unseen.
+    `root` that this user may not list are left out and noted in `watch`. Raises UserError if `root`
+    itself is such a folder. Raises it for any other failure too, because one that passes would lose
+    images unnoticed.
     """
     start = os.fsencode(root)
     waiting = [(start, b"", frozenset[tuple[int, int]]())]
     while waiting:
         folder, prefix, above = waiting.pop()
         try:
-            with _telling(folder, watch):
+            with _noting_errors(folder, watch):
                 status = os.stat(folder)
             identity = status.st_dev, status.st_ino
             found = entries(folder, watch) if identity not in above else []
@@ -48,7 +49,7 @@ def walk(root: Path, endings: Endings, watch: Watch) -> Iterator[bytes]:
 
 def entries(folder: bytes, watch: Watch) -> list[os.DirEntry[bytes]]:
     """What a folder holds, without hidden things."""
-    with _telling(folder, watch):
+    with _noting_errors(folder, watch):
         changed = os.stat(folder).st_mtime_ns
         with os.scandir(folder) as found:
             everything = list(found)
@@ -58,28 +59,28 @@ def entries(folder: bytes, watch: Watch) -> list[os.DirEntry[bytes]]:
 
 
 @contextmanager
-def _telling(folder: bytes, watch: Watch) -> Iterator[None]:
-    """Raises Closed, noted, or UserError for a folder that cannot be looked at."""
+def _noting_errors(folder: bytes, watch: Watch) -> Iterator[None]:
+    """For a folder that cannot be listed, raise Closed, noted in `watch`, or UserError."""
     try:
         yield
     except OSError as error:
         text = f"cannot list {show(os.fsdecode(folder))} ({error.strerror})"
-        told = f"{text}: make it readable or move it away"
+        sentence = f"{text}: make it readable or move it away"
         if not isinstance(error, PermissionError):
-            raise UserError(told) from error
+            raise UserError(sentence) from error
         watch.closed[folder] = str(error.strerror)
-        raise Closed(told) from error
+        raise Closed(sentence) from error
 
 
 def is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # a link that leads to itself, or to where this user may not look
+        return False  # a link to itself, or into a folder that this user may not list
 
 
 def _closed(entry: os.DirEntry[bytes]) -> str:
-    """Why what lies at a link's end may not be seen: it may be a folder, left out with it."""
+    """Why the target of a link may not be seen. It may be a folder, which is then left out."""
     try:
         if entry.is_symlink():
             entry.stat()
@@ -94,7 +95,7 @@ def _is_wanted(entry: os.DirEntry[bytes], endings: Endings) -> bool:
     if not has_ending(entry.name, endings):
         return False
     try:
-        # Neither pipes nor sockets, which would block when read.
+        # Reading a pipe or a socket would block.
         return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
     except OSError:
         return True

@@ -1,4 +1,4 @@
-"""Loading processes: how they start, what they answer, and what happens when one ends."""
+"""Workers, the processes that load images: how they start, answer and end."""
 
 import atexit
 import logging
@@ -31,18 +31,18 @@ from mocokit.files import keep_freed_memory
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PATIENCE = 5  # s for a batch that is about to arrive when no more are wanted
-_IN_WORKER = "in DataLoader worker process"  # what torch writes before an error of such a process
+_IN_WORKER = "in DataLoader worker process"  # torch writes this before an error of a worker
 
 
 class WorkerEnded(MocokitError):
-    """A loading process is gone."""
+    """A worker is gone."""
 
 
 def prepare_workers() -> None:
-    """Begin to start what starts loading processes, while the caller does something else."""
+    """Begin to start the server that workers are copied from; the caller need not wait."""
     if _context().get_start_method() == "forkserver":
         with _signals_blocked():
             multiprocessing.forkserver.ensure_running()
@@ -53,13 +53,13 @@ def read_in_workers(
     tasks_from: Callable[[int], Iterable[T]],
     workers: int,
     pin: bool = False,
-    tell: Callable[[str], None] = log.warning,
+    log: Callable[[str], None] = logger.warning,
 ) -> Generator[Batch, None, None]:
     """`read(task)` for each task in order, made ahead of time by `workers` processes.
 
-    `tasks_from(n)` are the tasks from number n on. Processes of which one ends before its time are
-    started again, and `tell` hears of it; if that happens twice at a task, WorkerEnded is raised.
-    They end with the generator, after the batch that each is at.
+    `tasks_from(n)` are the tasks from number n on. If a worker ends early, all are started again
+    and `log` gets a sentence. If that happens twice at one task, WorkerEnded is raised. Workers end
+    with the generator, each after its current batch.
     """
     packed = Packed(read)
     done, again = 0, None
@@ -74,14 +74,14 @@ def read_in_workers(
             if again == done:
                 raise
             again = done
-            tell(f"{error}; they are started again")
+            log(f"{error}; all workers are started again")
 
 
 def _read_once(
     read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int, pin: bool
 ) -> Generator[Batch, None, None]:
-    """The same, but WorkerEnded is raised at once."""
-    # Whoever waits for a loading process hears no signal meanwhile, and pinning takes time.
+    """The same, but the first worker that ends early raises WorkerEnded."""
+    # A thread waits for workers and pins, because Python runs no signal handler while it waits.
     beside = ThreadPoolExecutor(1, "mocokit-arrivals", *_on_device(pin))
     with _noticing_ends(workers), beside, _started(read, tasks, workers) as arrivals:
         coming = beside.submit(_receive, arrivals, pin)
@@ -90,99 +90,103 @@ def _read_once(
                 coming = beside.submit(_receive, arrivals, pin)
                 yield batch
         finally:
+            # Lets a batch that is about to arrive be received before the workers are shut down.
             wait([coming], _PATIENCE)
 
 
 @contextmanager
 def _noticing_ends(workers: int) -> Iterator[None]:
-    """Raises WorkerEnded for what torch and multiprocessing raise where a process is gone."""
+    """Raise WorkerEnded for the errors by which torch and Python report a lost process."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # Of the latter two, those raised in a loading process are faults of reading.
+        # ConnectionError and EOFError may also come from the reading itself, inside a worker.
         known, text = isinstance(error, RuntimeError), str(error)
         if not text.startswith("DataLoader worker (pid") if known else _IN_WORKER in text:
             raise
         why = text if known else "while it started or handed over a batch"
-        end = f"a loading process ended ({why}), perhaps for lack of memory"
+        end = f"a worker ended ({why}), perhaps for lack of memory"
         remedy = f"lower data.workers, now {workers}, or train.batch_size"
         raise WorkerEnded(f"{end}: {remedy}") from error
 
 
 @contextmanager
 def _started(read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int) -> Iterator[Any]:
-    """torch's iterator over what loading processes answer; they end with the context."""
+    """torch's iterator over the answers of workers; the workers end with the context."""
     arrivals = _start(read, tasks, workers)
     end = partial(_let_go, arrivals)
-    atexit.register(end)  # for a generator that nobody closes: SIGTERM is blocked in them
+    # For a generator that nobody closes: workers block SIGTERM, so torch could not end them.
+    atexit.register(end)
     watch = threading.Thread(target=_watch, args=(arrivals,), daemon=True)
     watch.start()
     try:
         yield arrivals
     finally:
-        # Left to the garbage collector, they would live as long as a traceback does.
+        # torch has no public way. The garbage collector would wait as long as a traceback lives.
         arrivals._shutdown_workers()
         end()
         atexit.unregister(end)
-        # Or it may be the last to hold them, and the interpreter end while it tidies up.
+        # Otherwise that thread may hold the last reference, and clean up as the interpreter ends.
         watch.join(_PATIENCE)
 
 
 def _watch(arrivals: Any) -> None:
-    """Let go of loading processes when the first ends before its time.
+    """End all workers when the first one ends early.
 
-    Killed in the middle of a message, it leaves half of it and a lock that nobody opens any more;
-    torch would wait for the other half for ever, and the other processes for the lock.
+    A worker killed in the middle of a message leaves half a message and a lock that stays closed.
+    torch would wait for the other half for ever, and the other workers for the lock.
     """
     multiprocessing.connection.wait([worker.sentinel for worker in arrivals._workers])
     if not arrivals._shutdown:
         _let_go(arrivals)
 
 
-_letting_go = threading.Lock()  # two threads may at once, and would close what is not theirs
+# Two threads may end the workers at the same time; the second close could hit a reused file number.
+_letting_go = threading.Lock()
 
 
 def _let_go(arrivals: Any) -> None:
-    """Whoever waits for these loading processes finds the end of their messages instead."""
+    """End the workers; a thread that waits for their messages gets EOFError."""
     with _letting_go:
         for worker in arrivals._workers:
-            worker.kill()
+            worker.kill()  # not terminate: SIGTERM is blocked in workers
+        # A pipe ends for its reader when the last writer closes it, and this process has one too.
         arrivals._worker_result_queue._writer.close()
 
 
 def _on_device(pin: bool) -> tuple[Any, ...]:
-    """A thread's preparation: pinned by one without a device of its own, memory is GPU 0's."""
+    """A thread's preparation: its current device is GPU 0 at first, and it would pin there."""
     return (torch.cuda.set_device, (torch.cuda.current_device(),)) if pin else (None, ())
 
 
 def _start(read: Packed[Callable[[T], Batch]], tasks: Iterable[T], workers: int) -> Any:
-    prepare_workers()  # again, if what starts them has ended
+    prepare_workers()  # again, in case the server has ended
     hidden = nullcontext() if read.needs_main else _without_main()
     with warnings.catch_warnings(), hidden:
         # More workers than cores is what the user asked for.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         loader: DataLoader[Any] = DataLoader(
             _Answers(read),
-            batch_size=None,
+            batch_size=None,  # a task is a whole batch: torch collects nothing
             sampler=tasks,  # type: ignore[arg-type]
             num_workers=workers,
-            # Batches are large: many workers are enough of a supply.
+            # Batches are large, and many workers already hold many of them.
             prefetch_factor=2 if workers <= 4 else 1,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # torch's own would turn numpy arrays into tensors
             worker_init_fn=_begin,
             multiprocessing_context=_context(),
-            # Its own, or it would draw from the generator of the whole process.
+            # Its own: torch draws a seed for workers, by default from the global generator.
             generator=torch.Generator(),
         )
         return iter(loader)
 
 
 def _context() -> BaseContext:
-    """How processes start: copied from a small server that has nothing but the imports.
+    """How workers start: as copies of a small server that has made the imports and no more.
 
-    A plain fork copies the training process in the middle of whatever its other threads (torch's,
-    pinning, logging) are doing, locks included, and may hang; Python 3.12 warns of it. A fresh
-    interpreter each (spawn) imports torch once per process; the server does so once.
+    A plain fork also copies locks that other threads of the training process hold at that moment
+    (torch's, pinning, logging), and may hang; Python 3.12 warns of it. A fresh interpreter (spawn)
+    imports torch in every worker; the server imports it once.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
@@ -193,16 +197,15 @@ def _context() -> BaseContext:
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """Processes started in here never see what asks a run to stop: the mask is inherited.
+    """Processes that are started inside inherit a mask that blocks the signals for a stop.
 
-    Schedulers send such signals to every process of a job, and Ctrl-C reaches every process of a
-    terminal; the training process alone decides what follows, and needs its loading processes
-    until it has saved.
+    Schedulers send them to every process of a job, and Ctrl-C reaches every process of a terminal.
+    Only the training process decides what follows, and it needs its workers until it has saved.
     """
     stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
-        # Started first: it opens SIGTERM and SIGINT for all that follows.
+        # Started first, because starting the tracker unblocks SIGTERM and SIGINT.
         multiprocessing.resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, stops)
         yield
@@ -212,10 +215,10 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Processes started in here do not run the user's script again.
+    """Processes that are started inside do not import the user's script.
 
-    They would, to find classes that it defines; a script that trains without the guard
-    `if __name__ == "__main__"` would then begin to train in every process.
+    Python imports it for the classes that it defines. A script without the guard
+    `if __name__ == "__main__"` would then begin to train in every worker.
     """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -226,17 +229,18 @@ def _without_main() -> Iterator[None]:
 
 
 def _begin(worker: int) -> None:
-    """The first thing a loading process does."""
+    """Prepare a new worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it is not blocked (`_signals_blocked`)
-    torch.set_num_threads(1)
-    keep_freed_memory()
+    torch.set_num_threads(1)  # workers are the parallelism; more threads would fight for cores
+    keep_freed_memory()  # a batch is megabytes that are freed and taken again
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """torch's own watch looks at the parent by number, which here is the server that started us.
+    """End this worker when the training process ends.
 
-    The server lives as long as we do: a killed training process would leave both for ever.
+    torch compares the parent's process number, but the parent of a worker is the server. The server
+    lives as long as its workers, so a killed training process would leave all of them for ever.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -245,14 +249,14 @@ def _end_with_parent() -> None:
 
 
 class _Piped(NamedTuple):
-    """A batch too large for shared memory: numpy arrays go through a pipe, slower but safely."""
+    """A batch that does not fit into shared memory: its pixels go through a pipe, more slowly."""
 
     batch: Batch
     pixels: NDArray[np.uint8]
 
 
 class _Answers(Dataset[Any]):
-    """What a loading process holds: it answers a task with a batch, or with what went wrong."""
+    """The data set inside a worker: it answers a task with a batch, or with the user's mistake."""
 
     def __init__(self, read: Packed[Callable[[Any], Batch]]) -> None:
         self.read = read
@@ -261,7 +265,7 @@ class _Answers(Dataset[Any]):
         try:
             batch = self.read.content(task)
         except UserError as error:
-            # Raised here, it would reach the user wrapped in the traceback of this process.
+            # Returned, because torch wraps what is raised here in the text of a traceback.
             return error
         if batch.pixels.is_shared():  # type: ignore[no-untyped-call]
             return batch
@@ -269,7 +273,7 @@ class _Answers(Dataset[Any]):
 
 
 def _receive(arrivals: Iterator[Any], pin: bool) -> Batch | None:
-    """The next batch, or None after the last; raises what a loading process found wrong."""
+    """The next batch, or None after the last; raises the UserError that a worker returned."""
     arrival: Batch | _Piped | UserError | None = next(arrivals, None)
     if isinstance(arrival, UserError):
         raise arrival

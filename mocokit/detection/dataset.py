@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mocokit.data.names import printable
 from mocokit.detection.annotations import Annotated, BadAnnotation, read_xml
 from mocokit.errors import UserError
+from mocokit.files import printable
 
 Style = Literal["voc", "coco"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

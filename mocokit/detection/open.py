@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mocokit.data.decode import BadImage, read_file
-from mocokit.data.names import printable
 from mocokit.detection.annotations import Annotated, BadAnnotation
 from mocokit.detection.dataset import (
     LISTS,
@@ -22,6 +21,7 @@ from mocokit.detection.dataset import (
     read_voc,
 )
 from mocokit.errors import UserError
+from mocokit.files import printable
 
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 SPLITS = {

@@ -54,7 +54,8 @@ class DetectionTrial:
         `make` returns the trainer before its first step. Raises Interrupted once it is saved.
         """
         if self.result_path.is_file():
-            return renamed(json.loads(self.result_path.read_text(encoding="utf-8")), OLD_NAMES)
+            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
+            return renamed(found, OLD_NAMES)
         with locked(self.folder):
             trainer = make()
             state = checkpoint.load_newest(self.folder.checkpoints)

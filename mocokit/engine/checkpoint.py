@@ -1,7 +1,7 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
+"""Checkpoints: all that a run needs to resume as if it had never stopped, written atomically.
 
-Each carries a checksum of its content: torch finds a file that was cut short, but reads one with a
-flipped bit as if nothing were wrong.
+Each carries a checksum of its content. torch notices a file that was cut short, but not a flipped
+bit.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mocokit.errors import MocokitError, UserError
+from mocokit.files import whole
 
 FORMAT = 2  # 1 had no checksum
 _NAME = re.compile(r"step-(\d{8})\.pt")
@@ -29,21 +30,17 @@ def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     """Write folder/step-XXXXXXXX.pt whole or not at all, and point last.pt beside folder at it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name_of(step)
-    partial = path.with_suffix(".partial")
     content = {"format": FORMAT, "step": step, **_on_cpu(state)}
     content["checksum"] = digest(content)
     try:
-        with open(partial, "wb") as file:
+        # Sole writer: rank 0 in a locked folder. What a killed attempt left is overwritten.
+        with whole(path, sync=True, sole_writer=True) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
-        partial.unlink(missing_ok=True)
         size = sum(x.nbytes for _, x in _leaves(content) if isinstance(x, Tensor)) / 2**20
         raise MocokitError(
             f"cannot write {path} ({error}); it needs about {size:.0f} MiB; what was saved before "
-            "is untouched: make room, and go on with the same command"
+            "is untouched: make room, and resume with the same command"
         ) from None
     _point(folder.parent / "last.pt", path)
     return path
@@ -63,6 +60,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
+    # As bytes, because numpy knows no bfloat16. reshape(-1), because a scalar has no bytes to view.
     flat: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
@@ -89,6 +87,7 @@ def _on_cpu(tree: Any) -> Any:
 
 def _point(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to target, without a moment in which there is none."""
+    # A link cannot be changed in place: a new one takes its place at once.
     temporary = link.with_name(link.name + ".partial")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
@@ -131,11 +130,11 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 def load_newest(
     folder: Path,
     device: torch.device | str = "cpu",
-    tell: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None where there is none; tells of damaged ones.
+    """The newest checkpoint that can be read, or None if there is no checkpoint.
 
-    Raises UserError if there are checkpoints but every one is damaged.
+    Logs the damaged ones that it passes over. Raises UserError if all are damaged.
     """
     damaged: list[str] = []
     for step in reversed(steps(folder)):
@@ -145,7 +144,7 @@ def load_newest(
             damaged.append(str(error))
             continue
         for text in damaged:
-            tell(f"{text}; going on from the checkpoint before")
+            log(f"{text}; resuming from the checkpoint before")
         return state
     if damaged:
         raise UserError(f"no checkpoint in {folder} can be read: {damaged[0]}")

@@ -1,13 +1,12 @@
-"""The run folder: what lies in it, whether it can be gone on with, and who holds it."""
+"""The run folder: what is in it, whether its run can be resumed, and its lock."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mocokit import settings as settings_
+from mocokit import files, settings as settings_
 from mocokit.engine.record import read_metrics
 from mocokit.errors import UserError
 from mocokit.settings.schema import Settings
@@ -16,7 +15,7 @@ ROOT = Path("runs")
 
 
 class RunFolder:
-    """Paths of a run folder, and what can be read from them."""
+    """Paths of a run folder, and the state of the run in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,8 +39,8 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether a run was killed here before it wrote its settings: nothing else is in it."""
-        own = {".lock", self.checkpoints.name, self.config.with_suffix(".partial").name}
+        """Whether a run was killed here before it wrote its settings, and nothing else is here."""
+        own = {".lock", self.checkpoints.name, files.partial_of(self.config).name}
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         return ".lock" in found and found <= own and not any(self.checkpoints.glob("*"))
 
@@ -54,16 +53,15 @@ class RunFolder:
         return lines[-1] if lines and lines[-1].get("finished") else None
 
     def unscored(self) -> bool:
-        """Whether the latest step of the metrics has no line of scores."""
+        """Whether the last line of the metrics is a training step, not a line of scores."""
         lines = read_metrics(self.metrics)
         return bool(lines) and "loss" in lines[-1]
 
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         self.make()
-        partial = self.config.with_suffix(".partial")
-        partial.write_text(settings_.to_yaml(settings, resolved), encoding="utf-8")
-        os.replace(partial, self.config)
+        # The folder is locked. `is_begun` knows the partial file that a kill may leave.
+        files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
 
     def make(self) -> None:
         """Make the folder; raises UserError where nothing can be written."""
@@ -79,7 +77,7 @@ class RunFolder:
         )
 
     def conflicts(self, settings: Settings) -> list[str]:
-        """Identity settings in which this folder's run differs, as `path (its value, asked)`."""
+        """Identity settings in which this folder's run differs from `settings`, and both values."""
         ours, asked = settings_.identity(self.settings()), settings_.identity(settings)
         return [f"{k} ({ours[k]} there, {asked[k]} asked)" for k in ours if ours[k] != asked[k]]
 
@@ -92,11 +90,13 @@ def next_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
 
 
 def claim_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
-    """Make the next folder, or the one after where another run was faster."""
+    """Make the next folder; if another run makes it first, the one after."""
     while True:
         folder = next_folder(recipe, data, root)
         try:
-            folder.path.mkdir(parents=True)
+            folder.path.mkdir(
+                parents=True
+            )  # of several processes, one makes it and the others fail
             return folder
         except FileExistsError:
             continue
@@ -127,21 +127,18 @@ def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
 
 @contextmanager
 def locked(folder: RunFolder) -> Iterator[None]:
-    """Make the folder and lock it. The lock ends with the process that holds it.
+    """Make the folder and lock it. The lock ends with the process.
 
-    Raises UserError if the folder cannot be made, or is locked by another process.
+    Raises UserError if the folder cannot be made or locked, or if another process holds the lock.
     """
     folder.make()
-    try:
-        import fcntl
-    except ImportError:  # not on Windows, where the lock is left out
-        yield
-        return
-    with open(folder.path / ".lock", "w", encoding="utf-8") as file:
+    with ExitStack() as stack:  # so that an error of the block is not taken for one of the lock
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            stack.enter_context(files.locked(folder.path / ".lock", wait=False))
+        except BlockingIOError:
             raise UserError(
                 f"another process is running in {folder.path}; wait for it, or choose another --out"
             ) from None
+        except OSError as error:  # a network disk without locks, for one
+            raise folder.unwritable(error) from None
         yield

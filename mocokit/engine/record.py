@@ -1,8 +1,7 @@
-"""What a run says: metrics.jsonl, one JSON object a line, and the progress line for a person."""
+"""The output of a run: metrics.jsonl, one JSON object a line, and progress on a terminal."""
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,21 +21,21 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mocokit.files import printable, write_text
+
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
 
 
 class Metrics:
-    """metrics.jsonl of a run folder; opening it cuts back what came after `step` steps."""
+    """metrics.jsonl of a run folder; opening it removes lines after `step` steps."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept), sole_writer=True)
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line; floats have six digits, which is more than they mean, or are null."""
+        """Append a line. Floats have six significant digits; those that are not finite are null."""
         rounded = {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
         self._file.write(json.dumps(rounded) + "\n")
 
@@ -62,7 +61,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Meter:
-    """Images per second, and the share of time spent waiting for data, since it was last read."""
+    """Images per second and the share of time spent waiting for data, since the last read."""
 
     def __init__(self) -> None:
         self._reset()
@@ -93,7 +92,7 @@ class StatusLine:
             self._live.start()
 
     def show(self, line: str, last: bool = False) -> None:
-        """Redraw it; the last one is shown in any case."""
+        """Redraw the line; `last` shows it even if the line before is recent."""
         if self._live:
             self._live.update(Text(line))
         elif last or time.monotonic() - self._last >= PLAIN_SECONDS:
@@ -143,7 +142,7 @@ class Progress:
 
 
 class Console:
-    """Says sentences and small tables to a person; silent on all but the first process."""
+    """Prints sentences and small tables; silent on all processes but the first."""
 
     def __init__(self, on: bool = True) -> None:
         self.terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
@@ -152,23 +151,24 @@ class Console:
         self.terminal.print(Text(text, style=style or ""))
 
     def note(self, text: str) -> None:
-        """Say what a person should know of, though nothing stops for it."""
+        """Print what a user should know, though nothing stops for it."""
         self.say(f"note: {text}", "yellow")
 
     def table(self, title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
-        """A small table; all but the first column are set to the right."""
+        """Print a small table; all columns but the first are aligned right."""
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, name in enumerate(columns):
-            table.add_column(name, justify="left" if number == 0 else "right")
+            table.add_column(Text(printable(name)), justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            # As Text: class names come from strangers, and rich would read "[/a]" as markup.
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.terminal.print(table)
 
     @contextmanager
     def counting(self, done: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar: call what it gives with the number of things done since the last call.
+        """A progress bar; yields a function of the number of items done since its last call.
 
-        Elsewhere than on a terminal, a line every ten seconds.
+        Without a terminal, a line every ten seconds.
         """
         if self.terminal.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -18,6 +18,7 @@ from mocokit.errors import Interrupted, UserError
 from mocokit.files import keep_freed_memory
 
 T = TypeVar("T")
+MAX_WORKERS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -169,6 +170,11 @@ def default_threads() -> int:
         return count
     part = (there if found.bound else count) // found.local_size
     return max(1, min(count, part))
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes or threads that decode: one beside a CPU that computes, several beside a GPU."""
+    return 1 if device.type == "cpu" else min(MAX_WORKERS, default_threads())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,31 +12,54 @@ from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.results import Evaluation
 from mocokit.evaluate.session import PIXELS, Options, Session
 from mocokit.protocols import finetune, linear_paper, linear_quick
+from mocokit.protocols.defaults import (
+    FineTune,
+    Knn,
+    Layer,
+    Linear,
+    LinearProtocol,
+    Precision,
+    Shared,
+    TrainViews,
+)
 from mocokit.protocols.knn import knn_grid_of
 from mocokit.protocols.table import CENTRE, Transform
-
-PERCENTS = (1.0, 10.0, 100.0)
 
 
 def evaluate_knn(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    k: Sequence[int] = (200,),
-    temperature: Sequence[float] = (0.1,),
-    **options: Any,
+    k: Sequence[int] = Knn.k,
+    temperature: Sequence[float] = Knn.temperature,
+    layer: Layer = Shared.layer,
+    device: str = Shared.device,
+    precision: Precision = Shared.precision,
+    size: int | None = Shared.size,
+    seed: int = Shared.seed,
+    baseline: bool = Shared.baseline,
+    cache: bool = Shared.cache,
+    per_class: bool = Shared.per_class,
+    confusion: bool = Shared.confusion,
+    json: str | Path | None = None,
 ) -> Evaluation:
     """The weighted vote of the nearest training images, for every k and temperature.
 
-    `run` is a run folder, a checkpoint, an exported file, a timm model, or `random`; `data` is as
-    in `pretrain`, None being the run's own. Options: layer, device, precision, size, seed,
-    baseline, cache, per_class, confusion, json. Raises UserError.
+    `run` is a run folder, a checkpoint, an exported file, a timm model, or `random`. `data` is as
+    in `pretrain`; None means the run's own images. `layer` chooses the output that is scored,
+    `size` the side of the views, `precision` that of the frozen network. `baseline` scores random
+    weights too, `cache` keeps features for the next time. `per_class` and `confusion` print more,
+    `json` names a file for the result. Raises UserError.
     """
     if not k or min(k) < 1:
         raise UserError(f"k = {list(k)}: neighbours are counted from 1")
     if not temperature or min(temperature) <= 0:
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
-    trial = Session(run, Options(data, **options), leave_one_out=True)
+    options = Options(
+        data=data, layer=layer, device=device, precision=precision, size=size, seed=seed,
+        baseline=baseline, cache=cache, per_class=per_class, confusion=confusion, json=json,
+    )  # fmt: skip
+    trial = Session(run, options, leave_one_out=True)
     split = trial.split
     subjects, most = [*trial.subjects(), *trial.pixels()], len(split.train_numbers)
     for subject in subjects:
@@ -78,29 +100,42 @@ def evaluate_linear(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    protocol: str = "paper",
-    train_views: str = "crops",
-    epochs: int = linear_paper.EPOCHS,
-    lr: float = linear_paper.LR,
-    **options: Any,
+    protocol: LinearProtocol = Linear.protocol,
+    train_views: TrainViews = Linear.train_views,
+    epochs: int = Linear.epochs,
+    lr: float = Linear.lr,
+    layer: Layer = Shared.layer,
+    device: str = Shared.device,
+    precision: Precision = Shared.precision,
+    size: int | None = Shared.size,
+    seed: int = Shared.seed,
+    baseline: bool = Shared.baseline,
+    cache: bool = Shared.cache,
+    per_class: bool = Shared.per_class,
+    confusion: bool = Shared.confusion,
+    json: str | Path | None = None,
 ) -> Evaluation:
     """A linear classifier on frozen features: `paper` (random crops, 100 epochs) or `quick`.
 
-    Arguments and options are as in `evaluate_knn`. epochs and lr belong to `paper` alone;
-    train_views, `crops` as in the paper or `centre` as in the test, to `quick`. Raises UserError,
-    and NonFiniteLoss where the probe diverges.
+    The other arguments are those of `evaluate_knn`. epochs and lr belong to `paper` alone.
+    train_views belongs to `quick`: `crops` as in the paper, or `centre` as in the test. Raises
+    UserError, and NonFiniteLoss if the probe diverges.
     """
     if train_views not in ("crops", "centre"):
-        raise UserError(f"train_views {train_views!r} is not one; take crops or centre")
+        raise UserError(f"unknown train_views {train_views!r}; use crops or centre")
     if protocol == "paper" and train_views != "crops":
         raise UserError("--train-views belongs to --protocol quick; paper trains on crops")
     if protocol not in ("paper", "quick"):
-        raise UserError(f"protocol {protocol!r} is not one; take paper or quick")
-    if protocol == "quick" and (epochs, lr) != (linear_paper.EPOCHS, linear_paper.LR):
+        raise UserError(f"unknown protocol {protocol!r}; use paper or quick")
+    if protocol == "quick" and (epochs, lr) != (Linear.epochs, Linear.lr):
         raise UserError("--epochs and --lr belong to --protocol paper; quick sets its own step")
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
-    trial = Session(run, Options(data, **options))
+    options = Options(
+        data=data, layer=layer, device=device, precision=precision, size=size, seed=seed,
+        baseline=baseline, cache=cache, per_class=per_class, confusion=confusion, json=json,
+    )  # fmt: skip
+    trial = Session(run, options)
     trial.split.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
@@ -140,24 +175,35 @@ def evaluate_finetune(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    percent: Sequence[float] = PERCENTS,
-    epochs: int = finetune.Plan.epochs,
-    lr: float = finetune.Plan.lr,
-    layer_decay: float = finetune.Plan.layer_decay,
-    **options: Any,
+    percent: Sequence[float] = FineTune.percent,
+    epochs: int = FineTune.epochs,
+    lr: float = FineTune.lr,
+    layer_decay: float = FineTune.layer_decay,
+    device: str = Shared.device,
+    precision: Precision = Shared.precision,
+    size: int | None = Shared.size,
+    seed: int = Shared.seed,
+    baseline: bool = Shared.baseline,
+    per_class: bool = Shared.per_class,
+    confusion: bool = Shared.confusion,
+    json: str | Path | None = None,
 ) -> Evaluation:
     """Fine-tuning of all layers with each percentage of the labels.
 
-    Arguments and options are as in `evaluate_knn`, without `layer`. Raises UserError, and
-    NonFiniteLoss where training diverges.
+    The other arguments are those of `evaluate_knn`, without `layer` and `cache`. Raises UserError,
+    and NonFiniteLoss if training diverges.
     """
     if not percent or min(percent) <= 0 or max(percent) > 100:
         raise UserError(f"percent = {list(percent)}: shares of labels lie above 0, up to 100")
     if epochs < 1 or lr <= 0 or not 0 < layer_decay <= 1:
         raise UserError("epochs and lr must be positive, layer_decay above 0 and at most 1")
-    if options.get("precision") == "float16":
+    if precision == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
-    trial = Session(run, Options(data, **options))
+    options = Options(
+        data=data, device=device, precision=precision, size=size, seed=seed,
+        baseline=baseline, cache=False, per_class=per_class, confusion=confusion, json=json,
+    )  # fmt: skip
+    trial = Session(run, options)
     trial.split.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.split.train_numbers))

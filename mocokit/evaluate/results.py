@@ -3,17 +3,17 @@
 import datetime
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import mocokit
 from mocokit.engine.folder import RunFolder
+from mocokit.engine.hardware import cpu_name
 from mocokit.engine.record import Console, clock
 from mocokit.errors import UserError
 from mocokit.files import write_text
@@ -89,7 +89,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(),
-        "versions": {"mocokit": version("mocokit"), "torch": torch.__version__},
+        "versions": {"mocokit": mocokit.__version__, "torch": torch.__version__},
     }
 
 
@@ -133,7 +133,7 @@ def keep(
         try:
             readme.append(folder, record)
             console.say(f"added to {folder.readme} and {folder.evaluations.name}")
-        except OSError as error:  # another's run, say: the result stands all the same
+        except OSError as error:  # for example another user's run; the result is valid all the same
             reason = f"cannot add this to {folder.path} ({error.strerror})"
             console.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
     took, memory = clock(record["seconds"]), record["peak_memory_gib"]
@@ -196,13 +196,5 @@ def _show_confusion(evaluation: Evaluation, console: Console) -> None:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.split(":", 1)[1].strip() for line in file if line.startswith("model name")
-            ]
-    except OSError:
-        names = []
-    name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{threads} thread{'s' * (threads != 1)} of {name}"
+    return f"{threads} thread{'s' * (threads != 1)} of {cpu_name()}"

@@ -1,10 +1,10 @@
-"""One evaluation on its way: what is judged, on which images, and what was found so far."""
+"""One evaluation in progress: the models, the images, and the results so far."""
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -13,55 +13,60 @@ from mocokit.data import locations
 from mocokit.data.open import Labels, open_data
 from mocokit.data.source import Source, Splits
 from mocokit.engine.record import Console
-from mocokit.engine.runtime import choose_device, default_threads, peak_memory, prepare
+from mocokit.engine.runtime import (
+    choose_device,
+    default_threads,
+    default_workers,
+    peak_memory,
+    prepare,
+)
 from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
+from mocokit.files import cache_folder
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
+from mocokit.protocols.defaults import Layer, Precision, Shared
 from mocokit.protocols.labelled import LabelledSplit, labelled_split
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
-from mocokit.protocols.table import CENTRE, Table, Transform, cache_folder, features_of
+from mocokit.protocols.table import CENTRE, Table, Transform, features_of
 from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_model
-from mocokit.weights.subject import FrozenModel, Layer, Pixels
+from mocokit.weights.subject import FrozenModel, Pixels
 
-MAX_WORKERS = 8
 PIXELS = "raw pixels, centred"
 PIXEL_MEMORY = 2**31  # bytes
-QUIET_SECONDS = 10.0  # between lines that tell of long work
+QUIET_SECONDS = 10.0  # at least, between progress lines
 
 
 @dataclass(frozen=True)
-class Options:
-    """What all evaluations share. `data` None is the run's own."""
+class Options(Shared):
+    """The defaults' table with the images and the file of one call. `data` None: the run's own."""
 
+    _: KW_ONLY
     data: str | Path | None = None
-    layer: Layer = "backbone"
-    device: str = "auto"
-    precision: str = "float32"
-    size: int | None = None
-    seed: int = 0
-    baseline: bool = True
-    cache: bool = True
-    per_class: bool = False
-    confusion: bool = False
     json: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("layer", get_args(Layer)), ("precision", get_args(Precision))):
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
 
 
 class Session:
-    """What an evaluation works with, and what it has found so far."""
+    """What an evaluation works with, and its results so far."""
 
     def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
         self.run, self.options = str(run), options
         if options.json is not None:
             check_writable(options.json)
         # Mistakes come before weights are fetched.
+        self.tables = cache_folder() / "features" if options.cache else None
         ours = is_ours(run)
         known = None if options.data is None and ours else labelled(options.data, None)
         self.console, self.started = Console(), time.perf_counter()
         self.device = choose_device(options.device)
-        self.workers = 1 if self.device.type == "cpu" else min(MAX_WORKERS, default_threads())
+        self.workers = default_workers(self.device)
         self.opened: Opened = open_model(
             run,
             self.device,
@@ -83,7 +88,7 @@ class Session:
         self.results: list[Result] = []
         self.notes: list[str] = []
         self.calibrated = False
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
         self._untrained: dict[bool, FrozenModel] = {}
 
     def subjects(self, calibrate: bool = True) -> list[FrozenModel]:
@@ -125,8 +130,8 @@ class Session:
             transform,
             workers=self.workers,
             # Pixels are made as fast as they are read, and take much room.
-            folder=cache_folder() if self.options.cache and subject.name != PIXELS else None,
-            progress=lambda done, total: self._tell(
+            folder=self.tables if self.options.cache and subject.name != PIXELS else None,
+            progress=lambda done, total: self._log(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
         )
@@ -139,14 +144,15 @@ class Session:
         return table
 
     def epoch_progress(self, subject: FrozenModel, what: str = "") -> EpochProgress:
-        return lambda done, total, loss: self._tell(
+        return lambda done, total, loss: self._log(
             f"{subject.name}{what}: epoch {done} of {total}, loss {loss:.3f}"
         )
 
-    def _tell(self, text: str) -> None:
+    def _log(self, text: str) -> None:
+        """Say it, unless the last line is too recent."""
         now = time.monotonic()
-        if now - self._told > QUIET_SECONDS:
-            self._told = now
+        if now - self._logged > QUIET_SECONDS:
+            self._logged = now
             self.console.say(text)
 
     def add_fitted(self, subject: FrozenModel, fitted: Fitted, table: Table) -> None:
@@ -202,17 +208,19 @@ class Session:
 
 
 def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
-    """The images to score on: those named, or the run's own; labels from folders where need be."""
+    """The images to score on: the given ones or the run's own. Folders may be their labels."""
     path, root = None if data is None else str(data), None
     labels: Labels = "auto"
     if data is None:
         if settings is None:
-            raise UserError("name the images to score on: only a run knows its own")
+            raise UserError("name the images to score on; only a run folder records its own")
         path, root = settings.data.path, settings.data.root
         labels = "folders" if settings.data.labels == "folders" else "auto"
         if path is not None and not locations.exist(path):
-            where = f"the images that it was trained on are not at {path}"
-            raise UserError(f"{where}; name them, or others, after it")
+            where = f"the training images are no longer at {path}"
+            raise UserError(
+                f"{where}; pass their new location, or other images, as the second argument"
+            )
     if path is not None and (Path(path).expanduser() / "config.yaml").is_file():
         raise UserError(f"{path} is a run folder, not images; leave it out to take the run's own")
     splits = open_data(path, labels, root)

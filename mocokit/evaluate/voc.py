@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,35 +21,34 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import (
     choose_device,
     default_precision,
-    default_threads,
+    default_workers,
     prepare,
     seed_libraries,
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
 from mocokit.evaluate.voc_results import Detected, DetectionReport
+from mocokit.files import write_text
+from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
 from mocokit.weights.resolve import Opened, open_model
-
-MAX_THREADS = 8
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def evaluate_voc(
     run: str | Path,
     data: str | Path,
     *,
-    split: str = "07+12",
-    trials: int = 5,
-    seed: int = 0,
+    split: Split = Voc.split,
+    trials: int = Voc.trials,
+    seed: int = Shared.seed,
     steps: int | None = None,
     batch_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
     classes: Sequence[str] = (),
-    every: int = 0,
+    every: int = Voc.every,
     out: str | Path | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    pictures: int = 6,
+    device: str = Shared.device,
+    precision: DetectorPrecision = Voc.precision,
+    pictures: int = Voc.pictures,
     json: str | Path | None = None,
     iterations: int | None = None,
     ims_per_step: int | None = None,
@@ -65,19 +64,21 @@ def evaluate_voc(
     """
     if trials < 1 or every < 0 or pictures < 0:
         raise UserError("trials are counted from 1; every and pictures from 0")
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
     sizes = {"steps": steps, "batch_size": batch_size}
     sizes |= {"iterations": iterations, "ims_per_step": ims_per_step}
     stated = renamed({name: value for name, value in sizes.items() if value is not None})
     plan = plan_for(split, **stated, settings=settings)
     console, started = Console(), time.perf_counter()
     place = choose_device(device)
-    precision = _precision(precision, place)
+    resolved = _precision(precision, place)
     opened = open_model(run, place, seed=seed)
     boxes = open_boxes(data, split, tuple(classes), console.counting)
     names = boxes.train.classes
     Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
     random = opened.untrained is None  # then each trial draws its own weights
-    identity = _identity(opened, boxes, plan, precision)
+    identity = _identity(opened, boxes, plan, resolved)
     home = opened.folder.path if opened.folder else ROOT
     folder = Path(out).expanduser() if out is not None else home / _name(identity)
     prepare(place, _claim(folder, identity), deterministic=False)
@@ -88,13 +89,13 @@ def evaluate_voc(
         seed_libraries(trial_seed, 0, Slot.DETECTION_WEIGHTS)
         detector = Detector(subject.network, len(names), plan)
         normalisation = subject.spec.mean, subject.spec.std
-        threads = 1 if place.type == "cpu" else min(MAX_THREADS, default_threads())
+        threads = default_workers(place)
         return Trainer(
-            detector, plan, boxes.train, trial_seed, place, *normalisation, precision, threads
+            detector, plan, boxes.train, trial_seed, place, *normalisation, resolved, threads
         )
 
     report = DetectionReport(
-        str(run), str(data), split, plan, boxes, opened, place, precision, folder
+        str(run), str(data), split, plan, boxes, opened, place, resolved, folder
     )
     report.start(console)
     results = []
@@ -113,8 +114,9 @@ def evaluate_voc(
 
 
 def _precision(asked: str, device: torch.device) -> str:
-    if asked not in PRECISIONS:
-        raise UserError(f"precision {asked!r} is not one; take {', '.join(PRECISIONS)}")
+    if asked not in get_args(DetectorPrecision):
+        allowed = ", ".join(get_args(DetectorPrecision))
+        raise UserError(f"unknown precision {asked!r}; use {allowed}")
     best = default_precision(device)
     own = "float32" if best == "float16" else best  # in which gradients would vanish
     return own if asked == "auto" else asked
@@ -154,7 +156,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> int:
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps({**identity, "threads": threads}, indent=1)
-            path.write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
             return threads
         there = renamed(json.loads(path.read_text(encoding="utf-8")), OLD_NAMES)
         differing = [name for name in identity if there[name] != identity[name]]

@@ -1,12 +1,16 @@
 """Backbones by name: any timm model that pools to features, with a stem for small images."""
 
+import difflib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from mocokit.errors import UserError
 from mocokit.nets.batchnorm import use_groups
+
+OWN = ("resnet_tiny",)  # models that are not timm's
 
 
 class ResNetTiny(nn.Module):
@@ -66,21 +70,30 @@ def build_backbone(
         model = _timm_model(name, zero_init_last)
         if stem == "small":
             _make_stem_small(model, name)
-    # Of some timm models, what comes out is wider than their last maps.
+    # Some timm models end in a wider layer, after the maps whose width is num_features.
     width: Any = getattr(model, "head_hidden_size", None) or model.num_features
     model.num_features = int(width)  # type: ignore[assignment]
     return use_groups(model, group_size)
 
 
+def check_model(name: str, problem: str, ours: Sequence[str] = OWN, prefix: str = "") -> None:
+    """Raises UserError, `problem` with the closest name or a way to list them, for no model's name.
+
+    Models are timm's and those of `ours`. `prefix` stands before a name where users write it.
+    """
+    import timm
+
+    if name in ours or timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, [*timm.list_models(), *ours], n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else "timm.list_models() lists the names"
+    raise UserError(f"{problem}; {hint}")
+
+
 def _timm_model(name: str, zero_init_last: bool) -> nn.Module:
     import timm
 
-    if not timm.is_model(name):
-        import difflib
-
-        close = difflib.get_close_matches(name, timm.list_models() + ["resnet_tiny"], n=1)
-        hint = f"did you mean {close[0]}?" if close else "timm.list_models() lists them"
-        raise UserError(f"net.backbone: timm has no model {name!r}; {hint}")
+    check_model(name, f"net.backbone: timm has no model {name!r}")
     options: dict[str, Any] = {"num_classes": 0}
     if "zero_init_last" in _init_options(name):
         options["zero_init_last"] = zero_init_last
@@ -91,7 +104,7 @@ def _timm_model(name: str, zero_init_last: bool) -> nn.Module:
 
 
 def _init_options(name: str) -> set[str]:
-    """timm's ResNets start each residual block's last scale at zero unless told not to."""
+    """Only timm's ResNets take zero_init_last, which by default is on."""
     import timm
 
     module = timm.model_entrypoint(name).__module__

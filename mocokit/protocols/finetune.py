@@ -20,6 +20,7 @@ from mocokit.engine.finite import FiniteWatch
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating
+from mocokit.protocols.defaults import FineTune
 from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.linear_paper import EpochProgress, training_views
@@ -33,12 +34,12 @@ LEAST_STEPS = 400  # few labels make short epochs, so there are more of them, up
 class Plan:
     """The values of fine-tuning. They are our own choice, not the protocol of a paper."""
 
-    epochs: int = 30
-    lr: float = 0.05
+    epochs: int = FineTune.epochs
+    lr: float = FineTune.lr
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    layer_decay: float = 1.0  # learning rate of a layer divided by that of the layer above it
+    layer_decay: float = FineTune.layer_decay
 
     def epochs_for(self, images: int) -> int:
         """The number of epochs for this many images."""

@@ -23,6 +23,7 @@ from mocokit.data.loader import read_batches
 from mocokit.engine.finite import FiniteWatch
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
+from mocokit.protocols.defaults import Linear
 from mocokit.protocols.features import probe_spec
 from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.table import CENTRE, Table
@@ -30,7 +31,7 @@ from mocokit.views.params import ViewSpec, canvas_bound, draw_table
 from mocokit.views.views import make_views
 from mocokit.weights.subject import FrozenModel
 
-LR, MOMENTUM, EPOCHS, BATCH = 30.0, 0.9, 100, 256
+LR, MOMENTUM, EPOCHS, BATCH = Linear.lr, 0.9, Linear.epochs, 256
 DROPS = (0.6, 0.8)  # shares of the epochs: 60 and 80 of 100
 INIT_STD = 0.01
 EpochProgress = Callable[[int, int, float], None]  # epochs done, total epochs, mean loss

@@ -7,9 +7,7 @@ resumes at the same batches, so the finished table is bit for bit the same.
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from mocokit.data.source import Source
 from mocokit.errors import MocokitError, UserError
+from mocokit.files import locked
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches
 from mocokit.views.params import ViewSpec
@@ -51,19 +50,6 @@ class Transform:
 
 
 CENTRE = Transform()
-
-
-def cache_folder() -> Path:
-    """The folder of tables: in $MOCOKIT_CACHE, or in the system's cache folder."""
-    if stated := os.environ.get("MOCOKIT_CACHE"):
-        return Path(stated).expanduser() / "features"
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "mocokit" / "features"
 
 
 def key_of(subject: FrozenModel, source: Source, transform: Transform = CENTRE) -> str:
@@ -115,7 +101,7 @@ def features_of(
     path = folder / f"{key}.npy"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _exclusive(folder / f"{key}.lock"):
+        with locked(folder / f"{key}.lock"):
             if not path.is_file():
                 _compute(subject, source, transform, path, workers, progress)
                 prune(folder, path)
@@ -200,19 +186,6 @@ def _header(shape: tuple[int, int]) -> bytes:
     fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time compute a table. Others wait and then find it finished."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows there is no lock, and two processes may both compute the table
-        yield
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def prune(folder: Path, kept: Path, limit_gib: float = LIMIT_GIB) -> None:

@@ -18,6 +18,7 @@ from mocokit.engine.runtime import (
     autocast,
     default_precision,
     default_threads,
+    default_workers,
 )
 from mocokit.engine.world import World
 from mocokit.errors import UserError
@@ -34,8 +35,6 @@ from mocokit.settings.sizes import Resolved, count_groups, count_shares
 from mocokit.views.fused import can_compile
 from mocokit.views.params import ViewSpec, canvas_bound
 from mocokit.weights.encoder import build_encoder, view_spec
-
-MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def build_loader(
         share=share,
         start_step=start_step,
         known_bad=known_bad,
-        tell=tell,
+        log=tell,
         pin=device.type == "cuda",
     )
 
@@ -182,7 +181,7 @@ def count_workers(settings: Settings, device: torch.device) -> int:
     """Decoding processes: as asked, or one beside a CPU that trains, several beside a GPU."""
     if settings.data.workers != "auto":
         return settings.data.workers
-    return 1 if device.type == "cpu" else min(MAX_WORKERS, default_threads())
+    return default_workers(device)
 
 
 def build_due(settings: Settings, effect: Resolved, world: World) -> Due:

@@ -1,4 +1,4 @@
-"""What a run says before it trains, and after."""
+"""The messages of a run before its first step and after its last."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from mocokit.run.state import RunState
 
 
 def start(run: RunState) -> None:
-    """What runs, how it differs from its recipe, and what to expect of the loss."""
+    """Print the settings and what loss to expect, and write the README of an unfinished run."""
     say, settings, effect = run.console.say, run.settings, run.effect
     images, classes = len(run.splits.train), len(run.splits.train.classes)
     say(
@@ -37,11 +37,11 @@ def start(run: RunState) -> None:
         say(f"What to expect: {run.parts.method.expectation}")
     say(f"run folder: {run.folder.path}")
     if run.world.writes:
-        run.folder.readme.write_text(readme.text(run, {}), encoding="utf-8")
+        readme.write(run)
 
 
 def result(run: RunState, result: dict[str, Any]) -> None:
-    """The closing table, and where everything is."""
+    """Print the table of scores, and where the run folder is."""
     rows = [(text, f"{result[name]:.1%}") for name, text in NAMES.items() if name in result]
     if rows:
         run.console.table(f"{run.settings.recipe}: kNN accuracy", ["features", "kNN"], rows)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from mocokit.data.batch import look
+from mocokit.data.batch import read_spread
 from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.source import Source, Splits
 from mocokit.data.sources.packed import lacking
@@ -19,7 +19,6 @@ from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
-from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.nets.batchnorm import (
@@ -35,6 +34,7 @@ from mocokit.run.resident import hold
 from mocokit.run.state import RunState
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
+from mocokit.transfer import Upload
 from mocokit.views.sheet import contact_sheet
 
 SHEET_IMAGES = 8
@@ -202,7 +202,7 @@ def _newest(run: RunState) -> dict[str, Any] | None:
 
     def choose() -> int | None:
         nonlocal state
-        state = checkpoint.load_newest(run.folder.checkpoints, tell=run.console.note)
+        state = checkpoint.load_newest(run.folder.checkpoints, log=run.console.note)
         return None if state is None else int(state["step"])
 
     step = decided_by_rank_zero(run.world, choose)
@@ -217,7 +217,7 @@ def _write_start(run: RunState) -> None:
     if run.folder.index.is_file():
         return
     save_index(run.splits.train.index(), run.folder.index)
-    canvases, _ = look(run.splits.train, SHEET_IMAGES, run.bound)
+    canvases, _ = read_spread(run.splits.train, SHEET_IMAGES, run.bound)
     if canvases:
         seed, path = run.settings.seed, run.folder.sheet
         contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)

@@ -1,4 +1,4 @@
-"""README.md of a run folder: what it holds, how to go on, what evaluations found."""
+"""README.md of a run folder: its files, how to resume, what evaluations found. The one writer."""
 
 import json
 import shlex
@@ -22,19 +22,24 @@ JUDGED = ("verdict", "advice")
 
 
 def _command(run: RunState) -> str:
-    """The command that goes on with this run, wherever it was started from."""
+    """The command that resumes this run, in whatever folder it is called."""
     path = run.folder.path.resolve()
     return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
 
 
-def text(run: RunState, result: dict[str, Any]) -> str:
-    """README.md of the run folder: what it holds and how to go on; no result: not finished."""
+def write(run: RunState, result: Mapping[str, Any] | None = None) -> None:
+    """Write the run folder's README.md; without a result, that of an unfinished run."""
+    write_text(run.folder.readme, text(run, result or {}))
+
+
+def text(run: RunState, result: Mapping[str, Any]) -> str:
+    """The README's text; an empty result means that the run is not finished."""
     path, settings = run.folder.path.resolve(), run.settings
     rows = [f"| {text} | {result[n]:.1%} |" for n, text in NAMES.items() if n in result]
     table = (
         ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
     )
-    going = ["Not finished. Go on with:", "", "```sh", _command(run), "```", ""]
+    going = ["Not finished. Resume with:", "", "```sh", _command(run), "```", ""]
     lines = [
         f"# {path.name}",
         "",
@@ -65,21 +70,21 @@ def text(run: RunState, result: dict[str, Any]) -> str:
         "",
         "| file | what it holds |",
         "| --- | --- |",
-        "| config.yaml | every setting, and what followed from them |",
+        "| config.yaml | every setting, and what follows from them |",
         "| metrics.jsonl | a line of health every few steps; the last line is the result |",
         "| backbone.safetensors | the trained backbone, its settings in the metadata |",
-        "| last.pt, checkpoints/ | everything, to go on from |",
+        "| last.pt, checkpoints/ | everything that resuming needs |",
         "| views.png | what the network saw |",
         "| images.idx | which images, by number |",
         "| bad_images.txt | images that could not be read, if there were any |",
-        "| evaluations.jsonl | what `mocokit evaluate` found, if it was asked |",
+        "| evaluations.jsonl | the results of `mocokit evaluate`, if there are any |",
         "",
     ]
     return "\n".join(lines) + section(run.folder)
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
-    """Add a line to evaluations.jsonl, and bring the run's README up to date. Raises OSError."""
+    """Add a line to evaluations.jsonl and update the run's README. Raises OSError."""
     with open(folder.evaluations, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
     readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
@@ -88,7 +93,7 @@ def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
 
 
 def section(folder: RunFolder) -> str:
-    """What the run's README says of its evaluations; nothing where there were none."""
+    """The README's section of evaluations; empty if there are none."""
     lines = []
     for record in read_metrics(folder.evaluations):
         columns, rows = _table(record)
@@ -106,7 +111,7 @@ def section(folder: RunFolder) -> str:
 
 
 def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows; a record with other scores than accuracies has its own."""
+    """Column names and rows; a record with other scores than accuracies has its own table."""
     if "table" in record:
         columns, *rows = record["table"]
         return columns, rows
@@ -118,7 +123,7 @@ def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def label_of(result: Mapping[str, Any]) -> str:
-    """Features with the settings that tell this line from others."""
+    """The features, with the settings in which this line differs from others."""
     names = {"k": "k", "temperature": "temperature", "labels": "labels"}
     shown = [f"{text} {result[name]}" for name, text in names.items() if name in result]
     return ", ".join([result["features"], *shown])

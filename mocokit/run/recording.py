@@ -111,7 +111,7 @@ class Recording:
         return self.run.step > 0 and decided_by_rank_zero(self.run.world, self.run.folder.unscored)
 
     def close(self) -> None:
-        """End the loading processes too, which a traceback would otherwise keep alive."""
+        """End the workers too, which a traceback would otherwise keep alive."""
         if isinstance(self._batches, Generator):
             self._batches.close()
         if self.metrics:
@@ -176,7 +176,7 @@ def finish(run: RunState) -> dict[str, Any]:
     if (found is None or found.healthy) and (advice := advise(lines)):
         result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
-    run.folder.readme.write_text(readme.text(run, result), encoding="utf-8")
+    readme.write(run, result)
     metrics = Metrics(run.folder.metrics, run.step)
     metrics.write(result)
     metrics.close()

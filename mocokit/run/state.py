@@ -19,13 +19,13 @@ from mocokit.engine.bad_images import BadImages
 from mocokit.engine.finite import check_weights
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
-from mocokit.engine.upload import Upload
 from mocokit.engine.world import World
 from mocokit.run import build
 from mocokit.run.build import Parts
 from mocokit.run.resident import Resident
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
+from mocokit.transfer import Upload
 
 
 @dataclass

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import to_device
 from mocokit.views.params import Interpolation, ViewSpec
-from mocokit.views.separable import DENSE_SIDE, crop_boxes, resize_window, upload
+from mocokit.views.separable import DENSE_SIDE, crop_boxes, resize_window
 
 Sizes = NDArray[np.int64]
 Way = Literal["grid", "gathered", "each"]
@@ -117,7 +118,7 @@ class Canvases:
         if (np.diff(starts) == size).all():
             flat = self.pixels.narrow(0, int(starts[0]), len(starts) * size)
         else:  # row s of this view is the image that would begin with pixel s
-            flat = self.pixels.view(-1).unfold(0, 3 * size, 3)[upload(starts, self.device)]
+            flat = self.pixels.view(-1).unfold(0, 3 * size, 3)[to_device(starts, self.device)]
         return flat.view(-1, height, width, 3).permute(0, 3, 1, 2)
 
     def _gather(self, part: slice, boxes: Sizes) -> Tensor:
@@ -126,7 +127,7 @@ class Canvases:
         columns = np.stack([starts, self.widths[part], boxes[:, 2], boxes[:, 3]], axis=1)
         kind = torch.int32 if len(self.pixels) < 2**31 else torch.int64
         start, stride, height, width = (
-            upload(columns, self.device, kind).view(-1, 4, 1, 1).unbind(1)
+            to_device(columns, self.device, kind).view(-1, 4, 1, 1).unbind(1)
         )
         tall, wide = (
             torch.arange(int(most), device=self.device, dtype=kind) for most in boxes[:, 2:].max(0)

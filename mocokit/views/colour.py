@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import Numbers, to_device, to_host
 from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from mocokit.views.separable import Numbers, alone, host, upload
+from mocokit.views.separable import alone
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 
@@ -42,9 +43,9 @@ def jitter(
     Factors (B,), hue in turns; order (B, 4): 0 brightness, 1 contrast, 2 saturation, 3 hue, first
     column first. Parameters belong on the host: those on a device make the host wait for it.
     """
-    factors = np.stack([host(part) for part in (brightness, contrast, saturation, hue)])
+    factors = np.stack([to_host(part) for part in (brightness, contrast, saturation, hue)])
     changed = images.clone(memory_format=torch.contiguous_format)
-    jitter_rows(changed, np.arange(len(images)), factors, host(order))
+    jitter_rows(changed, np.arange(len(images)), factors, to_host(order))
     return changed
 
 
@@ -84,14 +85,14 @@ def _jitter_sorted(
     ]
     # Row c of an image's matrix has the weights from column c on, around the circle.
     turning = np.stack([np.roll(circle.T, column, 1) for column in range(3)], axis=1)
-    mix = upload(np.stack(mixing), images.device, images.dtype)[..., None, None]
+    mix = to_device(np.stack(mixing), images.device, images.dtype)[..., None, None]
     places = np.concatenate([rows[turn], np.delete(np.arange(len(images)), rows)])
-    there, back = upload(np.stack([places, np.argsort(places)]), images.device)
+    there, back = to_device(np.stack([places, np.argsort(places)]), images.device)
     sorted_ = images.index_select(0, there)
     part = sorted_[: len(rows)].flatten(2)
     for step, bound in enumerate(bounds):
         _mix(part[bound:], *mix[:, step, bound:])
-    matrices, weights = (upload(one, images.device, images.dtype) for one in (turning, ends))
+    matrices, weights = (to_device(one, images.device, images.dtype) for one in (turning, ends))
     _turn_hue(part, matrices, weights.view(-1, 1, 1))
     for step, bound in enumerate(bounds):
         _mix(part[:bound], *mix[:, step, :bound])
@@ -175,7 +176,7 @@ def _change(images: Tensor, rows: NDArray[np.int64], operation: Callable[[Tensor
         for row in rows:
             operation(images[row : row + 1])
         return
-    pick = upload(rows, images.device)
+    pick = to_device(rows, images.device)
     part = images.index_select(0, pick)
     operation(part)
     images.index_copy_(0, pick, part)

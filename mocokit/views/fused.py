@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import to_device
 from mocokit.views.colour import LUMA, hue_map
 from mocokit.views.params import BLUR_TAILS, CONTRAST, HUE, SATURATION, Table, ViewSpec
 from mocokit.views.randaugment import randaugment
-from mocokit.views.separable import gaussian_weights, upload
+from mocokit.views.separable import gaussian_weights
 
 _NEUTRAL = np.array([[1.0], [1.0], [1.0], [0.0]])  # factors that change nothing
 
@@ -50,7 +51,7 @@ def finish(images: Tensor, table: Table, spec: ViewSpec) -> Tensor:
 def _run(images: Tensor, kinds: list[str], numbers: list[NDArray[np.float64]]) -> Tensor:
     if not kinds:
         return images
-    sent = [upload(part, images.device, images.dtype) for part in numbers]
+    sent = [to_device(part, images.device, images.dtype) for part in numbers]
     compiled = images.device.type == "cuda" and can_compile()
     return (_compiled() if compiled else steps)(images, tuple(kinds), sent)
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit.transfer import to_device
 from mocokit.views.params import RANDOM_OPERATIONS
-from mocokit.views.separable import upload
 
 _LUMA = (19595, 38470, 7471)  # PIL's convert("L"), in 65536ths
 
@@ -30,12 +30,12 @@ def randaugment(images: Tensor, drawn: NDArray[np.void], fill: tuple[float, ...]
     rows = np.flatnonzero((drawn["operation"] >= 0).any(1))
     if not rows.size:
         return
-    drawn, pick = drawn[rows], upload(rows, images.device)
+    drawn, pick = drawn[rows], to_device(rows, images.device)
     levels = images.index_select(0, pick).mul_(255).round_()
     for layer in drawn.T:
         for number in np.unique(layer["operation"][layer["operation"] >= 0]):
             some = np.flatnonzero(layer["operation"] == number)
-            place = upload(some, images.device)
+            place = to_device(some, images.device)
             part = levels.index_select(0, place)
             levels.index_copy_(0, place, _apply(int(number), part, layer[some], fill))
     images.index_copy_(0, pick, levels.div_(255))
@@ -47,7 +47,7 @@ def _apply(number: int, levels: Tensor, drawn: NDArray[np.void], fill: tuple[flo
         height, width = levels.shape[2:]
         matrices = np.stack([_MATRICES[name](amount, height, width) for amount in amounts])
         return _transform(levels, matrices, drawn["bicubic"], fill)
-    amount = upload(amounts, levels.device, levels.dtype).view(-1, 1, 1)
+    amount = to_device(amounts, levels.device, levels.dtype).view(-1, 1, 1)
     if name == "color":
         return _blend(_gray(levels).expand_as(levels), levels, amount.unsqueeze(3))
     if name == "sharpness":
@@ -175,17 +175,17 @@ def _transform(
     height, width = levels.shape[2:]
     device = levels.device
     # Double precision, as PIL: what is cut to whole levels may not fall short by a last bit.
-    matrix = upload(matrices, device, torch.float64).view(-1, 2, 3, 1, 1)
+    matrix = to_device(matrices, device, torch.float64).view(-1, 2, 3, 1, 1)
     across = torch.arange(width, device=device, dtype=torch.float64) + 0.5
     down = (torch.arange(height, device=device, dtype=torch.float64) + 0.5).view(-1, 1)
     x, y = (matrix[:, :, 0] * across + matrix[:, :, 1] * down + matrix[:, :, 2]).unbind(1)
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)  # (B, H, W)
-    colour = upload(np.rint(255 * np.clip(fill, 0, 1)), device, levels.dtype).view(1, 3, 1, 1)
+    colour = to_device(np.rint(255 * np.clip(fill, 0, 1)), device, levels.dtype).view(1, 3, 1, 1)
     moved = torch.empty_like(levels)
     for cubic in (False, True):
         rows = np.flatnonzero(bicubic == cubic)
         if rows.size:
-            place = upload(rows, device)
+            place = to_device(rows, device)
             part, right, below = (each.index_select(0, place) for each in (levels, x, y))
             between = _cubic if cubic else _linear
             moved.index_copy_(0, place, _sample(part, right - 0.5, below - 0.5, between))

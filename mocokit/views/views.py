@@ -20,7 +20,7 @@ from mocokit.views.canvases import Canvases, Sizes
 from mocokit.views.fused import finish
 from mocokit.views.params import Table, ViewSpec
 from mocokit.views.randaugment import randaugment
-from mocokit.views.separable import blur_rows, upload
+from mocokit.views.separable import blur_rows
 
 
 def make_views(
@@ -162,7 +162,7 @@ def _put(out: Tensor, images: Tensor) -> None:
 def _normalise(spec: ViewSpec, images: Tensor) -> Tensor:
     """In place."""
     numbers = np.array([spec.mean, spec.std]).reshape(2, 3, 1, 1)
-    mean, std = upload(numbers, images.device, images.dtype)
+    mean, std = to_device(numbers, images.device, images.dtype)
     return images.sub_(mean).div_(std)
 
 

@@ -1,7 +1,6 @@
 """What a user names: a run folder, a checkpoint, an exported file, a timm name, or `random`."""
 
 import dataclasses
-import difflib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
-from mocokit.nets.backbones import build_backbone
+from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
@@ -33,20 +32,19 @@ DEFAULT_RANDOM = "resnet50"
 
 @dataclass(frozen=True)
 class Opened:
-    """A subject with what belongs to it."""
+    """A frozen model with what belongs to it."""
 
     subject: FrozenModel
-    untrained: (
-        Callable[[], FrozenModel] | None
-    )  # the same network with random weights; None: it is one
+    # Makes the same network with random weights; None if the model is one already.
+    untrained: Callable[[], FrozenModel] | None
     settings: Settings | None  # of the run that it came from
     folder: RunFolder | None  # that run's folder
 
 
 def is_ours(run: str | Path) -> bool:
-    """Whether it is a path, which may know images of its own, and not a model's name.
+    """Whether `run` is a path, which may come with images, and not a model's name.
 
-    Raises UserError where it names nothing; fetches nothing.
+    Raises UserError if it names nothing. Downloads nothing.
     """
     if Path(run).expanduser().exists():
         return True
@@ -67,10 +65,10 @@ def open_model(
     size: int | None = None,
     seed: int = 0,
 ) -> Opened:
-    """What `run` names, in eval mode on the device. Raises UserError where it names nothing.
+    """The model that `run` names, in eval mode on the device. Raises UserError if it names nothing.
 
     A path that exists comes first, then `random` or `random:MODEL`, then a timm model, whose
-    weights timm fetches. `size` replaces the side of the evaluation view.
+    weights timm downloads. `size` replaces the side of the evaluation view.
     """
     place = partial(_subject, device=device, precision=precision, size=size)
     path = Path(run).expanduser()
@@ -127,7 +125,9 @@ def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed
     if RunFolder(path).is_begun:
         raise UserError(f"the run in {path} was killed before it began; start it again with --out")
     if path.is_dir() and folder is None:
-        raise UserError(f"{path} is no run folder: it holds no config.yaml; give one, or a file")
+        raise UserError(
+            f"{path} is no run folder: it has no config.yaml; give a run folder or a file"
+        )
     settings, state = read(_head_file(path) if layer == "head" else path)
     net = settings.net
     architecture = f"{net.backbone} stem={net.stem} head={net.head}"
@@ -154,14 +154,14 @@ def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed
 
 
 def _head_file(path: Path) -> Path:
-    """The head is kept in checkpoints alone."""
+    """Only checkpoints contain the head."""
     if path.suffix == ".safetensors":
         raise UserError(f"{path} holds a backbone without its head; give the run folder")
     return path / "last.pt" if path.is_dir() else path
 
 
 def folder_of(path: Path) -> RunFolder | None:
-    """The run folder that a path is, or lies in."""
+    """The run folder at a path or above it."""
     path = path.absolute()  # not resolved: last.pt is a link that may lead elsewhere
     for place in (path, path.parent, path.parent.parent):
         folder = RunFolder(place)
@@ -177,13 +177,7 @@ def _random_model(name: str) -> str:
 
 
 def _check_random(model: str) -> None:
-    import timm
-
-    known = ["resnet_tiny", *timm.list_models()]
-    if model not in known and not timm.is_model(model):
-        close = difflib.get_close_matches(model, known, n=1)
-        hint = f"did you mean {RANDOM}:{close[0]}?" if close else "timm.list_models() lists them"
-        raise UserError(f"{RANDOM}:{model}: there is no such model; {hint}")
+    check_model(model, f"{RANDOM}:{model}: there is no such model", prefix=f"{RANDOM}:")
 
 
 def _random_backbone(model: str, seed: int) -> nn.Module:
@@ -192,9 +186,9 @@ def _random_backbone(model: str, seed: int) -> nn.Module:
 
 
 def _open_foreign(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
-    """A ResNet of the authors' or of torchvision, with the views of ImageNet."""
+    """A ResNet of the paper's authors or of torchvision, with the views of ImageNet."""
     if layer == "head":
-        raise UserError(f"{path} is judged by its backbone; only our own runs have a head")
+        raise UserError(f"{path} has no head; only runs of mocokit have one")
     model, state = read_resnet(path)
     spec = view_spec(recipes.mocov2())
     network = build_backbone(model)
@@ -211,30 +205,25 @@ def _open_foreign(path: Path, place: Callable[..., FrozenModel], layer: Layer, s
 
 
 def _timm_name(name: str) -> str:
-    """The model that a name stands for; raises UserError."""
-    import timm
-
+    """The model that a name means, with the tag of its weights; raises UserError."""
     model = name.removeprefix("timm:")
-    if not timm.is_model(model.partition(".")[0]):
-        close = difflib.get_close_matches(model, [*timm.list_models(), RANDOM], n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise UserError(
-            f"there is no run, checkpoint or timm model {name!r}{hint} (random, or random:MODEL, "
-            "has random weights)"
-        )
+    what = f"there is no run, checkpoint or timm model {name!r}"
+    untagged = model.partition(".")[0]
+    # Of our own models there are no published weights.
+    check_model(untagged, f"{what} (random or random:MODEL has random weights)", ours=(RANDOM,))
     return model
 
 
 @contextmanager
 def _without_retries() -> Iterator[None]:
-    """Hugging Face tells of each of ten attempts, which are one mistake."""
-    log = logging.getLogger("huggingface_hub")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Hugging Face logs each of ten attempts, which are one mistake."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(before)
 
 
 def _open_timm(name: str, place: Callable[..., FrozenModel], seed: int) -> Opened:
@@ -249,8 +238,8 @@ def _open_timm(name: str, place: Callable[..., FrozenModel], seed: int) -> Opene
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"timm cannot fetch the weights of {model} ({reason[:160]}); connect, or put them into "
-            f"Hugging Face's cache, or judge its random weights with random:{model}"
+            f"timm cannot download the weights of {model} ({reason[:160]}); connect, put them "
+            f"into Hugging Face's cache, or evaluate random weights with random:{model}"
         ) from None
     width: Any = getattr(network, "head_hidden_size", None) or network.num_features
     network.num_features = int(width)
@@ -277,11 +266,11 @@ def timm_spec(config: dict[str, Any]) -> ViewSpec:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The backbone of a run folder, a checkpoint or a backbone.safetensors, in eval mode.
+    """The backbone of a run folder, a checkpoint or a backbone.safetensors.
 
-    On the CPU. (N, 3, H, W), normalised as in the run's settings, -> (N, .num_features). Of a run
-    folder, the finished backbone or else the newest checkpoint's. Raises UserError where there is
-    none.
+    On the CPU, in eval mode. (N, 3, H, W), normalised as in the run's settings, ->
+    (N, .num_features). For a run folder, the finished backbone, or else the newest checkpoint's.
+    Raises UserError if there is none.
     """
     settings, state = read(path)
     net = settings.net
@@ -291,12 +280,12 @@ def load(path: str | Path) -> nn.Module:
 
 
 def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
-    """The settings of what `load` loads, and the backbone's weights. Raises UserError."""
+    """The settings and the weights of the backbone that `load` loads. Raises UserError."""
     path = Path(path)
     if path.is_dir():
         if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
             what = f"the run in {path} ended before its first checkpoint, so it has no weights yet"
-            remedy = f"go on with it: mocokit pretrain {path}/config.yaml --out {path}"
+            remedy = f"resume it: mocokit pretrain {path}/config.yaml --out {path}"
             raise UserError(f"{what}; {remedy}")
         finished = path / "backbone.safetensors"
         path = finished if finished.is_file() else path / "last.pt"

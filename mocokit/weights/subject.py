@@ -1,4 +1,4 @@
-"""What is judged: a frozen network, the view it expects, and the hash of its weights."""
+"""A frozen network, the views it expects, and the hash of its weights."""
 
 import hashlib
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Layer = Literal["backbone", "head"]
 class FrozenModel:
     """A network (N, 3, H, W) -> (N, width), on its device and in eval mode."""
 
-    name: str  # what a person calls it
+    name: str  # shown to the user
     network: nn.Module
     width: int
     spec: ViewSpec
-    architecture: str  # what its state dict does not tell
+    architecture: str  # what the state dict does not contain
     layer: Layer = "backbone"
     precision: str = "float32"
     autocast: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
@@ -37,25 +37,25 @@ class FrozenModel:
         return weights_hash(self.network)
 
     def features(self, views: Tensor) -> Tensor:
-        """(n, width) in float32, computed in the subject's precision."""
+        """(n, width) in float32, computed in the model's precision."""
         with self.autocast():
             features: Tensor = self.network(views)
         return features.float()
 
 
 class Pixels(nn.Module):
-    """What a network must beat: (N, 3, H, W) -> (N, 3 H W), the view itself."""
+    """The baseline without a network: (N, 3, H, W) -> (N, 3 H W), the pixels themselves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # tells the device
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)  # its device is the model's
 
     def forward(self, images: Tensor) -> Tensor:
         return images.flatten(1)
 
 
 def weights_hash(module: nn.Module) -> str:
-    """The same for two modules exactly if every tensor of their state dicts has the same bits."""
+    """Equal for two modules if and only if all tensors of their state dicts have the same bits."""
     digest = hashlib.blake2b(b"mocokit weights 1", digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.index import DAMAGE, Index
-from mocokit.data.names import show
 from mocokit.errors import UserError
+from mocokit.files import show
 
 MAX_CLASSES = 10**6
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mocokit.data.names import printable, show
 from mocokit.data.source import extended
 from mocokit.data.sources.arrays import numbered
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 _CLASSES = ("label", "labels", "fine_label", "class")  # usual names
 _REMEDY = "download it again"
@@ -45,10 +45,10 @@ class Columns(NamedTuple):
         schema = file.schema_arrow
         try:
             features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-            told = {name: one for name, one in features.items() if isinstance(one, dict)}
+            described = {name: one for name, one in features.items() if isinstance(one, dict)}
         except (KeyError, ValueError, TypeError, AttributeError):
-            told = {}
-        kinds = {name: one.get("_type") for name, one in told.items()}
+            described = {}
+        kinds = {name: one.get("_type") for name, one in described.items()}
         images = [name for name in schema.names if kinds.get(name) == "Image"]
         bare = [name for name in schema.names if _holds_bytes(schema.field(name).type)]
         images += sorted(bare, key=_CLASSES.__contains__)  # a label may be bytes too
@@ -57,7 +57,7 @@ class Columns(NamedTuple):
             raise UserError(f"{show(path)} has no column of images (it has: {found}): give another")
         labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
         labels += [name for name in _CLASSES if name in schema.names]
-        names = told.get(labels[0], {}).get("names") if labels else None
+        names = described.get(labels[0], {}).get("names") if labels else None
         texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
         return cls(images[0], labels[0] if labels else None, texts)
 

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import decode, read_file
 from mocokit.data.index import Index, stamp_of
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.source import extended
 from mocokit.data.walk import Closed, Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif")
 IMAGES: Endings = frozenset(extension.encode() for extension in EXTENSIONS)
@@ -108,7 +109,7 @@ def open_folder(root: Path, labels: Labels) -> tuple[FolderSource, FolderSource 
     """The images to train on and, where train/ has a sibling for it, those to validate on."""
     place = root.resolve()
     key = f"folder 2 {labels} {place}"
-    found = listed(key, lambda watch: _look(place, short_name(place.name), labels, watch))
+    found = listed(key, lambda watch: _scan(place, short_name(place.name), labels, watch))
     train, beside = found.train, found.validation
     validation = FolderSource.of_index(beside.root, beside.known) if beside else None
     source = FolderSource.of_index(train.root, train.known)
@@ -140,7 +141,7 @@ def _classes_perhaps(names: Names) -> tuple[str, ...]:
     return (text,)
 
 
-def _look(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
+def _scan(root: Path, name: str, labels: Labels, watch: Watch) -> Listing:
     train, beside = find_splits(root, IMAGES, watch)
     found = _found(train, watch)
     # Folders below train/ are classes; elsewhere they may be anything.

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.sources.folder import IMAGES, FolderSource, Labels
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 ENDINGS = (".txt", ".lst", ".list", ".tsv")
 

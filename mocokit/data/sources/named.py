@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mocokit.data.cache import alone, cache_folder
-from mocokit.data.names import show
 from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.data.sources.folder import FolderSource, Labels, open_folder
 from mocokit.errors import UserError
+from mocokit.files import cache_folder, locked, show
 
 _PATIENCE = 30.0  # s without an answer, after which a download is given up
 
@@ -187,7 +186,7 @@ def _download(
     patience = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with alone(root / "download"):
+        with locked(root / ".download.lock"):
             if (root / folder).is_dir():  # another process was faster
                 return
             socket.setdefaulttimeout(_PATIENCE)

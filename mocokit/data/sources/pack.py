@@ -27,9 +27,9 @@ from PIL import Image
 
 from mocokit.data.decode import BadImage, look_at
 from mocokit.data.index import Arrays, to_arrays
-from mocokit.data.names import show
 from mocokit.data.source import Source, Splits
 from mocokit.errors import UserError
+from mocokit.files import lock, show
 
 MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads
 HEAD = struct.Struct("<4sBxxxIIQI")  # mark, kind, height, width, length, checksum
@@ -37,7 +37,7 @@ TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and t
 BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
 _MARK = b"IMG\n"
 _QUALITY = 95
-_CHUNK = 64  # images between two looks at the disk
+_CHUNK = 64  # images between two flushes
 
 
 class Head(NamedTuple):
@@ -89,8 +89,8 @@ def write_pack(
 ) -> Packed:
     """Pack training and validation images, in this order; without a bound, the files as they are.
 
-    `advance(n)` is told of images done, those of an earlier attempt first. Raises UserError, with
-    `remedy` if the target cannot be written.
+    `advance(n)` counts the images that are done, those of an earlier attempt first. Raises
+    UserError, with `remedy` if the target cannot be written.
     """
     sources = [source for source in splits if source is not None]
     header = {
@@ -104,7 +104,7 @@ def write_pack(
     places = [(source, number) for source in sources for number in range(len(source))]
     record = partial(_record, bound=bound, raw=raw)
     try:
-        with _held(part) as file:
+        with _locked(part) as file:
             heads, offsets = _taken_up(file, header)
             advance(len(heads))
             with ThreadPoolExecutor(threads) as pool:
@@ -150,15 +150,11 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
 
 
 @contextmanager
-def _held(part: Path) -> Iterator[IO[bytes]]:
-    """The unfinished pack, open to read and write, and closed to other processes."""
+def _locked(part: Path) -> Iterator[IO[bytes]]:
+    """The unfinished pack, open to read and write, and locked against other processes."""
     with open(part, "a+b") as file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows, where the lock is left out
-            pass
+            lock(file, wait=False)
         except BlockingIOError:
             raise UserError(f"another process is writing {show(part)}: wait for it") from None
         yield file

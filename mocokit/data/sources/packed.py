@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, bounded, decode, reduced_size
 from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
-from mocokit.data.names import printable, show
 from mocokit.data.source import Source
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
 from mocokit.data.sources.several import parts_of
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 
 class PackedSource:

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data import locations
-from mocokit.data.cache import Watch, alone, cache_folder, forget_unused
+from mocokit.data.cache import Watch, forget_unused
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.index import Index, stamp_of
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.source import Splits
 from mocokit.data.sources.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.sources.folder import Labels
@@ -30,6 +30,7 @@ from mocokit.data.sources.packed import open_pack
 from mocokit.data.sources.shards import split_by_words, split_word
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
+from mocokit.files import cache_folder, locked, printable, show
 
 PARQUET: Endings = frozenset([b"parquet"])
 _REMEDY = "make room, or name another folder by MOCOKIT_CACHE"
@@ -147,7 +148,7 @@ def open_parquet(
     pack = cache_folder() / "packs" / f"{name}-{key}.pack"
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
-        with alone(pack):
+        with locked(pack.with_name(f".{pack.name}.lock")):
             if not _is_whole(pack):
                 forget_unused(pack.parent, "*.pack")
                 _copy(Splits(trained, tested), pack, counting)

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
-from mocokit.data.names import Names, printable, short_name
+from mocokit.data.names import Names, short_name
 from mocokit.data.source import Source, extended
+from mocokit.files import printable
 
 
 class SeveralSource:

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import BadImage, decode
 from mocokit.data.index import Arrays, Index, stamp_of
-from mocokit.data.names import Names, printable, short_name, show
+from mocokit.data.names import Names, short_name
 from mocokit.data.sources.folder import VALIDATION, Labels, digest_names, find_splits, folder_labels
 from mocokit.data.sources.tars import Member, members_of, splits_inside
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
+from mocokit.files import printable, show
 
 TARS: Endings = frozenset([b"tar"])
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)", re.IGNORECASE)
@@ -96,7 +97,7 @@ def open_shards(paths: Sequence[Path], labels: Labels) -> tuple[ShardSource, Sha
     places = [path.resolve() for path in paths]
     key = "shards 2 " + " ".join([labels, *map(str, places)])
     train, held = split_by_words(places, [split_word(path.name) for path in places])
-    return _sources(listed(key, lambda watch: _look(train, held, labels, watch)))
+    return _sources(listed(key, lambda watch: _scan(train, held, labels, watch)))
 
 
 def split_word(name: str) -> str:
@@ -131,7 +132,7 @@ def open_shards_below(root: Path, labels: Labels) -> tuple[ShardSource, ShardSou
         found = open_shards(first, labels)
     else:
         key = "shards 2 " + " ".join([labels, *map(str, first), "::", *map(str, second)])
-        found = _sources(listed(key, lambda watch: _look(first, second, labels, watch)))
+        found = _sources(listed(key, lambda watch: _scan(first, second, labels, watch)))
     found[0].notes += watch.notes
     return found
 
@@ -141,7 +142,7 @@ def _sources(found: Listing) -> tuple[ShardSource, ShardSource | None]:
     return ShardSource.of_index(found.train.known, found.notes), held
 
 
-def _look(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> Listing:
+def _scan(train: list[Path], held: list[Path], labels: Labels, watch: Watch) -> Listing:
     notes: list[str] = []
     trained, tested = (members_of(paths, watch, notes) for paths in (train, held))
     name = short_name(re.sub(r"[-_.]*\d*$", "", train[0].stem) or train[0].parent.name)

@@ -12,10 +12,10 @@ from typing import IO, Any, NamedTuple
 
 from mocokit.data.cache import Watch
 from mocokit.data.decode import MAX_BYTES
-from mocokit.data.names import show
 from mocokit.data.sources.folder import IMAGES, split_names
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
+from mocokit.files import show
 
 _LONGEST_HEADER = 2**20  # bytes; an archive could claim any length for a member's name
 _LONGEST_CLASS = 1000

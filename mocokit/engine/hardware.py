@@ -1,0 +1,34 @@
+"""The names and sizes of this machine's parts, for results and bug reports."""
+
+import os
+import platform
+
+import torch
+
+
+def cpu_name() -> str:
+    """The processor's model, or its architecture where the system does not name the model."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> float | None:
+    """The machine's main memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, OSError, ValueError):  # not POSIX
+        return None
+
+
+def gpus() -> list[str]:
+    """Each visible GPU with its memory."""
+    if not torch.cuda.is_available():
+        return []
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{one.name}, {one.total_memory / 2**30:.1f} GiB" for one in found]
