@@ -13,7 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class Slot(IntEnum):
-    """What a random number is for. Views own 0-99, the loader 100-199, methods 200-299."""
+    """What a random number is for.
+
+    Views own 0-99 and 130-149, the loader 100-109, scores and health 110-119, detection 120-129,
+    methods 200-299, procedural images 300-399, library generators 400-499, orders 500-599.
+    """
 
     # Crop: ten tries of (area, ratio), as in torchvision's RandomResizedCrop, and a place.
     CROP_AREA = 0  # 0..9
@@ -47,14 +51,14 @@ class Slot(IntEnum):
     ENQUEUE = 201  # which view's keys join the queue, where those of one do
     BANK_NEGATIVES = 202  # which entries of a memory bank are compared with
 
-    # Detection (detection/) owns 120-129.
+    # Detection.
     DETECTION_ORDER = 120  # the order of its training images
     DETECTION_SIDE = 121  # which short side an image is resized to
     DETECTION_FLIP = 122
     DETECTION_WEIGHTS = 123  # the new layers' first weights
     DETECTION_DRAW = 124  # which anchors and proposals a step learns from
 
-    # Procedural images (data/sources/patterns.py) own 300-399.
+    # Procedural images.
     PATTERN = 300
     # Library generators (initialisation, dropout) are re-seeded from these.
     LIBRARY = 400

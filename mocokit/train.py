@@ -6,6 +6,7 @@ and update (methods/method.py); they never fork it.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,10 @@ def train(run: RunState, stop: StopSignals) -> None:
         with run.between_steps():
             record.scores(diagnose(run, loader, make_batch_views, scored, stop))
 
-    with recording.recording(run) as record:
+    with recording.recording(run) as record, closing(run.batches(loader)) as batches:
         if due.health(run.step) and record.unscored():  # a stop came before they were finished
             score()
-        for step, batch in record.waiting(loader):
+        for step, batch, waited in batches:
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
             images = run.images_of(step)
@@ -152,7 +153,8 @@ def train(run: RunState, stop: StopSignals) -> None:
             run.step = step + 1
             if logged or device.type == "cpu":
                 watch.check()
-            record.step(output, images, batch.bad, norm)
+            run.note_bad(batch.bad, logged)
+            record.step(output, images, waited, norm)
             if due.compare(run.step):
                 compare_replicas(method, run.step)
             if due.health(run.step):

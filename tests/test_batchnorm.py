@@ -161,7 +161,8 @@ def test_bfloat16_inputs_keep_float32_statistics():
 
 @pytest.mark.parametrize("shape", [(24, 5, 4, 3), (24, 6)])
 @pytest.mark.parametrize("layout", ["planes", "channels last"])
-def test_equal_groups_at_once_are_the_loop_over_groups(shape, layout, monkeypatch):
+@pytest.mark.parametrize("affine", [True, False])
+def test_equal_groups_at_once_are_the_loop_over_groups(shape, layout, affine, monkeypatch):
     """Outputs, gradients and buffers, in float64; a GPU takes the one way, a CPU the other."""
     torch.manual_seed(0)
     inputs = 3 * torch.randn(shape, dtype=torch.float64) + 1
@@ -172,16 +173,15 @@ def test_equal_groups_at_once_are_the_loop_over_groups(shape, layout, monkeypatc
     for at_once in (False, True):
         monkeypatch.setattr(batchnorm, "_at_once", lambda inputs, sizes, at_once=at_once: at_once)
         torch.manual_seed(1)
-        norm = GroupedBatchNorm2d(shape[1], 6, momentum=0.3).double()
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        norm = GroupedBatchNorm2d(shape[1], 6, momentum=0.3, affine=affine).double()
+        for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
             torch.nn.init.uniform_(tensor, 0.5, 2)
         given = inputs.clone().requires_grad_()
         outputs = norm(given)
         torch.relu_(outputs).backward(gradient)  # in place, as a ResNet's activations are
-        assert given.grad is not None and norm.weight.grad is not None
-        found.append(
-            [outputs, given.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()],
-        )
+        gradients = [p.grad for p in norm.parameters()]
+        assert given.grad is not None and None not in gradients and bool(gradients) == affine
+        found.append([outputs, given.grad, *gradients, *norm.buffers()])
     for of_loop, of_all in zip(*found, strict=True):
         assert of_loop.stride() == of_all.stride()
         torch.testing.assert_close(of_all, of_loop, rtol=1e-12, atol=1e-12)
@@ -198,3 +198,18 @@ def test_groups_go_at_once_on_a_gpu_alone_and_only_if_equal():
     assert not batchnorm._at_once(OnGpu(), [5, 3])
     assert not batchnorm._at_once(OnGpu(), [1] * 8)  # torch's own error is the better one
     assert not batchnorm._at_once(torch.zeros(8, 3, 1, 1), [4, 4])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_a_norm_without_scale_is_grouped_too(dimensions):
+    """The last layer of MoCo v3's heads; its state dict has the same names before and after."""
+    norm = nn.BatchNorm1d if dimensions == 1 else nn.BatchNorm2d
+    plain = nn.Sequential(norm(5, affine=False))
+    grouped = use_groups(copy.deepcopy(plain), 4)
+    inputs = torch.randn(8, 5, *[3] * (2 * dimensions - 2))
+    assert plain.state_dict().keys() == grouped.state_dict().keys()
+    expected = torch.cat([plain(part) for part in inputs.split(4)])
+    torch.testing.assert_close(grouped(inputs), expected)
+    grouped.eval(), plain.eval()
+    grouped.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(grouped(inputs), plain(inputs))

@@ -106,8 +106,8 @@ def test_an_image_does_not_depend_on_its_neighbours():
     assert (mixed - together[turned]).abs().max() < 1e-6
     for row in range(0, 24, 5):
         part = slice(row, row + 1)
-        alone = jitter(pixels[part], *(column[part] for column in columns), ORDERS[part])
-        assert (alone[0] - together[row]).abs().max() < 1e-6
+        per_image = jitter(pixels[part], *(column[part] for column in columns), ORDERS[part])
+        assert (per_image[0] - together[row]).abs().max() < 1e-6
 
 
 def test_order_matters():

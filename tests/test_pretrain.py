@@ -393,8 +393,8 @@ def test_two_new_runs_get_two_folders(toy_npz, tmp_path, monkeypatch):
     build_parts = build.build_parts
 
     def meanwhile(*arguments):  # another run is faster while this one builds its network
-        shuffled_rows = RunFolder(tmp_path / "runs" / "demo-toy-001")
-        shuffled_rows.create(recipes.demo(), {})
+        taken = RunFolder(tmp_path / "runs" / "demo-toy-001")
+        taken.create(recipes.demo(), {})
         return build_parts(*arguments)
 
     monkeypatch.setattr(build, "build_parts", meanwhile)

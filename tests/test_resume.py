@@ -8,6 +8,8 @@ import time
 
 import pytest
 import torch
+from test_contract import interrupted_at
+from test_pretrain import FAST
 
 import mocokit
 from mocokit.data.loader import Loader
@@ -162,3 +164,32 @@ def test_what_fails_between_steps_costs_no_step(toy_npz, tmp_path, monkeypatch, 
     states = [checkpoint.load(tmp_path / name / "last.pt") for name in ("straight", "failed")]
     assert checkpoint.digest(states[0]) == checkpoint.digest(states[1])
     assert lines(tmp_path / "straight") == lines(tmp_path / "failed")
+
+
+def test_threads_are_a_runs_identity_and_other_instructions_are_told(
+    toy_npz, tmp_path, monkeypatch, capsys
+):
+    """Another number of threads, or other vector instructions, round sums in another order."""
+    from mocokit.engine import runtime
+    from mocokit.methods.moco import MoCo
+
+    settings = {**FAST, "engine.threads": 1}
+
+    def run(threads):
+        given = settings | {"engine.threads": threads}
+        return mocokit.pretrain(
+            "demo", toy_npz, tmp_path / "run", epochs=2, batch_size=32, settings=given
+        )
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupted_at(patch, MoCo, 2)
+        run(1)
+    with pytest.raises(UserError, match="it differs in engine.threads"):
+        run(2)
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    here = runtime.instruction_set(torch.device("cpu"))
+    assert state["instruction_set"] == here and here
+    monkeypatch.setattr("mocokit.run.open.instruction_set", lambda device: "VSX")
+    run("auto")  # which goes on with what the run has
+    told = f"computed with {here}, and this machine has VSX"
+    assert told in capsys.readouterr().err.replace("\n", " ")

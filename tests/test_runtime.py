@@ -41,12 +41,12 @@ def test_processes_of_the_callers_own_group_take_a_device_each(machine, monkeypa
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    shuffled_rows = []
+    chosen = []
     for rank in range(8):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         with joined_world("auto") as world:
-            shuffled_rows.append(choose_device("auto", world).index)
-    assert shuffled_rows == [0, 1, 2, 3, 0, 1, 2, 3]
+            chosen.append(choose_device("auto", world).index)
+    assert chosen == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_more_processes_than_devices(machine):

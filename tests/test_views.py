@@ -161,8 +161,8 @@ def test_a_batch_equals_its_images_one_by_one(way, monkeypatch):
     together = made(spec, canvases, table)
     for row in range(0, len(canvases), 3):
         part = slice(row, row + 1)
-        alone = made(spec, canvases[part], table.rows(part))
-        assert (alone[0] - together[row]).abs().max() < 1e-4
+        per_image = made(spec, canvases[part], table.rows(part))
+        assert (per_image[0] - together[row]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("way", ["gathered", "each", "grid"])

@@ -160,6 +160,16 @@ def default_precision(device: torch.device) -> Literal["float32", "bfloat16", "f
     return "float32"
 
 
+def instruction_set(device: torch.device) -> str:
+    """What decides, beside the settings, in which order a device adds numbers up.
+
+    On a CPU the widest vector instructions that torch uses, else the GPU's name.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
 def default_threads() -> int:
     """The number of processors for this process: its share, if several run on this machine."""
     there = count = os.cpu_count() or 1

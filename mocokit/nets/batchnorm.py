@@ -45,8 +45,16 @@ class _GroupedBatchNorm(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
-        self, channels: int, group_size: int, eps: float = 1e-5, momentum: float | None = 0.1
+        self,
+        channels: int,
+        group_size: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         self.channels, self.group_size, self.eps, self.momentum = (
@@ -58,8 +66,9 @@ class _GroupedBatchNorm(nn.Module):
         # Of the next batches: how many, or their sizes; None follows from group_size.
         self.groups: int | tuple[int, ...] | None = None
         self.whole = False  # one batch over all processes, instead of groups
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        # Without scale and shift as the last layer of MoCo v3's and BYOL's heads is.
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
@@ -94,7 +103,9 @@ class _GroupedBatchNorm(nn.Module):
     def _all_groups_at_once(self, inputs: Tensor, groups: int, momentum: float) -> Tensor:
         """The same for equal groups, in a number of operations that does not grow with them."""
         outputs: Tensor
-        outputs, mean, var = _EqualGroups.apply(inputs, self.weight, self.bias, groups, self.eps)
+        weight = self.running_mean.new_ones(()) if self.weight is None else self.weight
+        bias = self.running_mean.new_zeros(()) if self.bias is None else self.bias
+        outputs, mean, var = _EqualGroups.apply(inputs, weight, bias, groups, self.eps)
         count = inputs.numel() // inputs.shape[1] // groups
         with torch.no_grad():
             unbiased = var.mean(0) * (count / (count - 1))
@@ -120,8 +131,12 @@ class _GroupedBatchNorm(nn.Module):
             unbiased = var * sums[-1] / (sums[-1] - 1)
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        outputs: Tensor = centred * scale.view(shape) + self.bias.view(shape)
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = self.weight * scale
+        outputs: Tensor = centred * scale.view(shape)
+        if self.bias is not None:
+            outputs = outputs + self.bias.view(shape)
         return outputs.to(inputs.dtype)
 
     def extra_repr(self) -> str:
@@ -174,7 +189,9 @@ class _EqualGroups(torch.autograd.Function):
         count = inputs.numel() // inputs.shape[1] // groups
         scale = inverse * _per_channel(weight, values)
         of_inputs = scale * (gradients - (total + normal * along) / count)
-        of_weight, of_bias = along.sum(0).flatten(), total.sum(0).flatten()
+        of_weight, of_bias = (
+            (along.sum(0).flatten(), total.sum(0).flatten()) if weight.ndim else (None, None)
+        )
         return of_inputs.to(inputs.dtype).flatten(0, 1), of_weight, of_bias, None, None
 
 
@@ -192,7 +209,9 @@ def _all_but_group_and_channel(values: Tensor) -> list[int]:
 
 
 def _per_channel(numbers: Tensor, values: Tensor) -> Tensor:
-    """(C,) -> broadcastable with values (G, n, C, ...)."""
+    """(C,), or a scalar for all, -> broadcastable with values (G, n, C, ...)."""
+    if numbers.ndim == 0:
+        return numbers
     return numbers.view(-1, *(1 for _ in values.shape[3:]))
 
 
@@ -231,8 +250,9 @@ class GroupedBatchNormAct2d(_GroupedBatchNorm):
         momentum: float | None,
         drop: nn.Module,
         act: nn.Module,
+        affine: bool = True,
     ) -> None:
-        super().__init__(channels, group_size, eps, momentum)
+        super().__init__(channels, group_size, eps, momentum, affine)
         self.drop, self.act = drop, act
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -251,8 +271,8 @@ def use_groups(module: nn.Module, group_size: int) -> nn.Module:
 
 
 def _grouped(norm: _BatchNorm, group_size: int) -> _GroupedBatchNorm:
-    if not norm.affine or not norm.track_running_stats:
-        raise ValueError("only batch norms with scale, shift and running statistics can be grouped")
+    if not norm.track_running_stats:
+        raise ValueError("a batch norm without running statistics cannot be grouped")
     new: _GroupedBatchNorm
     if hasattr(norm, "act"):  # timm's BatchNormAct2d
         new = GroupedBatchNormAct2d(
@@ -262,9 +282,12 @@ def _grouped(norm: _BatchNorm, group_size: int) -> _GroupedBatchNorm:
             norm.momentum,
             cast(nn.Module, norm.drop),
             cast(nn.Module, norm.act),
+            norm.affine,
         )
     else:
-        new = GroupedBatchNorm2d(norm.num_features, group_size, norm.eps, norm.momentum)
+        new = GroupedBatchNorm2d(
+            norm.num_features, group_size, norm.eps, norm.momentum, norm.affine
+        )
     new.load_state_dict(norm.state_dict())
     return new.train(norm.training)
 

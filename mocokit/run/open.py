@@ -18,7 +18,7 @@ from mocokit.engine import checkpoint
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console
-from mocokit.engine.runtime import choose_device, decided_by_rank_zero, prepare
+from mocokit.engine.runtime import choose_device, decided_by_rank_zero, instruction_set, prepare
 from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.nets.batchnorm import (
@@ -189,6 +189,12 @@ def begun(run: RunState) -> Iterator[None]:
                 note(
                     f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
                     f"there {now}: the same computation, up to the order of sums"
+                )
+            before, now = state.get("instruction_set"), instruction_set(run.device)
+            if before is not None and before != now:  # 0.1 did not record it
+                note(
+                    f"the checkpoint was computed with {before}, and this machine has {now}: sums "
+                    "are rounded in another order, so the run is no longer equal bit for bit"
                 )
             del state  # or it would live as long as the run
         run.bad.check()

@@ -1,8 +1,7 @@
 """What is recorded of a run: a line every few steps, scores, and the result."""
 
 import shlex
-import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mocokit.data.batch import Batch
 from mocokit.data.sources.pack import is_pack
-from mocokit.engine.bad_images import Bad
 from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import decided_by_rank_zero, default_threads, peak_memory
 from mocokit.health.advice import advise
@@ -36,29 +33,15 @@ class Recording:
         self.metrics = Metrics(run.folder.metrics, run.step) if run.world.writes else None
         effect, terminal = run.effect, run.console.terminal
         self.progress = Progress(terminal, effect.total_steps, run.step, effect.steps_per_epoch)
-        self._wait = 0.0
         self._waits: list[float] = []  # shares of time, of the last records
         self._advised = False
-        self._batches: Iterator[tuple[int, Batch]] = iter(())
 
-    def waiting(self, loader: Iterable[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
-        """The loader's batches, with the time spent waiting for each."""
-        self._batches = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            with self.run.between_steps():
-                item = next(self._batches, None)
-            if item is None:
-                return
-            self._wait = time.perf_counter() - asked
-            yield item
+    def step(self, output: Output, images: int, waited: float, norm: Tensor | None) -> None:
+        """After each step, with the seconds waited for its images.
 
-    def step(self, output: Output, images: int, bad: Bad, norm: Tensor | None) -> None:
-        """After each step; `norm`, the gradient's, is there if the step is to be recorded."""
-        self.meter.step(images, self._wait)
-        self.run.bad.note(bad, self.run.step - 1)
-        if norm is not None or self.run.step % self.run.effect.steps_per_epoch == 0:
-            self.run.bad.share()
+        `norm`, of all gradients, is there if the step is to be recorded.
+        """
+        self.meter.step(images, waited)
         if norm is None:
             return
         line = self._line(output, images, norm)
@@ -111,9 +94,6 @@ class Recording:
         return self.run.step > 0 and decided_by_rank_zero(self.run.world, self.run.folder.unscored)
 
     def close(self) -> None:
-        """End the workers too, which a traceback would otherwise keep alive."""
-        if isinstance(self._batches, Generator):
-            self._batches.close()
         if self.metrics:
             self.metrics.close()
         self.progress.close()

@@ -1,7 +1,8 @@
 """A run with everything it needs, and what is saved of it."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,11 @@ from mocokit.data.batch import Batch
 from mocokit.data.source import Source, Splits
 from mocokit.engine import checkpoint
 from mocokit.engine.average import average_statistics
-from mocokit.engine.bad_images import BadImages
+from mocokit.engine.bad_images import Bad, BadImages
 from mocokit.engine.finite import check_weights
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
+from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
 from mocokit.run import build
 from mocokit.run.build import Parts
@@ -77,6 +79,7 @@ class RunState:
             "fingerprint": self.splits.train.fingerprint,
             "bad_images": self.bad.state(),
             "processes": self.world.size,
+            "instruction_set": instruction_set(self.device),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -101,6 +104,29 @@ class RunState:
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
         checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    def batches(
+        self, loader: Iterable[tuple[int, Batch]]
+    ) -> Generator[tuple[int, Batch, float], None, None]:
+        """The loader's (step, batch), with the seconds that each was waited for. Close it."""
+        batches = iter(loader)
+        try:
+            while True:
+                start = time.perf_counter()
+                with self.between_steps():
+                    item = next(batches, None)
+                if item is None:
+                    return
+                yield *item, time.perf_counter() - start
+        finally:
+            if isinstance(batches, Generator):  # or a traceback would keep its workers alive
+                batches.close()
+
+    def note_bad(self, bad: Bad, logged: bool) -> None:
+        """After a step: images that could not be read. All processes learn of them now and then."""
+        self.bad.note(bad, self.step - 1)
+        if logged or self.step % self.effect.steps_per_epoch == 0:
+            self.bad.share()
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mocokit.transfer import Numbers, to_device, to_host
 from mocokit.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from mocokit.views.separable import alone
+from mocokit.views.separable import per_image
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's rgb_to_grayscale
 
@@ -56,7 +56,7 @@ def jitter_rows(
     order: NDArray[np.int64],
 ) -> None:
     """`jitter` in place, of these rows only; factors (4, B) and order (B, 4) are of all images."""
-    if alone(images):
+    if per_image(images):
         for row in rows:
             _jitter_one(images[row].flatten(1), factors[:, row].tolist(), order[row].tolist())
     elif rows.size:
@@ -172,7 +172,7 @@ def solarize_rows(images: Tensor, rows: NDArray[np.int64]) -> None:
 
 def _change(images: Tensor, rows: NDArray[np.int64], operation: Callable[[Tensor], None]) -> None:
     """Run an in-place operation on some rows."""
-    if alone(images):
+    if per_image(images):
         for row in rows:
             operation(images[row : row + 1])
         return

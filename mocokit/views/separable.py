@@ -20,7 +20,7 @@ from mocokit.views.params import BLUR_TAILS, Interpolation
 DENSE_SIDE = 64
 
 
-def alone(images: Tensor) -> bool:
+def per_image(images: Tensor) -> bool:
     """Whether each image is worked on by itself: on a CPU it fills the cache from this size on."""
     return images.device.type == "cpu" and max(images.shape[2:]) > DENSE_SIDE
 
@@ -201,7 +201,7 @@ def gaussian_blur(images: Tensor, sigma: Numbers) -> Tensor:
 def blur_rows(images: Tensor, sigma: NDArray[np.float64]) -> None:
     """`gaussian_blur` in place; planes of the images (B, 3, H, W) contiguous."""
     rows = np.flatnonzero(sigma)
-    if alone(images):
+    if per_image(images):
         for row in rows:
             weights = gaussian_weights(sigma[row : row + 1])[0].tolist()
             image = images[row : row + 1]
