@@ -45,7 +45,7 @@ def shapes(draw):
     tall, wide = (72, 96) if draw.random() < 0.5 else (96, 72)
     levels = draw.integers(60, 110, (tall, wide, 3)).astype(np.uint8)
     picture = Image.fromarray(levels)
-    pen, objects = ImageDraw.Step(picture), []
+    pen, objects = ImageDraw.Draw(picture), []
     for _ in range(draw.integers(1, 3)):
         name = CLASSES[draw.integers(2)]
         across = int(draw.integers(24, 44))

@@ -15,7 +15,9 @@ from mocokit.cli.app import app
 from mocokit.protocols import defaults
 
 NAMES = {
-    "mocokit.train.pretrain": ("recipe data out epochs batch_size device seed resume settings"),
+    "mocokit.train.pretrain": (
+        "recipe data out epochs batch_size device seed resume settings method"
+    ),
     "mocokit.weights.resolve.load": "path",
     "mocokit.settings.difference": "a b",
     "mocokit.chance.uniform": "seed epoch index view slot",
@@ -27,7 +29,7 @@ NAMES = {
     "mocokit.methods.parts.follow": "key_module module momentum",
     "mocokit.evaluate.knn.knn_scores": "bank labels queries k temperature classes",
     "mocokit.evaluate.voc_ap.average_precision": "detections ground_truth iou metric",
-    "mocokit.methods.parts.Queue": "size dim",
+    "mocokit.methods.parts.Queue": "size dim keys_per_image",
     "mocokit.recipes.mocov1": "",
     "mocokit.recipes.mocov2": "",
     "mocokit.recipes.mocov2_800": "",

@@ -218,7 +218,7 @@ def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
 def test_fine_tuning_says_ahead_what_it_will_do():
     plan = Plan(epochs=1, batch_size=128)
     assert plan.ahead(51200) == "51,200 labelled images, 1 epoch of them, 400 steps"
-    assert "100 epochs of them, 400 steps (more than the 1 asked" in plan.ahead(500)
+    assert "100 epochs of them, 400 steps (more than --epochs 1," in plan.ahead(500)
 
 
 def test_random_weights_are_calibrated_on_images_of_all_classes(monkeypatch):

@@ -67,7 +67,7 @@ def pretrain_recorded(data, out, settings, dtype="float64", patch=setattr):
         return record
 
     patch(build, "build_parts", parts_of_that_type)
-    patch(loop, "make_batch_views", lambda *rest: tuple(v.to(number) for v in views(*rest)))
+    patch(loop, "make_batch_views", lambda *rest: tuple(v[:].to(number) for v in views(*rest)))
     for method in (MoCo, SimCLR, MemoryBank):
         patch(method, "update", recording(method.update))
     mocokit.pretrain("demo", data, out, settings=settings)

@@ -115,24 +115,33 @@ def pretrain(
     if show or show_all:
         typer.echo(show_.pretrain(asked, stated, everything=show_all))
         return
+    if _launched(asked.engine.device, processes, nodes, rdzv, restarts):
+        return
+    from mocokit.train import pretrain as run
+
+    run(recipe, data, out, resume=resume, settings=changes)
+
+
+def _launched(
+    device: str, processes: int | None, nodes: int, rdzv: str | None, restarts: int
+) -> bool:
+    """Whether this command was run by processes that were started for it, to their end."""
     from mocokit.engine.world import announced
 
     launch.end_again()
-    if launch.REPORTS not in os.environ and announced(os.environ) is not None:
+    several = announced(os.environ) is not None
+    if launch.REPORTS not in os.environ and several:
         given = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
         if words := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"{', '.join(words)}: this is a process of several already, started by somebody "
                 "else, who decides on their number; leave it out"
             )
-    if announced(os.environ) is None:
-        number = launch.count_processes(asked.engine.device, processes, nodes)
-        if number is not None:
-            launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
-            return
-    from mocokit.train import pretrain as run
-
-    run(recipe, data, out, resume=resume, settings=changes)
+    number = None if several else launch.count_processes(device, processes, nodes)
+    if number is None:
+        return False
+    launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
+    return True
 
 
 @app.command("check")
