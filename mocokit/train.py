@@ -5,16 +5,14 @@ and the number of workers change nothing. Methods plug into the loop through two
 and update (methods/method.py); they never fork it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mocokit.data.batch import Batch
 from mocokit.data.open import open_data
 from mocokit.data.source import Source, Splits, as_splits
 from mocokit.engine.average import GradientAverage, compare_replicas
@@ -24,17 +22,13 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, decided_by_rank_zero, joined_world, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.methods.method import Method, Output, Step, Views
+from mocokit.methods.method import Method, Output, Step
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.open import begun, calibrate_on_first_group, open_run
 from mocokit.run.state import RunState
 from mocokit.settings import methods, replace
 from mocokit.transfer import to_device
-from mocokit.views.params import draw_table
-from mocokit.views.views import View, ViewsOnDemand, make_views
-
-HELD_VIEWS = 2**30  # bytes of views that a step in pieces holds at once
 
 
 @dataclass(frozen=True)
@@ -117,14 +111,14 @@ def train(run: RunState, stop: StopSignals) -> None:
         settings, run.unread(), run.bound, run.world, device, run.step, known, note
     )
     if run.step == 0 and settings.net.calibrate_head:
-        calibrate_on_first_group(run, make_batch_views)
+        calibrate_on_first_group(run)
     average = GradientAverage(method.trained())
     watch, due = FiniteWatch(device), build.build_due(settings, run.effect, run.world)
 
     def score() -> None:
         scored = monitor if due.monitor(run.step) else None  # the last: by recording.finish
         with run.between_steps():
-            record.scores(diagnose(run, loader, make_batch_views, scored, stop))
+            record.scores(diagnose(run, loader, scored, stop))
 
     with recording.recording(run) as record, closing(run.batches(loader)) as batches:
         if due.health(run.step) and record.unscored():  # a stop came before they were finished
@@ -133,7 +127,7 @@ def train(run: RunState, stop: StopSignals) -> None:
             seed_libraries(settings.seed, step)
             set_lr(optimizer, parts.schedule(step))
             images = run.images_of(step)
-            views = make_batch_views(run, step, batch)
+            views = run.views(step, batch)
             index = to_device(batch.index, device)
             now = Step(settings.seed, step, images, scaler.get_scale())
             with autocast(device, settings.engine.precision):
@@ -166,27 +160,6 @@ def train(run: RunState, stop: StopSignals) -> None:
             run.bad.check()
             if end:
                 raise stop.error(run.step, run.folder.path)
-
-
-def make_batch_views(run: RunState, step: int, batch: Batch) -> tuple[Views, ...]:
-    """The method's views of a batch, each (n, 3, S, S), drawn from chance and made on the device.
-
-    In a step that is done in pieces, views too large to be held are made again for each piece.
-    """
-    epoch, seed = step // run.effect.steps_per_epoch, run.settings.seed
-    sizes = batch.heights, batch.widths
-    pixels, starts = run.canvases(batch)
-    specs = list(run.parts.specs.values())
-    held = len(batch.index) * sum(spec.bytes for spec in specs)
-    make: Callable[..., Tensor | ViewsOnDemand] = make_views
-    if run.settings.train.micro_batch and held > HELD_VIEWS:
-        make = ViewsOnDemand
-    views = []
-    for number, spec in enumerate(specs):
-        table = draw_table(spec, seed, epoch, batch.index, number, *sizes)
-        images = make(spec, table, pixels, *sizes, run.device, starts)
-        views.append(View(images, table, *sizes))
-    return tuple(views)
 
 
 def optimizer_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:

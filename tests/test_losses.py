@@ -1,6 +1,7 @@
 """The losses against their formulas, written out in float64."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from mocokit.methods.losses import LOSSES, DualTemperature, info_nce, nce, nt_xent
 from mocokit.methods.similarity import Negatives
+from mocokit.settings.methods import LossName
 
 
 def unit(*shape, seed=0):
@@ -164,3 +166,7 @@ def test_losses_leave_autocast():
         inside = info_nce(a, b, b, 0.07), nt_xent(a, b, 0.1)
     assert inside == (info_nce(a, b, b, 0.07), nt_xent(a, b, 0.1))
     assert all(loss.dtype == torch.float32 for loss in inside)
+
+
+def test_every_loss_can_be_named_in_the_settings():
+    assert set(LOSSES) == set(get_args(LossName))

@@ -13,12 +13,12 @@ import torch
 from forks import free_port
 
 import mocokit
-from mocokit import train
 from mocokit.engine import checkpoint
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.moco import MoCo
 from mocokit.methods.simclr import SimCLR
 from mocokit.run import build
+from mocokit.run.state import RunState
 
 SETTINGS = {
     "engine.threads": 1,
@@ -49,8 +49,7 @@ def pretrain_recorded(data, out, settings, dtype="float64", patch=setattr):
 
     Leaves each process's memory, its queue or bank or else its weights, beside its folder.
     """
-    loop = train
-    build_parts, views = build.build_parts, loop.make_batch_views
+    build_parts, views = build.build_parts, RunState.views
     number = getattr(torch, dtype)
 
     def parts_of_that_type(*arguments):
@@ -67,7 +66,7 @@ def pretrain_recorded(data, out, settings, dtype="float64", patch=setattr):
         return record
 
     patch(build, "build_parts", parts_of_that_type)
-    patch(loop, "make_batch_views", lambda *rest: tuple(v[:].to(number) for v in views(*rest)))
+    patch(RunState, "views", lambda *rest: tuple(v[:].to(number) for v in views(*rest)))
     for method in (MoCo, SimCLR, MemoryBank):
         patch(method, "update", recording(method.update))
     mocokit.pretrain("demo", data, out, settings=settings)

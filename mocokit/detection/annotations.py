@@ -22,7 +22,10 @@ class BadAnnotation(Exception):
 
 
 class Annotated(NamedTuple):
-    """An object as the file describes it: pixels are counted from 1, both ends are inside."""
+    """An object as VOC's file describes it: pixels count from 1, and both ends are inside.
+
+    dataset.py makes them count from 0.
+    """
 
     name: str
     box: tuple[float, float, float, float]

@@ -36,7 +36,10 @@ class Loss(ABC):
         (n,) for each of `temperatures`, number of negatives (n,)."""
 
     def by_chance(self, negatives: int) -> float:
-        """The loss of an encoder that maps every image to the same point."""
+        """The loss of an encoder that maps every image to the same point.
+
+        Any common similarity gives the same value; 0 is taken.
+        """
         level = torch.zeros(1, dtype=torch.float64)
         sums = [level + math.log(negatives)] * len(self.temperatures)
         return float(self(level, sums, level + negatives))

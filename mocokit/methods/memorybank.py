@@ -75,8 +75,10 @@ class MemoryBank(Method):
     def build(cls, settings: MemoryBankSettings, context: Context) -> Self:
         return cls(
             context.encoder,
-            # With NCE, the class that holds its temperature; its own formula is `nce`.
-            loss=LOSSES.get(settings.loss, InfoNCE)(settings.temperature),
+            # InfoNCE only holds NCE's temperature: the formula is `nce`.
+            loss=(InfoNCE if settings.loss == "nce" else LOSSES[settings.loss])(
+                settings.temperature
+            ),
             images=context.images,
             dim=context.dim,
             negatives=settings.bank_negatives,

@@ -57,18 +57,18 @@ QUERY_AND_KEY = (ViewRole("query"), ViewRole("key", key=True))
 
 
 class KeyGroups(NamedTuple):
-    """Keys are normalised in groups, which `Method.regrouped` can draw anew."""
+    """Keys go through batch norm in groups, which `Method.regrouped` cuts differently."""
 
 
 class NoLeak(NamedTuple):
-    """Why batch statistics cannot give a query its key away, or why that is not checked."""
+    """Why batch statistics cannot reveal a query's key, or why that is not checked."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step, the same on every process; `draw` gives its chance numbers."""
+    """A step, the same on every process, with its random numbers."""
 
     seed: int
     number: int  # counted from 0
@@ -100,7 +100,7 @@ class ParameterGroup(TypedDict):
 
 @dataclass(frozen=True)
 class Context:
-    """What `Method.build` makes a method of, besides the method's own settings."""
+    """What `Method.build` is given, besides the method's own settings."""
 
     encoder: Encoder  # with its first weights
     dim: int  # of queries and keys
@@ -112,12 +112,12 @@ class Context:
 
 
 class Method(nn.Module, ABC):
-    """A mechanism. Its `encoder` is what is optimised, and `encoder.backbone` what is kept."""
+    """A mechanism. Its `encoder` is trained, and `encoder.backbone` is what a user keeps."""
 
     settings: ClassVar[type[MethodSettings]]
     encoder: Encoder
     views: ClassVar[tuple[ViewRole, ...]] = QUERY_AND_KEY
-    clip: float | None = None  # the largest norm of all gradients together
+    clip: float | None = None  # gradients are scaled down to this norm, all taken together
 
     @classmethod
     @abstractmethod
@@ -146,15 +146,16 @@ class Method(nn.Module, ABC):
     @property
     @abstractmethod
     def leak(self) -> KeyGroups | NoLeak:
-        """How batch statistics could give a query its key away (MoCo v1, section 3.3).
+        """Whether batch statistics could reveal a query's key (MoCo v1, section 3.3).
 
-        Either keys are normalised in groups that can be drawn anew, or why nothing leaks.
+        KeyGroups where keys go through batch norm in groups: the leak check compares them with
+        other groups. NoLeak, with the reason, where nothing can leak or be checked.
         """
 
     def regrouped(self) -> AbstractContextManager[None]:
-        """Within it, keys are normalised in other groups than in training, at least two.
+        """Within it, keys are shuffled over at least two batch-norm groups, however it trains.
 
-        Needed with KeyGroups alone.
+        Which groups follows from the step. Needed with KeyGroups alone.
         """
         raise NotImplementedError(f"{type(self).__name__} has KeyGroups and no regrouped()")
 

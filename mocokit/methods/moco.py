@@ -11,13 +11,17 @@ The algorithm, for a batch of N images and a queue of K keys, both of C dimensio
     queue = cat([queue, k])[N:]                                     # the oldest keys leave
 
 `forward` is the first four lines, `update` the last two; the loop (train.py) has the one between
-them. Where to read on:
+them. The authors' code moves the key weights before it encodes keys: that is the same sequence of
+numbers, begun half a step earlier. What each line became, and where to read on:
 
-    parts.py        the queue, and how the key encoder follows
-    losses.py       InfoNCE and its relatives
-    pieces.py       keys shuffled over batch-norm groups; a step in pieces, to save memory
-    processes.py    one batch on several processes
-    similarity.py   negatives all at once, or a chunk at a time
+    q, k       `keys` and `query_loss` below; pieces.py has shuffled batch norm (section 3.3 of v1),
+               so that a query and its key seldom share statistics, and steps in pieces
+    logits     similarity.py: never as one table, so that a queue may be read a chunk at a time
+    loss       losses.py: InfoNCE and its relatives
+    weights    parts.py: the exponential moving average; the momentum m in effect is
+               method.momentum ** (batch / momentum_batch), the same horizon at any batch size
+    queue      parts.py
+    processes  processes.py: one batch on several processes
 """
 
 import copy
@@ -50,14 +54,15 @@ from mocokit.transfer import to_device
 
 
 class MoCo(Method):
-    """A query encoder, a slowly following key encoder, and a queue of its past keys as negatives.
+    """A query encoder, a key encoder that is its moving average, and a queue of past keys.
 
     `count_groups` gives the number of batch-norm groups of a global batch. With `whole` the batch
     is one group over all processes. `micro_batch` does a step in pieces of whole groups. With
     `symmetric` each view is query once and key once, against the same queue, and the two losses are
     added, as in the authors' CIFAR notebook. `enqueue` then says whether the keys of both views
-    join the queue, or those of one view, drawn at random. `predictor` follows the query's head
-    alone. With `momentum_to_one` the key momentum rises to 1 by a cosine over the run (MoCo v2+).
+    join the queue, or those of one view, drawn at random. `predictor` comes after the query's
+    head alone. With `momentum_to_one` the key momentum rises to 1 by a cosine over the run, as in
+    MoCo v2+.
     """
 
     settings = MoCoSettings
@@ -114,13 +119,13 @@ class MoCo(Method):
 
     def forward(self, views: Sequence[Views], index: Tensor, step: Step) -> Output:
         plan = GroupPlan(step.images, self.count_groups(step.images), self.micro_batch, self.whole)
-        turns = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]
+        pairs = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # views of query and of key
         order = plan.key_permutation(step, self.shuffle)
-        keys = [self.keys(views[key], plan, order) for _, key in turns]  # each (B, C)
+        keys = [self.keys(views[second], plan, order) for _, second in pairs]  # each (B, C)
         contrast = Contrast(self.loss, plan)
         losses = [
-            self.contrast(views[query], key[plan.rows], plan, contrast, step.loss_scale)
-            for (query, _), key in zip(turns, keys, strict=True)
+            self.query_loss(views[first], key[plan.rows], plan, contrast, step.loss_scale)
+            for (first, _), key in zip(pairs, keys, strict=True)
         ]
         loss = torch.stack(losses).sum()
         return Output(loss, contrast.metrics(), self.to_enqueue(keys, step))
@@ -138,7 +143,7 @@ class MoCo(Method):
         # argsort of a permutation is its inverse.
         return keys[to_device(np.argsort(order), keys.device)]
 
-    def contrast(
+    def query_loss(
         self, view: Views, key: Tensor, plan: GroupPlan, contrast: Contrast, loss_scale: float
     ) -> Tensor:
         """The loss of this process's queries against their keys (n, C) and the queue."""

@@ -30,7 +30,7 @@ from mocokit.nets.batchnorm import (
 )
 from mocokit.transfer import to_device
 
-# Of vectors (n, C) and the rows that they are among this process's images.
+# The loss of vectors (n, C), given which of this process's images (rows) they belong to.
 LossOf = Callable[[Tensor, slice], Tensor]
 
 

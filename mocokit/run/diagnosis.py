@@ -1,12 +1,11 @@
 """How a run is doing, at the moments when the loop asks: scores, health, a verdict."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
-from mocokit.data.batch import Batch
 from mocokit.data.loader import Loader
 from mocokit.engine.runtime import autocast
 from mocokit.engine.stop import Stopped, StopSignals
@@ -20,13 +19,10 @@ from mocokit.transfer import to_device
 
 CONTRASTED = 2048  # images that are contrasted under two groupings, where there are as many
 
-MakeViews = Callable[[RunState, int, Batch], Sequence[Any]]
-
 
 def diagnose(
     run: RunState,
     loader: Loader,
-    make_views: MakeViews,
     monitor: KnnMonitor | None,
     stop: StopSignals,
 ) -> dict[str, Any]:
@@ -39,13 +35,12 @@ def diagnose(
     """
     # Without gradients, and in evaluation, each encoder would be another graph to compile.
     with torch.compiler.set_stance("force_eager"):
-        return _diagnose(run, loader, make_views, monitor, stop)
+        return _diagnose(run, loader, monitor, stop)
 
 
 def _diagnose(
     run: RunState,
     loader: Loader,
-    make_views: MakeViews,
     monitor: KnnMonitor | None,
     stop: StopSignals,
 ) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def _diagnose(
     if isinstance(method.leak, KeyGroups):
         images = min(CONTRASTED, run.effect.images)
         steps = -(-images // settings.train.batch_size)
-        coming = upcoming(run, loader, make_views, steps)
+        coming = upcoming(run, loader, steps)
         found |= contrast_by_grouping(method, coming, precision)
     else:
         found["leak_unchecked"] = method.leak.reason
@@ -68,7 +63,7 @@ def _diagnose(
     health: HealthMonitor = build.build_health(settings, run.splits, run.device)
     try:
         with stop.interruptible():
-            views, _, _ = next(upcoming(run, loader, make_views, 1))
+            views, _, _ = next(upcoming(run, loader, 1))
             found |= health.run(method.encoder, views)
             if monitor is not None:
                 found |= dict(monitor.run(method.encoder))
@@ -77,9 +72,9 @@ def _diagnose(
     return found
 
 
-def upcoming(run: RunState, loader: Loader, make_views: MakeViews, count: int) -> Iterator[Coming]:
+def upcoming(run: RunState, loader: Loader, count: int) -> Iterator[Coming]:
     """The next steps, as the loop will see them."""
     for step in range(run.step, run.step + count):
         batch = loader.batch_at(step)
         now = Step(run.settings.seed, step, run.images_of(step))
-        yield make_views(run, step, batch), to_device(batch.index, run.device), now
+        yield run.views(step, batch), to_device(batch.index, run.device), now

@@ -29,7 +29,6 @@ from mocokit.nets.batchnorm import (
 )
 from mocokit.nets.heads import calibrate_head
 from mocokit.run import build
-from mocokit.run.diagnosis import MakeViews
 from mocokit.run.resident import hold
 from mocokit.run.state import RunState
 from mocokit.settings import sizes
@@ -229,12 +228,12 @@ def _write_start(run: RunState) -> None:
         contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
 
 
-def calibrate_on_first_group(run: RunState, make_views: MakeViews) -> None:
+def calibrate_on_first_group(run: RunState) -> None:
     """Scale the head's start on the first group of the first batch, whatever a process's share."""
     method = run.parts.method
     if run.world.writes:
         known = run.settings, run.unread(), run.bound, World(), run.device, 0, run.bad.known
-        views = make_views(run, 0, build.build_loader(*known).batch_at(0))[0][:]
+        views = run.views(0, build.build_loader(*known).batch_at(0))[0][:]
         first = group_sizes(run.images_of(0), run.effect.groups)[0]
         with one_statistics_update(method.encoder, 0), local_statistics(method.encoder):
             set_groups(method.encoder, 1)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,10 @@ from mocokit.run.resident import Resident
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
 from mocokit.transfer import Upload
+from mocokit.views.params import draw_table
+from mocokit.views.views import View, ViewsOnDemand, make_views
+
+HELD_VIEWS = 2**30  # bytes of views that a step in pieces holds at once
 
 
 @dataclass
@@ -104,6 +108,25 @@ class RunState:
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
         checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    def views(self, step: int, batch: Batch) -> tuple[View, ...]:
+        """The method's views of a batch, drawn from chance and made on the device.
+
+        In a step that is done in pieces, views too large to hold are made again for each piece.
+        """
+        epoch, specs = step // self.effect.steps_per_epoch, list(self.parts.specs.values())
+        sizes = batch.heights, batch.widths
+        pixels, starts = self.canvases(batch)
+        held = len(batch.index) * sum(spec.bytes for spec in specs)
+        make: Callable[..., Tensor | ViewsOnDemand] = make_views
+        if self.settings.train.micro_batch and held > HELD_VIEWS:
+            make = ViewsOnDemand
+        views = []
+        for number, spec in enumerate(specs):
+            table = draw_table(spec, self.settings.seed, epoch, batch.index, number, *sizes)
+            images = make(spec, table, pixels, *sizes, self.device, starts)
+            views.append(View(images, table, *sizes))
+        return tuple(views)
 
     def batches(
         self, loader: Iterable[tuple[int, Batch]]
