@@ -5,7 +5,7 @@ and the number of workers change nothing. Methods plug into the loop through two
 and update (methods/method.py); they never fork it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.open import begun, calibrate_on_first_group, open_run
 from mocokit.run.state import RunState
-from mocokit.settings import methods, replace
+from mocokit.settings import methods
 from mocokit.transfer import to_device
 
 
@@ -51,12 +51,14 @@ def pretrain(
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
     method: type[Method] | None = None,
+    allow_import: Collection[str] = (),
 ) -> Run:
     """Train a backbone; the same as the command `mocokit pretrain`.
 
     `recipe` is a recipe's name, a config.yaml, or the data itself; `data` names images, or is a
     Source of your own (docs/adding/source.md); `settings` holds {"a.b": value}; `method` is a class
-    of your own (docs/adding/method.md). Raises UserError for mistakes, Interrupted once a stopped
+    of your own (docs/adding/method.md), and `allow_import` names modules from which one that a
+    config.yaml names may come. Raises UserError for mistakes, Interrupted once a stopped
     run is saved, and NonFiniteLoss.
     """
     flags: dict[str, Any] = {
@@ -67,13 +69,12 @@ def pretrain(
     }
     if method is not None:
         flags["method.name"] = f"{method.__module__}:{method.__qualname__}"
-        methods.use(method, flags["method.name"])
+        methods.use(flags["method.name"], method)
     changes = command.merge(flags, settings or {})
     given = None if data is None or isinstance(data, str | Path) else as_splits(data)
     path = None if data is None or given is not None else str(data)
-    asked, stated = command.asked(recipe, path, changes, needs_data=given is None)
-    if given is not None:  # what a file can say of it: nothing that could be opened again
-        asked = replace(asked, {"data.path": f"Source object {given.train.name}"})
+    source = None if given is None else given.train.name
+    asked, stated = command.asked(recipe, path, changes, allowed=allow_import, source=source)
     with StopSignals() as stop, joined_world(asked.engine.device) as world:
         with stop.before_the_first_step():
             console, where = Console(world.writes), asked.data
@@ -130,6 +131,7 @@ def train(run: RunState, stop: StopSignals) -> None:
             views = run.views(step, batch)
             index = to_device(batch.index, device)
             now = Step(settings.seed, step, images, scaler.get_scale())
+            run.set_groups(images)
             with autocast(device, settings.engine.precision):
                 output: Output = method(views, index, now)
             watch.note(step + 1, output.loss)

@@ -109,6 +109,9 @@ def test_a_source_trains_with_workers_is_scored_and_resumed(
         run("stopped", 0)
     run("stopped", 2)
     assert_same(state_of(straight.folder)["method"], state_of(tmp_path / "stopped")["method"])
+    config = str(straight.folder / "config.yaml")
+    again = mocokit.pretrain(config, Splits(*sources), "again")
+    assert_same(state_of(straight.folder)["method"], state_of(again.folder)["method"])
     alone = mocokit.pretrain("demo", sources[0], "alone", epochs=1, settings=settings)
     assert "a held-out tenth" in alone.result["protocol"]
 

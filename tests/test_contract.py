@@ -46,7 +46,7 @@ def built(method):
         name, changes = method, {}
     else:
         name, changes = named(method), STUBS[method]
-        methods.use(method, name)
+        methods.use(name, method)
     settings = replace(recipes.mocov2_cifar10(), SMALL | changes | {"method.name": name})
     return build.build_method(settings, resolve(settings, 640)), build.view_specs(settings)
 
@@ -132,20 +132,20 @@ def test_a_class_is_imported_only_if_this_command_says_so(toy_npz, tmp_path):
     methods._outside.clear()
     with pytest.raises(UserError, match="stubs:SimSiam is code .*--allow-import stubs"):
         mocokit.pretrain(config, out=tmp_path / "again")
-    methods.allow(["stubs"])
-    again = mocokit.pretrain(config, out=tmp_path / "again")
+    again = mocokit.pretrain(config, out=tmp_path / "again", allow_import=["stubs"])
     assert_same(state_of(run.folder)["method"], state_of(again.folder)["method"])
-    methods._outside.clear(), methods._allowed.clear()
+    methods._outside.clear()
     settings = {**QUICK, **SMALL, "method.name": "stubs:SimSiam", "train.batch_size": 32}
     named_here = mocokit.pretrain("demo", toy_npz, tmp_path / "n", epochs=1, settings=settings)
     assert_same(state_of(run.folder)["method"], state_of(named_here.folder)["method"])
+    assert methods.settings_class("stubs:MoCoV3") is methods.OutsideSettings  # a class, no module
 
 
 def test_a_method_that_does_not_declare_its_leak_is_refused():
     class Silent(stubs.SimSiam):
         leak = None
 
-    methods.use(Silent, "stubs:Silent")
+    methods.use("stubs:Silent", Silent)
     settings = replace(recipes.mocov2_cifar10(), SMALL | {"method.name": "stubs:Silent"})
     with pytest.raises(UserError, match="stubs:Silent does not say .*leak"):
         build.build_method(settings, resolve(settings, 640))
@@ -162,3 +162,70 @@ def test_a_method_that_does_not_declare_its_leak_is_refused():
 def test_a_class_that_cannot_be_used_is_one_sentence(name, sentence):
     with pytest.raises(UserError, match=sentence):
         mocokit.pretrain("demo", settings={"method.name": name})
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"leak": KeyGroups()}, "has KeyGroups.. as its `leak`, and no regrouped"),
+        ({"parameter_groups": lambda self: []}, "must hold each parameter that requires"),
+        (
+            {"parameter_groups": lambda self: [{"params": self.trained(), "wd": 0}]},
+            "has the unknown wd",
+        ),
+        ({"views": (stubs.ViewRole("a"), stubs.ViewRole("a"))}, "two of its views the same name"),
+    ],
+)
+def test_a_broken_contract_is_refused_at_build(changes, sentence):
+    broken = type("Broken", (stubs.SimSiam,), {**changes, "__module__": "stubs"})
+    methods.use("stubs:Broken", broken)
+    settings = replace(recipes.mocov2_cifar10(), SMALL | {"method.name": "stubs:Broken"})
+    with pytest.raises(UserError, match=f"stubs:Broken.*{sentence}"):
+        build.build_method(settings, resolve(settings, 640))
+        build.view_specs(settings)
+
+
+def test_reserved_metrics_are_refused(toy_npz, tmp_path, monkeypatch):
+    forward = stubs.SimSiam.forward
+    monkeypatch.setattr(
+        stubs.SimSiam,
+        "forward",
+        lambda *given: forward(*given)._replace(metrics={"epoch": torch.zeros(())}),
+    )
+    with pytest.raises(ValueError, match="SimSiam names a metric epoch: reserved"):
+        trained(stubs.SimSiam, toy_npz, tmp_path / "run")
+
+
+def test_groups_are_those_of_the_settings_whatever_a_method_does(toy_npz, tmp_path):
+    """SimSiam sets no groups itself, and its predictor has a batch norm of its own."""
+    seen = []
+
+    class Watching(stubs.SimSiam):
+        def __init__(self, encoder, dim):
+            super().__init__(encoder, dim)
+            self.predictor[1] = torch.nn.BatchNorm1d(16)
+
+        def forward(self, views, index, step):
+            norms = [m for m in self.modules() if "BatchNorm" in type(m).__name__]
+            seen.append({(type(m).__name__, m.groups) for m in norms})
+            return super().forward(views, index, step)
+
+    settings = QUICK | SMALL | {"train.batch_size": 32, "method.groups": 4}
+    mocokit.pretrain("demo", toy_npz, tmp_path, epochs=1, settings=settings, method=Watching)
+    assert seen and all(found == {("GroupedBatchNorm2d", (8, 8, 8, 8))} for found in seen)
+
+
+def test_a_method_with_momentum_of_its_own_is_repeated_from_its_config(toy_npz, tmp_path):
+    small = {"net.backbone": "resnet_tiny", "train.batch_size": 32, "method.momentum": 0.5}
+
+    class Plain(stubs.MoCoV3):
+        def __init__(self, encoder, dim, temperature, momentum):
+            encoder.backbone.patch_embed = torch.nn.Identity()
+            super().__init__(encoder, dim, temperature, momentum)
+
+    given = {"epochs": 1, "method": Plain}
+    first = mocokit.pretrain("demo", toy_npz, tmp_path / "a", settings=QUICK | small, **given)
+    config = first.folder / "config.yaml"
+    assert "momentum: 0.5" in config.read_text() and "temperature: 0.2" in config.read_text()
+    again = mocokit.pretrain(str(config), out=tmp_path / "b", method=Plain)
+    assert_same(state_of(first.folder)["method"], state_of(again.folder)["method"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import mocokit
-from mocokit import train
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.simclr import SimCLR
+from mocokit.run import state
 
 FAST = {"log.every_steps": 1, "engine.threads": 1, "monitor.every_epochs": 0}
 ENDTOEND = {"method.name": "simclr", "method.symmetric": True}
@@ -96,18 +96,17 @@ def test_a_whole_batch_in_pieces_is_refused_before_anything_is_written(toy_npz, 
 
 def test_views_made_on_demand_give_the_same_run(toy_npz, tmp_path, monkeypatch):
 
-    loop = train
     changes = ENDTOEND | {"train.micro_batch": 32, "engine.precision": "float32"}
     held = run(toy_npz, tmp_path / "held", changes, epochs=1).folder
     made = []
 
-    class Counted(loop.ViewsOnDemand):
+    class Counted(state.ViewsOnDemand):
         def __getitem__(self, rows):
             made.append(rows)
             return super().__getitem__(rows)
 
-    monkeypatch.setattr(loop, "HELD_VIEWS", 0)
-    monkeypatch.setattr(loop, "ViewsOnDemand", Counted)
+    monkeypatch.setattr(state, "HELD_VIEWS", 0)
+    monkeypatch.setattr(state, "ViewsOnDemand", Counted)
     lazily = run(toy_npz, tmp_path / "made", changes, epochs=1).folder
     assert len(made) > 4 * 5  # both passes of both views in every step
     assert losses(held) == pytest.approx(losses(lazily), rel=1e-4)

@@ -16,7 +16,7 @@ from mocokit.protocols import defaults
 
 NAMES = {
     "mocokit.train.pretrain": (
-        "recipe data out epochs batch_size device seed resume settings method"
+        "recipe data out epochs batch_size device seed resume settings method allow_import"
     ),
     "mocokit.weights.resolve.load": "path",
     "mocokit.settings.difference": "a b",

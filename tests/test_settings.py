@@ -172,3 +172,22 @@ def test_methods_from_outside_are_kept_and_never_imported():
     assert settings.method.name == "no_such_module:Method" and settings.method.group_size == 8
     assert from_yaml(to_yaml(settings)) == settings
     assert flatten(settings)["method.depth"] == 3
+
+
+def test_names_that_are_no_methods_are_one_sentence():
+    for text in ("{name: [a]}", "{name: 3}", "null", "{name: other}"):
+        with pytest.raises(UserError, match="config.yaml: method") as caught:
+            from_yaml(f"method: {text}")
+        assert "method.must" not in str(caught.value)
+
+
+def test_a_change_of_method_is_checked_with_all_other_changes():
+    changes = {"method.name": "simclr", "net.predictor": False}
+    assert replace(recipes.mocov2plus(), changes).method.name == "simclr"
+    with pytest.raises(UserError, match="net.predictor must be false"):
+        replace(recipes.mocov2plus(), {"method.name": "simclr"})
+    with pytest.raises(UserError, match="method.queue_siz does not exist; did you mean"):
+        replace(recipes.mocov2(), {"method.queue_siz": 3})
+    with pytest.raises(UserError) as caught:
+        from_yaml("method: {name: simclr, temprature: 3}")
+    assert "did you mean method.temperature" in str(caught.value)

@@ -119,7 +119,7 @@ def pretrain(
         return
     from mocokit.train import pretrain as run
 
-    run(recipe, data, out, resume=resume, settings=changes)
+    run(recipe, data, out, resume=resume, settings=changes, allow_import=allowed)
 
 
 def _launched(

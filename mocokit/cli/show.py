@@ -167,6 +167,8 @@ def _each(section: BaseModel, prefix: str = "") -> Iterator[Setting]:
             yield from _each(value, f"{prefix}{name}.")
         else:
             yield Setting(f"{prefix}{name}", value, field.description or "")
+    for name, value in (section.model_extra or {}).items():  # of a method whose class is not here
+        yield Setting(f"{prefix}{name}", value, "")
 
 
 def _changes(before: Settings, after: Settings) -> list[tables.Row]:
@@ -270,12 +272,13 @@ def _yaml(section: BaseModel, indent: str = "") -> list[str]:
     """Lines of YAML, with the meaning of each setting above it."""
     lines = []
     plain = section.model_dump(mode="json")
-    for name, field in type(section).model_fields.items():
+    described = {name: field.description for name, field in type(section).model_fields.items()}
+    for name in [*described, *(section.model_extra or {})]:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
             lines += ["", f"{indent}{name}:", *_yaml(value, f"{indent}  ")]
             continue
-        meaning = textwrap.wrap(field.description or "", 98 - len(indent))
+        meaning = textwrap.wrap(described.get(name) or "", 98 - len(indent))
         lines += [f"{indent}# {line}" for line in meaning]
         flow = isinstance(plain[name], (list, dict))
         dumped: str = yaml.safe_dump(

@@ -64,7 +64,7 @@ def build_optimizer(
     Each of `groups` has `params`, and may have a `weight_decay` and a `trust` of its own. `set_lr`
     says what `lr_scale` and `fixed_lr` do.
     """
-    parameters = [dict(group) for group in groups]
+    parameters = [{**group, "lr": lr * group.get("lr_scale", 1.0)} for group in groups]
     if name == "lars":
         return LARS(parameters, lr, momentum, weight_decay, trust)
     options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}

@@ -49,11 +49,10 @@ class ViewRole(NamedTuple):
     """One view of each image: its name, and how it differs from the settings `views`."""
 
     name: str  # as the contact sheet shows it
-    key: bool = False  # whether a key is made of it
     changes: Mapping[str, Any] = {}  # of `views.*`, such as {"size": 96, "crop_area": (0.05, 0.14)}
 
 
-QUERY_AND_KEY = (ViewRole("query"), ViewRole("key", key=True))
+QUERY_AND_KEY = (ViewRole("query"), ViewRole("key"))
 
 
 class KeyGroups(NamedTuple):
@@ -83,8 +82,12 @@ class Step:
 class Output(NamedTuple):
     """What a forward gives: the loss to differentiate, metrics to record, and what update needs."""
 
-    loss: Tensor  # scalar; its mean over the processes is the mean over the global batch
-    metrics: dict[str, Tensor]  # detached scalars by any name, of this process's images
+    # A scalar whose mean over the processes is the mean over the global batch. Shares may be
+    # uneven: a mean over n images here is weighted by n * processes / step.images.
+    loss: Tensor
+    # Detached scalars of this process's images. `contrast_top1`, the share of queries that are
+    # nearest to their key, is shown and serves the leak check; `feature_std` serves the verdict.
+    metrics: dict[str, Tensor]
     keep: Any = None  # handed to update() after the optimiser's step
 
 
@@ -191,7 +194,10 @@ class Method(nn.Module, ABC):
         return [{"params": self.trained()}]
 
     def health(self) -> dict[str, float]:
-        """State worth recording that is not a metric of the batch."""
+        """State worth recording that is not a metric of the batch.
+
+        The verdict reads `key_momentum`. How full the queues are is recorded from `queues`.
+        """
         return {}
 
 

@@ -193,10 +193,7 @@ class MoCo(Method):
         return {"queue": self.queue}
 
     def health(self) -> dict[str, float]:
-        return {
-            "queue_filled": float(self.queue.filled) / len(self.queue.rows),
-            "key_momentum": self._current_momentum,
-        }
+        return {"key_momentum": self._current_momentum}
 
     @property
     def chance_loss(self) -> float:

@@ -49,7 +49,7 @@ class SimCLR(Method):
     """
 
     settings = SimCLRSettings
-    views = (ViewRole("first"), ViewRole("second", key=True))
+    views = (ViewRole("first"), ViewRole("second"))
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ from mocokit.engine.world import World
 from mocokit.errors import UserError
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.measures import HealthMonitor
-from mocokit.methods.method import Context, KeyGroups, Method, NoLeak
+from mocokit.methods.method import Context, KeyGroups, Method, NoLeak, ParameterGroup
 from mocokit.methods.processes import rank_and_world
 from mocokit.nets.batchnorm import group_sizes, share_of_groups, use_groups, use_whole
 from mocokit.nets.heads import build_head
@@ -60,7 +60,9 @@ def settle(settings: Settings, device: torch.device, stored: Settings | None) ->
     changes = {}
     for path, default in defaults.items():
         if get(settings, path) == "auto":
-            before = "auto" if stored is None else get(stored, path)
+            # CUDA graphs change no number, and do not suit several processes.
+            fresh = path == "engine.cuda_graphs"
+            before = "auto" if stored is None or fresh else get(stored, path)
             changes[path] = default() if before == "auto" else before  # 0.1 stored fewer settings
     return replace(settings, changes)
 
@@ -111,6 +113,8 @@ def build_parts(settings: Settings, effect: Resolved, device: torch.device) -> P
 def view_specs(settings: Settings) -> dict[str, ViewSpec]:
     """How each of the method's views is made, by name: `views`, with the role's own changes."""
     roles = method_class(settings.method).roles(settings.method)
+    if len({role.name for role in roles}) < len(roles):
+        raise UserError(f"method {settings.method.name} gives two of its views the same name")
     return {
         role.name: view_spec(replace(settings, {f"views.{k}": v for k, v in role.changes.items()}))
         for role in roles
@@ -244,14 +248,32 @@ def build_method(settings: Settings, effect: Resolved) -> Method:
         micro_batch=settings.train.micro_batch,
     )
     method = method_class(settings.method).build(settings.method, context)
-    if not isinstance(method.leak, KeyGroups | NoLeak):
-        raise UserError(
-            f"method {settings.method.name} does not say how batch statistics could leak: its "
-            "`leak` must be KeyGroups() or NoLeak(reason)"
-        )
+    _check(method, settings.method.name)
+    use_groups(method, settings.method.group_size)  # what it made itself, such as a predictor
     if settings.method.batch_norm == "whole":
         use_whole(method)
     return method
+
+
+def _check(method: Method, name: str) -> None:
+    """Raise UserError where a method does not keep its contract."""
+    if not isinstance(method.leak, KeyGroups | NoLeak):
+        raise UserError(
+            f"method {name} does not say how batch statistics could leak: its `leak` must be "
+            "KeyGroups() or NoLeak(reason)"
+        )
+    if isinstance(method.leak, KeyGroups) and type(method).regrouped is Method.regrouped:
+        raise UserError(f"method {name} has KeyGroups() as its `leak`, and no regrouped()")
+    groups = method.parameter_groups()
+    known = {"params", *ParameterGroup.__optional_keys__}
+    if unknown := sorted({key for group in groups for key in group} - known):
+        raise UserError(f"method {name}: parameter_groups() has the unknown {', '.join(unknown)}")
+    listed = sorted(id(p) for group in groups for p in group["params"])
+    if listed != sorted(map(id, method.trained())):
+        raise UserError(
+            f"method {name}: parameter_groups() must hold each parameter that requires a gradient, "
+            "once, and no other"
+        )
 
 
 def method_class(settings: MethodSettings) -> type[Method]:

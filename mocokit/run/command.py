@@ -18,17 +18,19 @@ def asked(
     changes: Mapping[str, Any],
     needs_data: bool = True,
     allowed: Collection[str] = (),
+    source: str | None = None,
 ) -> tuple[Settings, frozenset[str]]:
     """The settings of a command, and the dotted paths that its user stated.
 
     `recipe` is a recipe's name or a .yaml file; else a path, which then is the data of mocov2.
     Nothing at all is the embedded demo, the only recipe with data of its own. A method from outside
-    the package is imported if `changes` name it, or if `allowed` has its module. Raises UserError
-    for what does not exist.
+    the package is imported if `changes` name it, or if `allowed` has its module. `source` is the
+    name of a Source object, which was given in place of data. Raises UserError for what does not
+    exist.
     """
     methods.allow(allowed)
     if ":" in (name := str(changes.get("method.name"))) and not methods.is_known(name):
-        methods.allow([name.partition(":")[0]])
+        methods.use(name)
     if recipe is not None and recipe not in RECIPES and not recipe.endswith((".yaml", ".yml")):
         if data is None and locations.exist(recipe):
             recipe, data = "mocov2", recipe
@@ -43,10 +45,12 @@ def asked(
             if value in changes and f"{value}_batch" not in changes:
                 stated.discard(f"{value}_batch")
     else:
-        base = by_name(recipe or ("demo" if data is None else "mocov2"))
+        base = by_name(recipe or ("demo" if data is None and source is None else "mocov2"))
     if data is not None:
         changes = {**changes, "data.path": data}
     settings = replace(base, changes)
+    if source is not None:  # a file cannot say how to open it again
+        return replace(settings, {"data.path": f"Source object {source}"}), frozenset(stated)
     path = settings.data.path
     if path is not None and os.path.isfile(os.path.join(path, "config.yaml")):
         raise UserError(

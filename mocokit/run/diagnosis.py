@@ -77,4 +77,5 @@ def upcoming(run: RunState, loader: Loader, count: int) -> Iterator[Coming]:
     for step in range(run.step, run.step + count):
         batch = loader.batch_at(step)
         now = Step(run.settings.seed, step, run.images_of(step))
+        run.set_groups(now.images)
         yield run.views(step, batch), to_device(batch.index, run.device), now

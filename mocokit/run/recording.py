@@ -15,7 +15,7 @@ from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
 from mocokit.engine.runtime import decided_by_rank_zero, default_threads, peak_memory
 from mocokit.health.advice import advise
 from mocokit.health.verdict import verdict
-from mocokit.methods.method import Output
+from mocokit.methods.method import Method, Output
 from mocokit.run import build, readme
 from mocokit.run.state import RunState
 from mocokit.weights.encoder import build_encoder
@@ -23,6 +23,13 @@ from mocokit.weights.write import write_backbone
 
 WAIT_LIMIT = 0.1  # share of the time spent waiting for images that calls for advice
 WAITS = 5  # records over which it is taken
+
+
+# What a line of metrics.jsonl has of every method.
+RESERVED = frozenset({
+    "step", "epoch", "loss", "grad_norm", "chance_loss", "queue_filled", "lr", "images_per_s",
+    "data_wait", "peak_memory_gib", "bad_images",
+})  # fmt: skip
 
 
 class Recording:
@@ -102,6 +109,8 @@ class Recording:
         run, method = self.run, self.run.parts.method
         share = build.share_of_process(run.settings, run.world, images) * run.world.size
         metrics = {name: value * share for name, value in output.metrics.items()}
+        if taken := sorted(RESERVED & metrics.keys()):
+            raise ValueError(f"{type(method).__name__} names a metric {', '.join(taken)}: reserved")
         values = {"loss": output.loss.detach(), **metrics, "grad_norm": norm}
         stacked = torch.stack([value.float() for value in values.values()])
         if run.world.size > 1:
@@ -113,12 +122,19 @@ class Recording:
             "epoch": (run.step - 1) // run.effect.steps_per_epoch,
             **numbers,
             **({} if method.chance_loss is None else {"chance_loss": method.chance_loss}),
+            **_filled(method),
             **method.health(),
             "lr": run.parts.optimizer.param_groups[0]["lr"],
             **self.meter.read(),
             "peak_memory_gib": peak_memory(run.device),
             "bad_images": run.bad.count,
         }
+
+
+def _filled(method: Method) -> dict[str, float]:
+    """How full the emptiest queue is; a verdict waits until it is full."""
+    shares = [float(queue.filled) / len(queue.rows) for queue in method.queues.values()]
+    return {"queue_filled": min(shares)} if shares else {}
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
+from mocokit.nets.batchnorm import group_sizes, set_groups, share_of_groups
 from mocokit.run import build
 from mocokit.run.build import Parts
 from mocokit.run.resident import Resident
-from mocokit.settings import sizes
+from mocokit.settings import sizes as sizes_
 from mocokit.settings.schema import Settings
 from mocokit.transfer import Upload
 from mocokit.views.params import draw_table
@@ -39,7 +40,7 @@ class RunState:
     """A run with everything it needs. `step` counts finished steps."""
 
     settings: Settings
-    effect: sizes.Resolved
+    effect: sizes_.Resolved
     world: World
     device: torch.device
     splits: Splits
@@ -108,6 +109,16 @@ class RunState:
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
         checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+
+    def set_groups(self, images: int) -> None:
+        """Cut the next batch, of this many images, as the settings say, whatever the method does.
+
+        This process holds whole groups. A method that encodes in pieces sets its own.
+        """
+        whole = self.settings.method.batch_norm == "whole"
+        sizes = group_sizes(images, sizes_.count_groups(self.settings, images))
+        share = share_of_groups(len(sizes), self.world.rank, self.world.size)
+        set_groups(self.parts.method, None if whole else tuple(sizes[share]))
 
     def views(self, step: int, batch: Batch) -> tuple[View, ...]:
         """The method's views of a batch, drawn from chance and made on the device.

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from mocokit.errors import UserError
 from mocokit.settings import legacy
-from mocokit.settings.methods import BUILT_IN, MethodSettings, read_method
+from mocokit.settings.methods import BUILT_IN, MethodSettings, read_method, settings_class
 from mocokit.settings.schema import Settings
 
 LABELS = frozenset({"recipe"})  # names, not settings: a difference never lists them
@@ -52,18 +52,17 @@ def replace(settings: Settings, changes: Mapping[str, Any], origin: str = "setti
     With another `method.name`, what the new method has too keeps its value. Raises UserError naming
     the path, with the nearest known one, or the value and its range.
     """
-    tree = settings.model_dump()
+    tree, method = settings.model_dump(), type(settings.method)
     if "method.name" in changes:
-        tree["method"] = _of_other_method(tree["method"], changes["method.name"], origin)
-        settings = _validate(tree, origin)
-    known = [path for path, _ in fields(settings)]
+        tree["method"], method = _of_other_method(tree["method"], changes["method.name"], origin)
+    known = _paths_with(settings, method)
     for path, value in changes.items():
-        if legacy.means_nothing(path, value, settings.method):
+        if legacy.means_nothing(path, value, method):
             continue
         if any(name.startswith(f"{path}.") for name in known):
             raise UserError(f"{origin} {path} is a section; name one of its settings, {path}.…=…")
         if path not in known:
-            raise UserError(f"{origin} {path} does not exist{_hint(path, known, settings)}")
+            raise UserError(f"{origin} {path} does not exist{_hint(path, known, method)}")
         *sections, name = path.split(".")
         branch = tree
         for section in sections:
@@ -72,17 +71,30 @@ def replace(settings: Settings, changes: Mapping[str, Any], origin: str = "setti
     return _validate(tree, origin)
 
 
-def _of_other_method(before: Mapping[str, Any], name: Any, origin: str) -> dict[str, Any]:
+def _paths_with(settings: Settings, method: type[MethodSettings]) -> list[str]:
+    """Every path that these settings would have with a method's own."""
+    if isinstance(settings.method, method):
+        return [path for path, _ in fields(settings)]
+    others = [path for path, _ in fields(settings) if not path.startswith("method.")]
+    return [*others, *(f"method.{name}" for name in method.model_fields)]
+
+
+def _of_other_method(
+    before: Mapping[str, Any], name: Any, origin: str
+) -> tuple[dict[str, Any], type[MethodSettings]]:
     """A section `method` for the method `name`, with what it shares with the one before."""
     try:
         found = type(read_method({"name": name}))
     except ValueError as error:  # ValidationError is one
         if isinstance(error, ValidationError):
-            return {"name": name}  # a setting of it has no default: it is asked for below
-        raise UserError(f"{origin}: method.{error}") from None
-    shared = {key: value for key, value in before.items() if key in found.model_fields}
+            return {"name": name}, settings_class(name)  # a setting without default is missing
+        raise UserError(f"{origin}: method{error}") from None
+    # What equal names mean is known of this package's methods alone.
+    known = name == before["name"] or BUILT_IN.keys() >= {name, before["name"]}
+    common = found.model_fields if known else MethodSettings.model_fields
+    shared = {key: value for key, value in before.items() if key in common}
     kept = {key: value for key, value in shared.items() if _takes(found, key, value)}
-    return {**kept, "name": name}
+    return {**kept, "name": name}, found
 
 
 def _takes(method: type[MethodSettings], name: str, value: Any) -> bool:
@@ -189,16 +201,22 @@ def _method_of(section: Any, origin: str) -> MethodSettings:
     try:
         found: MethodSettings = read_method(section)
     except ValidationError as error:
-        raise UserError(_sentence(error, origin, ("method",))) from None
+        method = settings_class(section.get("name", "moco"))
+        raise UserError(_sentence(error, origin, ("method",), method)) from None
     except ValueError as error:
-        raise UserError(f"{origin}: method.{error}") from None
+        raise UserError(f"{origin}: method{error}") from None
     return found
 
 
-def _sentence(error: ValidationError, origin: str, section: tuple[str, ...] = ()) -> str:
+def _sentence(
+    error: ValidationError,
+    origin: str,
+    section: tuple[str, ...] = (),
+    method: type[MethodSettings] = BUILT_IN["moco"],
+) -> str:
     """The first problem in one sentence, with the number of others; paths are dotted and full."""
     errors = error.errors()
-    known = [path for path, _ in fields(Settings())]
+    known = _paths_with(Settings(), method)
 
     def named(path: str) -> str:  # pydantic adds which member of a union it tried
         return max((name for name in known if path.startswith(name)), key=len, default=path)
@@ -219,12 +237,14 @@ def _sentence(error: ValidationError, origin: str, section: tuple[str, ...] = ()
     return text + (f" (and {others} more)" if others else "")
 
 
-def _hint(path: str, known: list[str], settings: Settings) -> str:
+def _hint(path: str, known: list[str], method: type[MethodSettings]) -> str:
     """After "does not exist": which method has it, or what is near."""
     section, _, name = path.partition(".")
     owners = [other for other, found in BUILT_IN.items() if name in found.model_fields]
-    if section == "method" and owners and settings.method.name not in owners:
-        return f" for method {settings.method.name}; it belongs to {' and '.join(owners)}"
+    if section == "method" and owners and name not in method.model_fields:
+        here = next((one for one, found in BUILT_IN.items() if found is method), "this method")
+        which = f"method {here}" if here in BUILT_IN else here
+        return f" for {which}; it belongs to {' and '.join(owners)}"
     return _did_you_mean(path, known)
 
 

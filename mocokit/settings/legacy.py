@@ -21,9 +21,10 @@ def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
     save for a null.
     """
     method = tree.get("method")
-    if not isinstance(method, Mapping) or method.get("name", "moco") not in BUILT_IN:
+    name = method.get("name", "moco") if isinstance(method, Mapping) else None
+    if not isinstance(method, Mapping) or not isinstance(name, str) or name not in BUILT_IN:
         return dict(tree)
-    known = BUILT_IN[method.get("name", "moco")].model_fields
+    known = BUILT_IN[name].model_fields
     complete = method.keys() >= METHOD_0_1
     kept = {
         name: value
@@ -33,8 +34,8 @@ def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {**tree, "method": kept}
 
 
-def means_nothing(path: str, value: Any, method: MethodSettings) -> bool:
+def means_nothing(path: str, value: Any, method: type[MethodSettings]) -> bool:
     """Whether a change only says that a method has not what it cannot have: queue_size=null."""
     section, _, name = path.partition(".")
-    foreign = section == "method" and name in METHOD_0_1 - type(method).model_fields.keys()
+    foreign = section == "method" and name in METHOD_0_1 - method.model_fields.keys()
     return foreign and value is None

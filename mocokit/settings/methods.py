@@ -200,7 +200,7 @@ def settings_class(name: str) -> type[MethodSettings]:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name not in _outside and may_import(name):
-        use(_imported(name), name)
+        use(name)
     found = _outside.get(name)
     return OutsideSettings if found is None else found.settings
 
@@ -210,17 +210,18 @@ def read_method(value: Any) -> Any:
     if isinstance(value, MethodSettings):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError("must hold settings by name, such as {name: moco}")
+        raise ValueError(" must hold settings by name, such as {name: moco}")
     name = value.get("name", "moco")
     if not isinstance(name, str) or (name not in BUILT_IN and ":" not in name):
         raise ValueError(
-            f"name = {name!r} is no method; use {', '.join(BUILT_IN)}, or module:Class of your own"
+            f".name = {name!r} is no method; use {', '.join(BUILT_IN)}, or module:Class of your own"
         )
     return settings_class(name).model_validate({**value, "name": name})
 
 
 def allow(modules: Iterable[str]) -> None:
-    """Let methods of these modules, and of modules below them, be imported in this process."""
+    """Let methods of these modules, and of modules below them, be imported: of no others."""
+    _allowed.clear()
     _allowed.update(modules)
 
 
@@ -235,8 +236,9 @@ def may_import(name: str) -> bool:
     return any(module == one or module.startswith(f"{one}.") for one in _allowed)
 
 
-def use(method: Any, name: str) -> None:
-    """Register a method's class: `name` may then be a `method.name`."""
+def use(name: str, method: Any = None) -> None:
+    """Let `name` be a `method.name`: of this class, or of the one that `module:Class` names."""
+    method = _imported(name) if method is None else method
     found = getattr(method, "settings", None)
     if not (isinstance(found, type) and issubclass(found, MethodSettings)):
         raise UserError(
@@ -263,8 +265,8 @@ def _imported(name: str) -> Any:
     """What `module:Class` names."""
     module, _, attribute = name.partition(":")
     if module.partition(".")[0] != "mocokit" and "" not in sys.path:
-        sys.path.insert(0, "")  # a command finds modules beside the user, as `python -m` does
+        sys.path.append("")  # last, so that no file beside the user shadows an installed module
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"method {name} cannot be imported: {error}") from None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mocokit.errors import UserError
-from mocokit.settings.edit import replace
+from mocokit.settings.edit import flatten, replace
 from mocokit.settings.schema import Settings
 
 SMALLEST = 64  # images; below, two groups of 32 cannot be filled
@@ -93,7 +93,8 @@ def fit(
         ("optim.lr", "optim.lr_batch"),
         ("method.momentum", "method.momentum_batch"),
     ):
-        if value in stated and quoted_at not in stated:  # what a user states is what runs
+        # What a user states is what runs. A method of another's may quote it at no batch.
+        if value in stated and quoted_at not in stated and quoted_at in flatten(settings):
             changes[quoted_at] = batch
     fitted = replace(settings, changes)
     if fitted.method.name == "moco" and count_groups(fitted, batch) < 2:
