@@ -12,7 +12,7 @@ from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.methods.memorybank import MemoryBank
 from mocokit.methods.simclr import SimCLR
-from mocokit.run import state
+from mocokit.run import state as run_state
 
 FAST = {"log.every_steps": 1, "engine.threads": 1, "monitor.every_epochs": 0}
 ENDTOEND = {"method.name": "simclr", "method.symmetric": True}
@@ -100,13 +100,13 @@ def test_views_made_on_demand_give_the_same_run(toy_npz, tmp_path, monkeypatch):
     held = run(toy_npz, tmp_path / "held", changes, epochs=1).folder
     made = []
 
-    class Counted(state.ViewsOnDemand):
+    class Counted(run_state.ViewsOnDemand):
         def __getitem__(self, rows):
             made.append(rows)
             return super().__getitem__(rows)
 
-    monkeypatch.setattr(state, "HELD_VIEWS", 0)
-    monkeypatch.setattr(state, "ViewsOnDemand", Counted)
+    monkeypatch.setattr(run_state, "HELD_VIEWS", 0)
+    monkeypatch.setattr(run_state, "ViewsOnDemand", Counted)
     lazily = run(toy_npz, tmp_path / "made", changes, epochs=1).folder
     assert len(made) > 4 * 5  # both passes of both views in every step
     assert losses(held) == pytest.approx(losses(lazily), rel=1e-4)
