@@ -6,6 +6,8 @@ The public names load what they need on first use, so that importing the package
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mocokit.version import VERSION
+
 if TYPE_CHECKING:
     from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
     from mocokit.evaluate.api import evaluate_finetune, evaluate_knn, evaluate_linear
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from mocokit.train import Run, pretrain
     from mocokit.weights.resolve import load
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "pretrain": "mocokit.train",

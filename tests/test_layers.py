@@ -25,7 +25,7 @@ LAYERS = [
     {"recipes"},
     {"settings"},
     {"chance", "files", "transfer", "published"},
-    {"errors"},
+    {"errors", "version"},
 ]
 ENTRANCES = {"__init__", "__main__"}  # they import anything, when asked
 # Below the builders: constructors take plain values.

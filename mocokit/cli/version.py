@@ -4,7 +4,7 @@ import platform
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 
-import mocokit
+from mocokit.version import VERSION
 
 
 def report() -> str:
@@ -17,7 +17,7 @@ def report() -> str:
     device, memory = choose_device("auto"), memory_gib()
     cpu = f"{cpu_name()}, {default_threads()} usable cores"
     lines = [
-        f"mocokit {mocokit.__version__}",
+        f"mocokit {VERSION}",
         f"Python {platform.python_version()} on {platform.platform()}",
         # torch's own text names the build too, such as 2.11.0+cu128.
         f"torch {torch.__version__}, torchvision {_version('torchvision')}, "

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import mocokit
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.hardware import cpu_name
 from mocokit.engine.record import Console, clock
@@ -20,6 +19,7 @@ from mocokit.files import write_text
 from mocokit.protocols.scores import Scores
 from mocokit.run import readme
 from mocokit.run.readme import label_of
+from mocokit.version import VERSION
 
 SHOWN_CLASSES = 20  # of a confusion matrix; of more, only the commonest mistakes
 
@@ -89,7 +89,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": _hardware(),
-        "versions": {"mocokit": mocokit.__version__, "torch": torch.__version__},
+        "versions": {"mocokit": VERSION, "torch": torch.__version__},
     }
 
 
