@@ -1,6 +1,6 @@
 """Look before you spend: what a data set holds, and what the network will see of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def check(
     settings: Mapping[str, Any] | None = None,
     images: int = 8,
     quick: bool = False,
+    allow_import: Collection[str] = (),
 ) -> Path:
     """Report what was found and write a contact sheet of views; returns the sheet's path.
 
@@ -39,7 +40,8 @@ def check(
     of them, with every parameter drawn.
     """
     console, path = Console(), Path(out)
-    asked, stated = command.asked(recipe, None if data is None else str(data), settings or {})
+    where = None if data is None else str(data)
+    asked, stated = command.asked(recipe, where, settings or {}, allowed=allow_import)
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
     for note in splits.train.notes:
         console.say(f"note: {note}", "yellow")

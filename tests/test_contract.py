@@ -229,3 +229,19 @@ def test_a_method_with_momentum_of_its_own_is_repeated_from_its_config(toy_npz, 
     assert "momentum: 0.5" in config.read_text() and "temperature: 0.2" in config.read_text()
     again = mocokit.pretrain(str(config), out=tmp_path / "b", method=Plain)
     assert_same(state_of(first.folder)["method"], state_of(again.folder)["method"])
+
+
+def test_check_draws_the_views_of_a_method_that_it_may_import(toy_npz, tmp_path):
+    from mocokit.check import check
+
+    changes = {**SMALL, "method.name": "stubs:MultiCrop"}
+    sheet = check("mocov2_cifar10", toy_npz, tmp_path / "views.png", changes, images=2, quick=True)
+    with Image.open(sheet) as picture:
+        assert picture.width > 2000
+    run = trained(stubs.SimSiam, toy_npz, tmp_path / "run")
+    methods._outside.clear()
+    config = str(run.folder / "config.yaml")
+    with pytest.raises(UserError, match="--allow-import stubs"):
+        check(config, None, tmp_path / "again.png")
+    check(config, None, tmp_path / "again.png", quick=True, allow_import=["stubs"])
+    assert (tmp_path / "again.png").is_file()

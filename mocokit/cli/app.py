@@ -48,6 +48,12 @@ def callback(
     """Options of `mocokit` itself. Without this function, a single verb would need no name."""
 
 
+AllowImport = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODULE", help="let a method of this module be imported; repeatable"),
+]
+
+
 @app.command()
 def pretrain(
     recipe: Annotated[
@@ -65,10 +71,7 @@ def pretrain(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
-    allow_import: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODULE", help="let a method of this module be imported; repeatable"),
-    ] = None,
+    allow_import: AllowImport = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="resume the newest unfinished run like this one in runs/"),
@@ -155,13 +158,15 @@ def check_data(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Say what a data set holds, and draw a sheet of the views that the network will see."""
     changes = settings_.parse_assignments(assignments or [])
-    command.asked(recipe, data, changes)  # mistakes come before heavy imports
+    allowed = allow_import or []
+    command.asked(recipe, data, changes, allowed=allowed)  # mistakes come before heavy imports
     from mocokit.check import check
 
-    check(recipe, data, out, changes, quick=quick)
+    check(recipe, data, out, changes, quick=quick, allow_import=allowed)
 
 
 @app.command("pack")
@@ -211,11 +216,13 @@ def write_slurm(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="any setting; repeatable")
     ] = None,
+    allow_import: AllowImport = None,
 ) -> None:
     """Write a batch file for SLURM that trains, saves before its limit, and resumes by itself."""
     changes = settings_.parse_assignments(assignments or [])
     flags = {"train.epochs": epochs, "train.batch_size": batch_size, "seed": seed}
-    asked, _ = command.asked(recipe, data, command.merge(flags, changes))
+    allowed = allow_import or []
+    asked, _ = command.asked(recipe, data, command.merge(flags, changes), allowed=allowed)
     if out is None:
         raise UserError("name the run folder with --out: a job that resumes must find it again")
     shares = sizes.count_shares(asked, asked.train.batch_size)
@@ -233,6 +240,7 @@ def write_slurm(
     words += ["--out", os.path.abspath(out)]
     words += [word for k, v in options.items() if v is not None for word in (k, str(v))]
     words += [word for text in assignments or [] for word in ("--set", text)]
+    words += [word for module in allowed for word in ("--allow-import", module)]
     if asked.data.root:
         root = json.dumps(os.path.abspath(os.path.expanduser(asked.data.root)), ensure_ascii=False)
         words += ["--set", f"data.root={root}"]
