@@ -8,7 +8,7 @@
 #     BUDGET=330 bash benchmarks/gpu_check.sh env together bench_cifar bench_r50 views
 #     BUDGET=570 bash benchmarks/gpu_check.sh train
 #   Dry, on a CPU (a test runs it):
-#     DEVICE=cpu TINY=--tiny HOW=off OUT=/tmp/out bash benchmarks/gpu_check.sh micro resume bench_cifar train
+#     DEVICE=cpu TINY=--tiny HOW=off OUT=out bash benchmarks/gpu_check.sh micro resume bench_cifar train
 set -u
 export TMPDIR=${TMPDIR:-/var/tmp}
 HERE=$(cd "$(dirname "$0")" && pwd)

@@ -115,3 +115,9 @@ def printable(text: str) -> str:
 def show(path: str | Path) -> str:
     """A path for a message."""
     return printable(str(path))
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, in one short line: without the path that the caller names itself."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return " ".join(str(text).split())[:120]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.names import Names
 from mocokit.errors import UserError
-from mocokit.files import show, whole
+from mocokit.files import reason_of, show, whole
 
 Arrays = dict[str, NDArray[Any]]
 DAMAGE = (
@@ -62,7 +62,7 @@ def load_index(path: str | Path) -> Index:
     try:
         return from_arrays(read_arrays(path))
     except DAMAGE as error:
-        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        why = reason_of(error)
         what = f"{show(path)} is no index of images ({why})"
         raise UserError(f"{what}: restore it, or begin a new run") from error
 

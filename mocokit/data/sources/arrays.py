@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.index import DAMAGE, Index
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import reason_of, show
 
 MAX_CLASSES = 10**6
 
@@ -153,7 +153,7 @@ def _unreadable(path: Path, error: Exception, part: str = "") -> UserError:
     if "pickle" in str(error) or "Python objects" in str(error):
         risk = "holds pickled objects, and opening a pickle can run any program"
         return UserError(f"{part}{show(path)} {risk}: save plain arrays of numbers instead")
-    why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+    why = reason_of(error)
     return UserError(f"{part}{show(path)} cannot be read ({why}): save or download it again")
 
 

@@ -16,7 +16,7 @@ from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
 from mocokit.data.sources.several import parts_of
 from mocokit.errors import UserError
-from mocokit.files import printable, show
+from mocokit.files import printable, reason_of, show
 
 
 class PackedSource:
@@ -139,7 +139,7 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
         if first != len(offsets) or len(sources) not in (1, 2):
             raise ValueError("its index does not fit")
     except DAMAGE as error:
-        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        why = reason_of(error)
         remedy = "run the same mocokit pack again, which goes on where it ended"
         raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
     return sources[0], sources[1] if sources[1:] else None
