@@ -1,6 +1,9 @@
-"""Files written whole or not at all, locks, the cache folder, text for a terminal, kept memory."""
+"""Files written whole or not at all, logs, bounded reading, locks, the cache folder, safe text."""
 
+import errno
+import json
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,8 +13,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from mocokit.errors import UserError
+from mocokit.errors import MocokitError, UserError
 
+_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _LARGEST = 2**25 - 2**16  # bytes; glibc's own limit is 32 MiB with what it adds to a block
 
 
@@ -64,6 +68,77 @@ def write_bytes(path: Path, content: bytes, *, sole_writer: bool = False) -> Non
 def write_text(path: Path, text: str, *, sole_writer: bool = False) -> None:
     """All of it or nothing, in UTF-8."""
     write_bytes(path, text.encode(), sole_writer=sole_writer)
+
+
+@contextmanager
+def writing(
+    path: str | Path, *, room: int | None = None, remedy: str = "make room, or name another place"
+) -> Iterator[None]:
+    """Turn the system's refusal to write, such as a full disk, into one sentence.
+
+    It says what could not be written, why, how much `room` in bytes that needs, and the remedy.
+    Raises MocokitError.
+    """
+    try:
+        yield
+    except OSError as error:
+        needs = "" if room is None else f"it needs about {max(room, 2**20) / 2**20:,.0f} MiB; "
+        raise MocokitError(
+            f"cannot write {show(path)} ({reason_of(error)}); {needs}what was saved before is "
+            f"untouched: {remedy}"
+        ) from None
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line, and begin a new one where a crash left the last line cut short."""
+    with open(path, "a+b") as file:
+        start = b""
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            start = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(start + text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects in a file of JSON lines, and how many of its lines are damaged.
+
+    A damaged line costs itself and nothing else: cut short, no UTF-8, no JSON, or no object.
+    A missing file is empty. Raises OSError as `read_regular` does.
+    """
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return [], 0
+    found, damaged = [], 0
+    for line in content.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        else:
+            damaged += 1
+    return found, damaged
+
+
+def read_regular(path: str | Path, limit: int = 2**30) -> bytes:
+    """What a regular file of at most `limit` bytes holds.
+
+    Raises OSError, whose `strerror` says why, for all else: a pipe or a device is not waited for.
+    """
+    number = os.open(path, os.O_RDONLY | _AT_ONCE)
+    with open(number, "rb", buffering=0) as file:
+        status = os.fstat(number)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "neither a file nor a link to one")
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit / 2**20:,.0f} MiB, refused")
+        return file.readall()
 
 
 @contextmanager

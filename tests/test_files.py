@@ -1,23 +1,38 @@
 """Files are written whole or not at all; locks; the cache folder; memory that is kept."""
 
+import errno
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, strategies as st
 
 from mocokit import files, recipes
 from mocokit.data.index import text_array, write_arrays
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Metrics
-from mocokit.errors import UserError
-from mocokit.files import cache_folder, locked, partial_of, printable, whole, write_text
+from mocokit.errors import MocokitError, UserError
+from mocokit.files import (
+    append_line,
+    cache_folder,
+    json_lines,
+    locked,
+    partial_of,
+    printable,
+    read_regular,
+    whole,
+    write_text,
+    writing,
+)
 from mocokit.nets.backbones import build_backbone
 from mocokit.weights.write import write_backbone
 
@@ -175,3 +190,57 @@ def test_strangers_text_is_one_line_without_control_characters():
     assert printable("x\n\x1b[2J\x9b\udcff\u202e") == "x\\n\\x1b[2J\\x9b\\udcff\\u202e"
     assert files.show(Path("a\tb")) == "a\\tb"
     assert all(printable(chr(one)).isprintable() for one in np.r_[:1000, 0xD7F0:0xE010])
+
+
+def test_a_refusal_to_write_is_one_sentence(tmp_path):
+    with pytest.raises(MocokitError) as error, writing(tmp_path / "a\nb", room=5 * 2**20):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(error.value) == (
+        f"cannot write {tmp_path}/a\\nb (No space left on device); it needs about 5 MiB; what was "
+        "saved before is untouched: make room, or name another place"
+    )
+    assert error.value.exit_code == 1
+
+
+def test_a_line_is_appended_after_one_that_was_cut(tmp_path):
+    path = tmp_path / "log"
+    append_line(path, "one")
+    append_line(path, "caf\udce9")
+    path.write_bytes(path.read_bytes()[:-2])
+    append_line(path, "three")
+    assert path.read_bytes() == b"one\ncaf\nthree\n"
+
+
+@given(
+    st.lists(st.dictionaries(st.text(), st.integers() | st.text(), max_size=3), max_size=6),
+    st.binary(max_size=30),
+    st.integers(0, 6),
+)
+def test_a_damaged_line_costs_itself_alone(lines, junk, place):
+    junk = junk.replace(b"\n", b"") or b"\xff"
+    try:
+        is_object = isinstance(json.loads(junk), dict)
+    except ValueError:
+        is_object = not junk.strip()
+    assume(not is_object)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log"
+        raw = [json.dumps(line).encode() for line in lines]
+        raw.insert(place, junk)
+        path.write_bytes(b"\n".join(raw) + b"\n")
+        assert json_lines(path) == (lines, 1)
+        os.remove(path)
+        assert json_lines(path) == ([], 0)
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    assert read_regular(tmp_path / "file", 3) == b"abc"
+    for name, limit, why in [
+        ("file", 2, "larger than"), ("pipe", 9, "neither a file"), ("zero", 9, "neither a file"),
+        (".", 9, "Is a directory"), ("none", 9, "No such file"),
+    ]:  # fmt: skip
+        with pytest.raises(OSError, match=why):
+            read_regular(tmp_path / name, limit)

@@ -1,5 +1,6 @@
 """Sources: what is found where, under which number, and what is said when it is not."""
 
+import encodings.cp437  # noqa: F401  zipfile loads it late, when `nobody` may not read it
 import os
 import shutil
 import tarfile

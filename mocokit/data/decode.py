@@ -1,9 +1,6 @@
 """Encoded images to RGB pixels, as a viewer shows them and no larger than any crop can use."""
 
-import errno
 import io
-import os
-import stat
 import sys
 import threading
 import warnings
@@ -12,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from mocokit.files import read_regular
 
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
@@ -26,7 +25,6 @@ _TURNS = {
 
 
 MAX_BYTES = 2**30  # of an encoded image; Pillow's limit of pixels holds for what is inside
-_AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class _Quiet:
@@ -63,17 +61,7 @@ class BadImage(Exception):
 def read_file(path: str | Path) -> bytes:
     """What a regular file holds; raises BadImage for all else, without waiting for it."""
     try:
-        # A pipe that took the place of an image would otherwise be waited for.
-        number = os.open(path, os.O_RDONLY | _AT_ONCE)
-        with open(number, "rb", buffering=0) as file:
-            status = os.fstat(number)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, "")
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage("neither a file nor a link to one")
-            if status.st_size > MAX_BYTES:
-                raise BadImage(f"larger than {MAX_BYTES // 2**20:,} MiB, refused")
-            return file.readall()
+        return read_regular(path, MAX_BYTES)
     except (OSError, ValueError) as error:
         raise BadImage(_reason(error)) from error
 
@@ -198,7 +186,7 @@ def _reason(error: Exception) -> str:
         return "not an image, or of a kind that Pillow cannot read"
     if isinstance(error, Image.DecompressionBombError):
         return _bomb()
-    if isinstance(error, OSError) and error.errno is not None:
-        return f"cannot be read: {os.strerror(error.errno)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = " ".join(str(error).split())[:120]
     return text or type(error).__name__
