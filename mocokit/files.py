@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import stat
 import sys
 import threading
@@ -15,6 +17,8 @@ import numpy as np
 
 from mocokit.errors import MocokitError, UserError
 
+# What Markdown reads as markup, with GitHub's links and formulas. Inside a word "_" is text.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~#&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _LARGEST = 2**25 - 2**16  # bytes; glibc's own limit is 32 MiB with what it adds to a block
 
@@ -43,7 +47,7 @@ def whole(path: Path, *, sync: bool = False, sole_writer: bool = False) -> Itera
         writer = f"{os.getpid()}-{threading.get_ident()}"
         partial = path.with_name(f"{path.name}.{writer}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:  # to be read too, by who adds to an archive
             yield file
             if sync:
                 file.flush()
@@ -187,12 +191,63 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def markdown(text: str) -> str:
+    """Text that somebody else wrote, on one line of Markdown that shows it as it is."""
+    return _MARKUP.sub(r"\\\g<0>", printable(text))
+
+
 def show(path: str | Path) -> str:
     """A path for a message."""
     return printable(str(path))
+
+
+def shell_word(text: str | Path) -> str:
+    """A word of a command to copy, on one line: bash reads the very same bytes from it."""
+    text = str(text)
+    if text.isprintable():
+        return shlex.quote(text)
+    plain = (
+        chr(b) if 32 <= b < 127 and b not in b"\\'" else f"\\x{b:02x}" for b in os.fsencode(text)
+    )
+    return f"$'{''.join(plain)}'"
 
 
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one short line: without the path that the caller names itself."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else error
     return " ".join(str(text).split())[:120]
+
+
+class Unheard:
+    """A stream of text that may have lost its reader. Nothing written to it fails.
+
+    A pipe may have been closed, the log's disk may be full, the terminal may be gone. `error` is
+    what stopped the first text that did not arrive, if one did not.
+    """
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        self.stream = stream
+        self.error: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """Pass the text on; characters that the stream cannot encode are escaped."""
+        try:
+            if self.stream is not None:
+                self.stream.write(text)
+        except UnicodeEncodeError as error:
+            name = error.encoding
+            return self.write(text.encode(name, "backslashreplace").decode(name))
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self.error = self.error or error
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is still held back."""
+        try:
+            if self.stream is not None:
+                self.stream.flush()
+        except (OSError, ValueError) as error:
+            self.error = self.error or error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

@@ -149,8 +149,9 @@ def train(run: RunState, stop: StopSignals) -> None:
             run.step = step + 1
             if logged or device.type == "cpu":
                 watch.check()
-            run.note_bad(batch.bad, logged)
-            record.step(output, images, waited, norm)
+            with run.between_steps():  # a full disk
+                run.note_bad(batch.bad, logged)
+                record.step(output, images, waited, norm)
             if due.compare(run.step):
                 compare_replicas(method, run.step)
             if due.health(run.step):

@@ -53,7 +53,7 @@ def test_the_run_folder_is_complete(finished):
     names = {path.name for path in finished.folder.iterdir()} - {".lock"}
     assert names == {
         "config.yaml", "metrics.jsonl", "checkpoints", "last.pt", "images.idx",
-        "backbone.safetensors", "views.png", "README.md",
+        "backbone.safetensors", "views.png", "README.md", "run.json",
     }  # fmt: skip
     assert (finished.folder / "last.pt").resolve().name == "step-00000020.pt"
     assert len(list((finished.folder / "checkpoints").iterdir())) == 2

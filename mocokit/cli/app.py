@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mocokit import settings as settings_
-from mocokit.cli import evaluate, launch, show as show_, slurm
+from mocokit.cli import evaluate, launch, show as show_, slurm, streams
 from mocokit.errors import MocokitError, UserError
 from mocokit.run import command
 from mocokit.settings import sizes
@@ -272,11 +272,34 @@ def main() -> None:
     # Until a run takes over signals, Ctrl-C ends everything at once: an import cannot be unwound.
     before = signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:
-        app()
-    except MocokitError as error:
-        if not launch.report(error):
-            rank = os.environ.get("RANK", "0")
-            typer.echo(f"mocokit: {'' if rank == '0' else f'process {rank}: '}{error}", err=True)
-        sys.exit(error.exit_code)
+        with streams.unheard() as out:
+            code = _exit_code()
+            if not code and (what := streams.lost(out)):
+                code = _report(MocokitError(what))
     finally:
         signal.signal(signal.SIGINT, before)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the verb that the command line names."""
+    try:
+        app()
+    except SystemExit as end:
+        # Typer keeps silent about every closed pipe. Those of the output do not come this far.
+        if not isinstance(end.__context__, BrokenPipeError):
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _report(MocokitError(streams.sentence(end.__context__)))
+    except MocokitError as error:
+        return _report(error)
+    except OSError as error:  # the last net
+        return _report(MocokitError(streams.sentence(error)))
+    return 0
+
+
+def _report(error: MocokitError) -> int:
+    """Say what went wrong, here or through the command that started this process."""
+    if not launch.report(error):
+        rank = os.environ.get("RANK", "0")
+        typer.echo(f"mocokit: {'' if rank == '0' else f'process {rank}: '}{error}", err=True)
+    return error.exit_code

@@ -202,7 +202,7 @@ def _signals_blocked() -> Iterator[None]:
     Schedulers send them to every process of a job, and Ctrl-C reaches every process of a terminal.
     Only the training process decides what follows, and it needs its workers until it has saved.
     """
-    stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
+    stops = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     try:
         # Started first, because starting the tracker unblocks SIGTERM and SIGINT.

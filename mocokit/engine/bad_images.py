@@ -7,7 +7,7 @@ the epoch itself the image has one place, and there the attempt to read it decid
 """
 
 import math
-from collections.abc import Iterable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from mocokit.engine.world import World
 from mocokit.errors import UserError
+from mocokit.files import append_line, printable, read_regular, reason_of, show, writing
 
+_LINE = re.compile(rb"(\d{1,18})\t.*\tstep (\d{1,18})", re.DOTALL)
 Bad = tuple[tuple[int, str, str], ...]  # number, name, reason
 
 
@@ -36,7 +38,8 @@ class BadImages:
         self._path, self._steps_per_epoch, self._world = path, steps_per_epoch, world
         self._images, self.limit = images, max(10, int(share * images))
         # In a killed run, failures after the last checkpoint are only in this file.
-        self.first = dict(_lines(path))
+        self.first, self.damaged = _lines(path, images)
+        self._unwritten: list[str] = []
         self._unshared: list[tuple[int, int, str, str]] = []
         self._known: tuple[tuple[int, int], NDArray[np.int64]] = (0, 0), np.empty(0, np.int64)
 
@@ -66,7 +69,10 @@ class BadImages:
             self.share()
 
     def share(self) -> None:
-        """Send new failures to all processes; called by all of them together."""
+        """Send new failures to all processes; called by all of them together.
+
+        Raises MocokitError where the file cannot be written.
+        """
         found = self._unshared
         self._unshared = []
         if self._world.size > 1:
@@ -76,7 +82,9 @@ class BadImages:
         for number, step, name, reason in found:
             if number not in self.first:
                 self.first[number] = step
-                self._write(f"{number}\t{name!r}\t{reason}\tstep {step + 1}\n")
+                why = printable(reason)  # which may come from a stranger's file
+                self._unwritten.append(f"{number}\t{name!r}\t{why}\tstep {step + 1}")
+        self._write()
 
     @property
     def too_many(self) -> bool:
@@ -89,14 +97,16 @@ class BadImages:
             enough = min(1.0, math.ceil(200 * self.count / self._images) / 100)
             raise UserError(
                 f"{self.count} images so far cannot be read, more than the limit of {self.limit}; "
-                f"{self._path} names them, `mocokit check` counts them all; raise the limit with "
-                f"--set data.bad_share={enough:g}"
+                f"{show(self._path)} names them, `mocokit check` counts them all; raise the limit "
+                f"with --set data.bad_share={enough:g}"
             )
 
-    def _write(self, line: str) -> None:
-        if self._world.writes:
-            with open(self._path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.write(line)
+    def _write(self) -> None:
+        """Raises MocokitError; then the next attempt writes the same lines."""
+        while self._world.writes and self._unwritten:
+            with writing(self._path, remedy="make room, and resume with the same command"):
+                append_line(self._path, self._unwritten[0])
+            del self._unwritten[0]
 
     def state(self) -> Tensor:
         """(n, 2) int64 for a checkpoint: the image, and the step of its first failure."""
@@ -107,12 +117,25 @@ class BadImages:
             self.first[image] = min(step, self.first.get(image, step))
 
 
-def _lines(path: Path) -> Iterable[tuple[int, int]]:
-    """The image and step of each line. A line that a kill cut short is left out."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
-        number, *_, last = line.split("\t")
-        step = last.removeprefix("step ")
-        if number.isdecimal() and step.isdecimal() and last != step:
-            yield int(number), int(step) - 1
+def _lines(path: Path, images: int) -> tuple[dict[int, int], int]:
+    """The step of each image's first failure, and how many lines are damaged and left out.
+
+    Raises UserError for what is no file.
+    """
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return {}, 0
+    except OSError as error:
+        why = reason_of(error)
+        raise UserError(f"cannot read {show(path)} ({why}): move it away, or restore it") from None
+    first: dict[int, int] = {}
+    damaged = 0
+    for line in content.split(b"\n"):
+        match = _LINE.fullmatch(line)
+        if match and int(match[1]) < images and int(match[2]) > 0:
+            image, step = int(match[1]), int(match[2]) - 1
+            first[image] = min(step, first.get(image, step))
+        else:
+            damaged += bool(line.strip())
+    return first, damaged

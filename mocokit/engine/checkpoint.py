@@ -1,24 +1,35 @@
 """Checkpoints: all that a run needs to resume as if it had never stopped, written atomically.
 
 Each carries a checksum of its content. torch notices a file that was cut short, but not a flipped
-bit.
+bit. Beside the content lies a label: whose checkpoint it is. Two runs with the same settings have
+the same content, and each has its own label.
 """
 
 import hashlib
+import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from mocokit.errors import MocokitError, UserError
-from mocokit.files import whole
+from mocokit.files import show, whole, writing
 
 FORMAT = 2  # 1 had no checksum
+Label = Mapping[str, Any]
 _NAME = re.compile(r"step-(\d{8})\.pt")
+_LABEL, _LABEL_BYTES = "mocokit.json", 2**16  # its name in the file, and its length at most
+
+
+class OtherRun(UserError):
+    """A checkpoint belongs to another run than the folder that it lies in."""
 
 
 def name_of(step: int) -> str:
@@ -26,24 +37,70 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}.pt"
 
 
-def save(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write folder/step-XXXXXXXX.pt whole or not at all, and point last.pt beside folder at it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save(folder: Path, step: int, state: Mapping[str, Any], label: Label | None = None) -> Path:
+    """Write folder/step-XXXXXXXX.pt whole or not at all, and point last.pt beside folder at it.
+
+    `label` says whose it is; `label_of` reads it. The folder that `folder` lies in is never made,
+    so a run folder that was deleted does not come back. Raises MocokitError.
+    """
     path = folder / name_of(step)
     content = {"format": FORMAT, "step": step, **_on_cpu(state)}
     content["checksum"] = digest(content)
-    try:
+    size = sum(x.nbytes for _, x in _leaves(content) if isinstance(x, Tensor))
+    remedy = "make room, and resume with the same command"
+    with writing(path, room=size, remedy=remedy):
+        folder.mkdir(exist_ok=True)
         # Sole writer: rank 0 in a locked folder. What a killed attempt left is overwritten.
         with whole(path, sync=True, sole_writer=True) as file:
-            torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch's writer hides the first behind the second
-        size = sum(x.nbytes for _, x in _leaves(content) if isinstance(x, Tensor)) / 2**20
+            _write(content, {**(label or {}), "step": step}, file)
+    with writing(folder.parent / "last.pt", remedy=remedy):
+        _point(folder.parent / "last.pt", path)
+    if not is_saved(folder, step):
         raise MocokitError(
-            f"cannot write {path} ({error}); it needs about {size:.0f} MiB; what was saved before "
-            "is untouched: make room, and resume with the same command"
-        ) from None
-    _point(folder.parent / "last.pt", path)
+            f"{show(path)} was written, and is not there: its disk cannot be trusted"
+        )
     return path
+
+
+def _write(content: Mapping[str, Any], label: Label, file: IO[bytes]) -> None:
+    """Raises OSError, which torch's writer hides behind a RuntimeError."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        raise _cause(error) from None
+    with zipfile.ZipFile(file, "a") as archive:  # torch's format is a zip archive
+        folder = archive.namelist()[0].split("/")[0]
+        archive.writestr(f"{folder}/{_LABEL}", json.dumps(label))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The OSError that led to another error; without one an OSError that says the same."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    return found or OSError(0, str(error))
+
+
+def label_of(path: Path) -> dict[str, Any] | None:
+    """The label of a checkpoint, read from the end of the file; None if the file is cut short.
+
+    Empty for what 0.1 wrote.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(f"/{_LABEL}") and entry.file_size <= _LABEL_BYTES:
+                    found = json.loads(archive.read(entry))
+                    return found if isinstance(found, dict) else None
+            return {}
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
+        return None
+
+
+def is_saved(folder: Path, step: int) -> bool:
+    """Whether a whole checkpoint of this step is there. Its content is not read."""
+    label = label_of(folder / name_of(step))
+    return label is not None and label.get("step", step) == step
 
 
 def digest(state: Mapping[str, Any]) -> str:
@@ -94,9 +151,15 @@ def _point(link: Path, target: Path) -> None:
     os.replace(temporary, link)
 
 
-def prune(folder: Path, keep: int, milestones: frozenset[int] = frozenset()) -> None:
-    """Delete all but the newest `keep` checkpoints and the milestones."""
-    for step in steps(folder)[:-keep]:
+def prune(
+    folder: Path, keep: int, milestones: frozenset[int] = frozenset(), newest: int | None = None
+) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`, and the milestones.
+
+    Those after `newest`, the one just written, are not this run's: they neither count nor go.
+    """
+    own = [step for step in steps(folder) if newest is None or step <= newest]
+    for step in own[:-keep]:
         if step not in milestones:
             (folder / name_of(step)).unlink(missing_ok=True)
 
@@ -131,21 +194,44 @@ def load_newest(
     folder: Path,
     device: torch.device | str = "cpu",
     log: Callable[[str], None] = lambda text: None,
+    check: Callable[[dict[str, Any], Label], None] = lambda state, label: None,
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None if there is no checkpoint.
+    """The newest good checkpoint, or None if there is no checkpoint.
 
-    Logs the damaged ones that it passes over. Raises UserError if all are damaged.
+    `check` is given each state and its label, and raises UserError if the run cannot use it. Newer
+    checkpoints that are damaged or another run's are renamed, so that they neither count nor are
+    overwritten, and logged. Raises UserError if none is good; then all stay as they are.
     """
-    damaged: list[str] = []
+    passed: list[tuple[int, UserError]] = []
     for step in reversed(steps(folder)):
+        path = folder / name_of(step)
         try:
-            state = load(folder / name_of(step), device)
+            state = load(path, device)
+            check(state, label_of(path) or {})
         except UserError as error:
-            damaged.append(str(error))
+            passed.append((step, error))
             continue
-        for text in damaged:
-            log(f"{text}; resuming from the checkpoint before")
+        for other, why in passed:
+            where = _set_aside(folder / name_of(other), isinstance(why, OtherRun))
+            log(f"{why}; {where}; resuming from the checkpoint before")
+        if passed:
+            with suppress(OSError):
+                _point(folder.parent / "last.pt", path)
         return state
-    if damaged:
-        raise UserError(f"no checkpoint in {folder} can be read: {damaged[0]}")
+    if passed and isinstance(passed[0][1], OtherRun):
+        raise passed[0][1]
+    if passed:
+        raise UserError(f"no checkpoint in {show(folder)} can be read: {passed[0][1]}")
     return None
+
+
+def _set_aside(path: Path, of_other_run: bool) -> str:
+    """Rename a checkpoint that is passed over; returns what to tell of it."""
+    stem = f"{path.name}.{'other-run' if of_other_run else 'damaged'}"
+    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, 1000))
+    name = next((one for one in names if not os.path.lexists(path.with_name(one))), stem)
+    try:
+        os.replace(path, path.with_name(name))
+    except OSError as error:
+        return f"it stays where it is ({error.strerror})"
+    return f"it is now called {name}"

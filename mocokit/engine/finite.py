@@ -1,6 +1,8 @@
-"""Whether losses and weights are finite, and the norm of the gradient."""
+"""Whether losses, weights and the optimiser's state are finite; the norm of the gradient."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,34 @@ def check_weights(module: nn.Module, step: int) -> None:
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     if not bool(torch.nn.utils.get_total_norm(tensors).isfinite()):
         raise NonFiniteLoss(f"the weights after step {step} are not finite")
+
+
+@torch.no_grad()
+def check_progress(optimizer: Mapping[str, Any], scaler: Mapping[str, Any], step: int) -> None:
+    """Raises NonFiniteLoss if the state of an optimiser or of a gradient scaler is not finite.
+
+    The weights may be finite while a momentum buffer or a moment of Adam is not: the next step
+    would spoil them. A scale of zero skips every further step.
+    """
+    numbers = [*_leaves(optimizer), *_leaves(scaler)]
+    tensors = [t for t in numbers if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+    # The largest magnitude: the sum of squares of large moments would overflow.
+    if not bool(torch.nn.utils.get_total_norm(tensors, math.inf).isfinite()) or not all(
+        math.isfinite(value) for value in numbers if isinstance(value, float)
+    ):
+        raise NonFiniteLoss(f"the optimiser's state after step {step} is not finite")
+    if scaler and not scaler.get("scale", 1.0) > 0:
+        raise NonFiniteLoss(f"the scale of the loss after step {step} has fallen to zero")
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for branch in tree:
+            yield from _leaves(branch)
+    else:
+        yield tree
 
 
 @torch.no_grad()

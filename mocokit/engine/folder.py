@@ -1,17 +1,21 @@
 """The run folder: what is in it, whether its run can be resumed, and its lock."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mocokit import files, settings as settings_
-from mocokit.engine.record import read_metrics
-from mocokit.errors import UserError
+from mocokit.engine import identity as identity_
+from mocokit.engine.record import read_steps
+from mocokit.errors import MocokitError, UserError
 from mocokit.settings.schema import Settings
 
 ROOT = Path("runs")
+_NO_MISTAKE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a full or failing disk, not of the user
 
 
 class RunFolder:
@@ -29,6 +33,8 @@ class RunFolder:
         self.sheet = path / "views.png"
         self.readme = path / "README.md"
         self.evaluations = path / "evaluations.jsonl"
+        self.identity = path / "run.json"
+        self.lock = path / ".lock"
 
     @property
     def is_run(self) -> bool:
@@ -49,37 +55,46 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The last line of the metrics if the run is finished, else None."""
-        lines = read_metrics(self.metrics)
+        lines, _ = read_steps(self.metrics)
         return lines[-1] if lines and lines[-1].get("finished") else None
 
     def unscored(self) -> bool:
         """Whether the last line of the metrics is a training step, not a line of scores."""
-        lines = read_metrics(self.metrics)
+        lines, _ = read_steps(self.metrics)
         return bool(lines) and "loss" in lines[-1]
 
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
         """Write config.yaml."""
         self.make()
         # The folder is locked. `is_begun` knows the partial file that a kill may leave.
-        files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
+        with files.writing(self.config):
+            files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
 
     def make(self) -> None:
-        """Make the folder; raises UserError where nothing can be written."""
+        """Make the folder; raises MocokitError where nothing can be written."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            (self.path / ".lock").touch()
+            self.lock.touch()
         except OSError as error:
             raise self.unwritable(error) from None
 
-    def unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write the run folder {self.path} ({error.strerror}); choose another with --out"
+    def unwritable(self, error: OSError) -> MocokitError:
+        kind = MocokitError if error.errno in _NO_MISTAKE else UserError
+        return kind(
+            f"cannot write the run folder {files.show(self.path)} ({files.reason_of(error)}); "
+            "choose another with --out"
         )
 
     def conflicts(self, settings: Settings) -> list[str]:
         """Identity settings in which this folder's run differs from `settings`, and both values."""
-        ours, asked = settings_.identity(self.settings()), settings_.identity(settings)
-        return [f"{k} ({ours[k]} there, {asked[k]} asked)" for k in ours if ours[k] != asked[k]]
+        pairs = differing(self.settings(), settings)
+        return [f"{name} ({ours} there, {asked} asked)" for name, ours, asked in pairs]
+
+
+def differing(one: Settings, other: Settings) -> list[tuple[str, Any, Any]]:
+    """(path, value in one, value in the other) of the identity settings in which two differ."""
+    a, b = settings_.identity(one), settings_.identity(other)
+    return [(name, a[name], b.get(name)) for name in a if a[name] != b.get(name)]
 
 
 def next_folder(recipe: str, data: str, root: Path = ROOT) -> RunFolder:
@@ -125,20 +140,79 @@ def _numbered(root: Path, stem: str) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for match, path in matches if match]
 
 
+class Hold:
+    """The lock on a run folder. `number` is the run's own, of run.json, once it is known."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder, self._file = folder, _take(folder.lock)
+        self.number = ""
+
+    def check(self) -> None:
+        """Raises MocokitError if the folder is not there any more, or holds another run."""
+        if _is_at(self._file, self._folder.lock):
+            return
+        # The lock file alone may be gone, and some network disks number their files anew.
+        found = identity_.read(self._folder.identity)
+        if not self.number or found is None or found.run != self.number:
+            raise MocokitError(
+                f"the run folder {files.show(self._folder.path)} was deleted, moved or replaced "
+                "while this run was going, so it stops: put the folder back and repeat the command "
+                "to resume, or begin a new run"
+            )
+        self._file.close()  # or it would refuse the new one where it is the same file after all
+        try:
+            self._file = _take(self._folder.lock)
+        except OSError as error:
+            raise _refused(self._folder, error) from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def _take(path: Path) -> IO[str]:
+    """The locked file; raises BlockingIOError if another process holds it, or another OSError."""
+    for last in (False, False, True):
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        try:
+            files.lock(file, wait=False)
+        except BaseException:
+            file.close()
+            raise
+        if last or _is_at(file, path):
+            break
+        file.close()  # it was deleted in between
+    return file
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one under this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        return False
+
+
+def _refused(folder: RunFolder, error: OSError) -> MocokitError:
+    if isinstance(error, BlockingIOError):
+        return UserError(
+            f"another process is running in {files.show(folder.path)}; wait for it, or choose "
+            "another --out"
+        )
+    return folder.unwritable(error)  # a network disk without locks, for one
+
+
 @contextmanager
-def locked(folder: RunFolder) -> Iterator[None]:
+def locked(folder: RunFolder) -> Iterator[Hold]:
     """Make the folder and lock it. The lock ends with the process.
 
-    Raises UserError if the folder cannot be made or locked, or if another process holds the lock.
+    Raises MocokitError if the folder cannot be made or locked, as when another process has it.
     """
     folder.make()
-    with ExitStack() as stack:  # so that an error of the block is not taken for one of the lock
-        try:
-            stack.enter_context(files.locked(folder.path / ".lock", wait=False))
-        except BlockingIOError:
-            raise UserError(
-                f"another process is running in {folder.path}; wait for it, or choose another --out"
-            ) from None
-        except OSError as error:  # a network disk without locks, for one
-            raise folder.unwritable(error) from None
-        yield
+    try:
+        hold = Hold(folder)
+    except OSError as error:
+        raise _refused(folder, error) from None
+    try:
+        yield hold
+    finally:
+        hold.release()

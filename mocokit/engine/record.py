@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console as Terminal
 from rich.live import Live
@@ -21,26 +22,58 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from mocokit.files import printable, write_text
+from mocokit.errors import UserError
+from mocokit.files import Unheard, json_lines, printable, reason_of, show, write_text, writing
 
+_RESUME = "make room, and resume with the same command"
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
 
 
 class Metrics:
-    """metrics.jsonl of a run folder; opening it removes lines after `step` steps."""
+    """metrics.jsonl of a run folder; opening it removes lines after `step` steps.
 
-    def __init__(self, path: Path, step: int = 0) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= step and step > 0]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept), sole_writer=True)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    `missing` are lines up to that step that may never have reached the file. `damaged` counts the
+    lines that were left out because nobody can read them. Raises MocokitError.
+    """
+
+    def __init__(
+        self, path: Path, step: int = 0, missing: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
+        found, self.damaged = read_steps(path)
+        kept = [line for line in found if line["step"] <= step and step > 0]
+        kept += [dict(line) for line in missing if line not in kept]
+        self._path, self._file = path, -1
+        with writing(path, remedy=_RESUME):
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_text(path, text, sole_writer=True)
+            self._open()
+        self._cut = False  # whether the last line may lack its end
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append a line. Floats have six significant digits; those that are not finite are null."""
-        rounded = {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
-        self._file.write(json.dumps(rounded) + "\n")
+        """Append a line of `rounded` values. Raises MocokitError, for a full disk and the like."""
+        start = "\n" if self._cut else ""
+        left = memoryview(f"{start}{json.dumps(rounded(values))}\n".encode())
+        self._cut = True
+        with writing(self._path, remedy=_RESUME):
+            if not os.fstat(self._file).st_nlink:  # this file alone was deleted
+                self.close()
+                self._open()
+            while left:  # a disk that fills up takes a part
+                left = left[os.write(self._file, left) :]
+        self._cut = False
+
+    def _open(self) -> None:
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+
+def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Floats with six significant digits; those that are not finite are None."""
+    return {k: _rounded(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def _rounded(value: float) -> float | None:
@@ -48,16 +81,33 @@ def _rounded(value: float) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    """The lines of a metrics.jsonl that can be read; none of a missing file.
+
+    Raises UserError for what is no file, or is larger than 1 GiB.
+    """
+    return read_lines(path)[0]
+
+
+def read_steps(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's metrics, each with its `step`, and how many others there are.
+
+    Raises UserError as `read_metrics` does.
+    """
+    lines, damaged = read_lines(path)
+    kept = [line for line in lines if type(line.get("step")) is int]
+    return kept, damaged + len(lines) - len(kept)
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a file of JSON lines, and how many of its lines are damaged.
+
+    Raises UserError as `read_metrics` does.
+    """
+    try:
+        return json_lines(path)
+    except OSError as error:
+        why = reason_of(error)
+        raise UserError(f"cannot read {show(path)} ({why}): move it away, or restore it") from None
 
 
 class Meter:
@@ -145,7 +195,8 @@ class Console:
     """Prints sentences and small tables; silent on all processes but the first."""
 
     def __init__(self, on: bool = True) -> None:
-        self.terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
+        heard = cast(IO[str], Unheard(sys.stderr))
+        self.terminal = Terminal(file=heard, soft_wrap=True, highlight=False, quiet=not on)
 
     def say(self, text: str, style: str | None = None) -> None:
         self.terminal.print(Text(text, style=style or ""))

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from mocokit.errors import Interrupted
+from mocokit.files import shell_word
 
 PREEMPTED, BY_HAND = 75, 130
+_HANGUP = getattr(signal, "SIGHUP", None)  # not on Windows
 
 
 class Stopped(BaseException):
@@ -32,9 +34,10 @@ def raise_if_interrupted() -> None:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGUSR1 and Ctrl-C only set `exit_code`.
+    """While entered, SIGTERM, SIGUSR1, SIGHUP and Ctrl-C only set `exit_code`.
 
-    A second Ctrl-C raises KeyboardInterrupt. Outside the main thread this does nothing, since only
+    SIGHUP comes when a terminal closes. A run that was started to ignore it, by nohup, does. A
+    second Ctrl-C raises KeyboardInterrupt. Outside the main thread this does nothing, since only
     the main thread may set signal handlers.
     """
 
@@ -49,7 +52,10 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+            if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+                numbers.append(_HANGUP)
+            for number in numbers:
                 self._before[number] = signal.signal(number, self._take)
         return self
 
@@ -104,7 +110,8 @@ class StopSignals:
         """The error to raise once the checkpoint after `step` steps is written."""
         # Without an exit code, the signal went to another process.
         code = PREEMPTED if self.exit_code is None else self.exit_code
+        out = shell_word(str(folder))
         return Interrupted(
-            f"stopped after step {step} and saved; resume with the same command and --out {folder}",
+            f"stopped after step {step} and saved; resume with the same command and --out {out}",
             code,
         )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mocokit import settings as settings_
+from mocokit.files import show
 from mocokit.recipes import RECIPES
 from mocokit.run import readme
 from mocokit.run.readme import JUDGED, NAMES
@@ -35,7 +36,7 @@ def start(run: RunState) -> None:
         say(f"resumed after step {run.step} of {effect.total_steps}")
     else:
         say(f"What to expect: {run.parts.method.expectation}")
-    say(f"run folder: {run.folder.path}")
+    say(f"run folder: {show(run.folder.path)}")
     if run.world.writes:
         readme.write(run)
 
@@ -51,4 +52,4 @@ def result(run: RunState, result: dict[str, Any]) -> None:
             run.console.say(result[name])
     if run.settings.data.path is None:
         run.console.say("A procedural demonstration on embedded textures, not a benchmark.")
-    run.console.say(f"finished: {run.folder.path}")
+    run.console.say(f"finished: {show(run.folder.path)}")

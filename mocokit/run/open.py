@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +15,23 @@ from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.source import Source, Splits
 from mocokit.data.sources.packed import lacking
 from mocokit.data.sources.several import renumbered
-from mocokit.engine import checkpoint
+from mocokit.engine import checkpoint, identity
 from mocokit.engine.bad_images import BadImages
-from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
+from mocokit.engine.finite import check_progress
+from mocokit.engine.folder import (
+    RunFolder,
+    claim_folder,
+    differing,
+    locked,
+    next_folder,
+    unfinished,
+)
+from mocokit.engine.identity import Identity
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, instruction_set, prepare
 from mocokit.engine.world import World
-from mocokit.errors import UserError
+from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.files import reason_of, show, writing
 from mocokit.nets.batchnorm import (
     group_sizes,
     local_statistics,
@@ -29,9 +40,10 @@ from mocokit.nets.batchnorm import (
 )
 from mocokit.nets.heads import calibrate_head
 from mocokit.run import build
+from mocokit.run.marks import marks_of, places_of, replaced
 from mocokit.run.resident import hold
 from mocokit.run.state import RunState
-from mocokit.settings import sizes
+from mocokit.settings import from_yaml, sizes
 from mocokit.settings.schema import Settings
 from mocokit.transfer import Upload
 from mocokit.views.sheet import contact_sheet
@@ -60,8 +72,24 @@ class RunPlan(NamedTuple):
 
 
 def kept_index(folder: RunFolder, train: Source) -> Index:
-    """The index that a run began with; the data's own if it was killed before it had one."""
+    """The index that a run began with; the data's own where the folder has none."""
     return load_index(folder.index) if folder.index.is_file() else train.index()
+
+
+def lost_index(folder: RunFolder, train: Source) -> str:
+    """What to tell if the run had an index that is gone; empty if it never had one.
+
+    Raises UserError for other images than those it began with, as far as their names tell.
+    """
+    before = identity.read(folder.identity)
+    if folder.index.is_file() or (before is None and not checkpoint.steps(folder.checkpoints)):
+        return ""
+    if before is not None and before.fingerprint not in ("", train.fingerprint):
+        raise UserError(
+            f"{show(folder.index)} is missing, and {train.name} is not what the run began with, so "
+            "nobody can tell which image had which number: restore the file, or the images"
+        )
+    return f"{show(folder.index)} was missing: it is written again from the images of {train.name}"
 
 
 class RunRequest(NamedTuple):
@@ -84,13 +112,16 @@ class RunRequest(NamedTuple):
     def resume(self, folder: RunFolder) -> tuple[RunPlan, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
+        lost = lost_index(folder, self.splits.train)
         index = kept_index(folder, self.splits.train)
         found = renumbered(self.splits.train, index)
         settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, stored)
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
-        notices = [*self.splits.train.notes, *changed, *notices]
+        if found and (before := identity.read(folder.identity)):
+            changed.append(replaced(before, self.splits.train))
+        notices = [*self.splits.train.notes, *filter(None, [lost, *changed]), *notices]
         return RunPlan(folder, settings, index.fingerprint, notices, False), conflicts
 
 
@@ -103,7 +134,7 @@ def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
         decision, conflicts = asking.resume(folder)
         if conflicts:
             raise UserError(
-                f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
+                f"{show(folder.path)} holds another run; it differs in {', '.join(conflicts)}; "
                 "name another --out, or state the same settings"
             )
         return decision
@@ -175,30 +206,46 @@ def open_run(
 
 @contextlib.contextmanager
 def begun(run: RunState) -> Iterator[None]:
-    """Hold the folder, write what comes before the first step, take up the newest checkpoint."""
-    with locked(run.folder) if run.world.writes else contextlib.nullcontext():
+    """Hold the folder, write what comes before the first step, take up the newest checkpoint.
+
+    Raises UserError where all checkpoints are damaged or another run's.
+    """
+    with contextlib.ExitStack() as stack:
         if run.world.writes:
-            _write_start(run)
-        note = run.console.note
+            run.hold = stack.enter_context(locked(run.folder))
+            run.identity = identity.read(run.folder.identity)
         state = _newest(run)
+        if run.world.writes:
+            _write_start(run, state)
         if state is not None:
             run.load(state)
-            if (before := state["processes"]) != run.world.size:
-                now = "is 1" if run.world.size == 1 else f"are {run.world.size}"
-                note(
-                    f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
-                    f"there {now}: the same computation, up to the order of sums"
-                )
-            before, now = state.get("instruction_set"), instruction_set(run.device)
-            if before is not None and before != now:  # 0.1 did not record it
-                note(
-                    f"the checkpoint was computed with {before}, and this machine has {now}: sums "
-                    "are rounded in another order, so the run is no longer equal bit for bit"
-                )
+            _tell_of_other_machine(run, state)
             del state  # or it would live as long as the run
+        if run.bad.damaged and run.world.writes:
+            lines = f"{run.bad.damaged:,} line{'s' * (run.bad.damaged > 1)}"
+            run.console.note(
+                f"{show(run.folder.bad_images)}: {lines} that nobody can read, left out"
+            )
         run.bad.check()
         run.resident = hold(run.splits.train, run.bound, run.device)
         yield
+
+
+def _tell_of_other_machine(run: RunState, state: dict[str, Any]) -> None:
+    """A checkpoint of other processes or another processor: the sums have another order."""
+    note = run.console.note
+    if (before := state["processes"]) != run.world.size:
+        now = "is 1" if run.world.size == 1 else f"are {run.world.size}"
+        note(
+            f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
+            f"there {now}: the same computation, up to the order of sums"
+        )
+    before, now = state.get("instruction_set"), instruction_set(run.device)
+    if before is not None and before != now:  # 0.1 did not record it
+        note(
+            f"the checkpoint was computed with {before}, and this machine has {now}: sums "
+            "are rounded in another order, so the run is no longer equal bit for bit"
+        )
 
 
 def _newest(run: RunState) -> dict[str, Any] | None:
@@ -207,7 +254,8 @@ def _newest(run: RunState) -> dict[str, Any] | None:
 
     def choose() -> int | None:
         nonlocal state
-        state = checkpoint.load_newest(run.folder.checkpoints, log=run.console.note)
+        folder, note = run.folder.checkpoints, run.console.note
+        state = checkpoint.load_newest(folder, log=note, check=partial(_check, run))
         return None if state is None else int(state["step"])
 
     step = decided_by_rank_zero(run.world, choose)
@@ -216,16 +264,79 @@ def _newest(run: RunState) -> dict[str, Any] | None:
     return state
 
 
-def _write_start(run: RunState) -> None:
-    """config.yaml, images.idx and views.png, before the first step."""
-    run.folder.create(run.settings, run.effect.as_dict())
-    if run.folder.index.is_file():
-        return
-    save_index(run.splits.train.index(), run.folder.index)
+def _check(run: RunState, state: dict[str, Any], label: checkpoint.Label) -> None:
+    """Raises OtherRun for a checkpoint of another run, and UserError for one to be passed over."""
+    path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+    try:
+        theirs = from_yaml(state["settings"], str(path))
+        pairs = differing(theirs, run.settings)
+        # 0.1 stored fewer settings, which are "auto" when they are read.
+        found = [f"{k} ({a} there, {b} here)" for k, a, b in pairs if a != "auto"]
+        if state["fingerprint"] != run.splits.train.fingerprint:
+            found.append("the data's images")
+    except (UserError, KeyError, TypeError, AttributeError):
+        found = ["its settings, which cannot be read"]
+    if run.identity is not None:
+        found += run.identity.differences(label)
+    if found:
+        raise checkpoint.OtherRun(
+            f"{show(path)} is a checkpoint of another run: it differs in {', '.join(found)}; move "
+            "it away, or name another --out"
+        )
+    try:
+        check_progress(state["optimizer"], state["scaler"], int(state["step"]))
+    except NonFiniteLoss as error:
+        raise UserError(f"{show(path)} is of no use: {error}") from None
+
+
+def _write_start(run: RunState, state: dict[str, Any] | None) -> None:
+    """config.yaml, images.idx, run.json and views.png, before the first step."""
+    folder, train = run.folder, run.splits.train
+    folder.create(run.settings, run.effect.as_dict())
+    new = not folder.index.is_file()
+    if new:
+        with writing(folder.index, room=_size(train.index())):
+            save_index(train.index(), folder.index)
+    if run.identity is None:
+        run.identity = _identity(run, state)
+        with writing(folder.identity):
+            identity.write(run.identity, folder.identity)
+    assert run.hold is not None
+    run.hold.number = run.identity.run
+    if new and state is None:
+        _write_sheet(run)
+
+
+def _size(index: Index) -> int:
+    """Bytes of an index, before it is compressed."""
+    names = 0 if index.names is None else index.names.text.nbytes + index.names.ends.nbytes
+    return names + (0 if index.labels is None else index.labels.nbytes)
+
+
+def _identity(run: RunState, state: dict[str, Any] | None) -> Identity:
+    """What is known of a run that has no run.json: all of it if it is new, little if it is old.
+
+    A folder that lost the file goes on under the number that its newest checkpoint has.
+    """
+    number, start, train = identity.new_number(), "", run.splits.train
+    if state is None:
+        start = checkpoint.digest(run.parts.method.state_dict())
+    else:
+        path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+        label = checkpoint.label_of(path) or {}
+        number, start = str(label.get("run") or number), str(label.get("start") or "")
+    return Identity(number, start, train.fingerprint, places_of(train), marks_of(train))
+
+
+def _write_sheet(run: RunState) -> None:
+    """A run does not stop for its contact sheet: what cannot be written is said."""
     canvases, _ = read_spread(run.splits.train, SHEET_IMAGES, run.bound)
-    if canvases:
-        seed, path = run.settings.seed, run.folder.sheet
-        contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
+    seed, path = run.settings.seed, run.folder.sheet
+    try:
+        if canvases:
+            contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
+    except OSError as error:
+        run.console.note(f"{show(path)} could not be written ({reason_of(error)})")
 
 
 def calibrate_on_first_group(run: RunState) -> None:

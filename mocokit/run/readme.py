@@ -1,14 +1,22 @@
 """README.md of a run folder: its files, how to resume, what evaluations found. The one writer."""
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import clock, read_metrics
-from mocokit.files import write_text
+from mocokit.engine.record import clock, read_lines
+from mocokit.errors import UserError
+from mocokit.files import (
+    append_line,
+    markdown,
+    printable,
+    reason_of,
+    shell_word,
+    show,
+    write_text,
+)
 from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
@@ -21,15 +29,21 @@ NAMES = {
 JUDGED = ("verdict", "advice")
 
 
-def _command(run: RunState) -> str:
-    """The command that resumes this run, in whatever folder it is called."""
-    path = run.folder.path.resolve()
-    return shlex.join(["mocokit", "pretrain", str(path / "config.yaml"), "--out", str(path)])
+def _command(*words: str | Path) -> str:
+    """A command of `mocokit`, to be called in any folder."""
+    return " ".join(["mocokit", "pretrain", *map(shell_word, words)])
 
 
 def write(run: RunState, result: Mapping[str, Any] | None = None) -> None:
-    """Write the run folder's README.md; without a result, that of an unfinished run."""
-    write_text(run.folder.readme, text(run, result or {}))
+    """Write the run folder's README.md; without a result, that of an unfinished run.
+
+    A run does not stop for it: what cannot be written is said.
+    """
+    path = run.folder.readme
+    try:
+        write_text(path, text(run, result or {}))
+    except (OSError, UserError) as error:
+        run.console.note(f"{show(path)} could not be written ({reason_of(error)})")
 
 
 def text(run: RunState, result: Mapping[str, Any]) -> str:
@@ -39,15 +53,16 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
     table = (
         ["| features | kNN |", "| --- | --- |", *rows, "", result["protocol"] + "."] if rows else []
     )
-    going = ["Not finished. Resume with:", "", "```sh", _command(run), "```", ""]
+    going = _command(path / "config.yaml", "--out", path)
+    going_on = ["Not finished. Resume with:", "", "```sh", going, "```", ""]
     lines = [
-        f"# {path.name}",
+        f"# {markdown(path.name)}",
         "",
         f"{settings.recipe}, seed {settings.seed}, {len(run.splits.train):,} images of "
-        f"{run.splits.train.name}, {settings.train.epochs} epochs, "
+        f"{markdown(run.splits.train.name)}, {settings.train.epochs} epochs, "
         f"{run.effect.total_steps:,} steps.",
         "",
-        *(table if result else going),
+        *(table if result else going_on),
         *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
         "",
         "The backbone, in Python:",
@@ -65,7 +80,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         "The same run again:",
         "",
         "```sh",
-        shlex.join(["mocokit", "pretrain", f"{path}/config.yaml"]),
+        _command(path / "config.yaml"),
         "```",
         "",
         "| file | what it holds |",
@@ -76,6 +91,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         "| last.pt, checkpoints/ | everything that resuming needs |",
         "| views.png | what the network saw |",
         "| images.idx | which images, by number |",
+        "| run.json | the run's own number, and what its image files were like |",
         "| bad_images.txt | images that could not be read, if there were any |",
         "| evaluations.jsonl | the results of `mocokit evaluate`, if there are any |",
         "",
@@ -85,29 +101,43 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
     """Add a line to evaluations.jsonl and update the run's README. Raises OSError."""
-    with open(folder.evaluations, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
-    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
+    append_line(folder.evaluations, json.dumps(record))
+    before = ""
+    if folder.readme.is_file():
+        before = folder.readme.read_text(encoding="utf-8", errors="replace")
+    before = before.split(f"\n{HEADING}\n")[0].rstrip("\n")
     write_text(folder.readme, f"{before}\n{section(folder)}")
 
 
 def section(folder: RunFolder) -> str:
     """The README's section of evaluations; empty if there are none."""
-    lines = []
-    for record in read_metrics(folder.evaluations):
-        columns, rows = _table(record)
-        lines += [
-            f"### {record['kind']} on {record['data']}, {record['date'][:10]}",
-            "",
-            *(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)),
-            "",
-            f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
-            *(f"Note: {note}." for note in record["notes"]),
-            *(f"\n![{Path(path).stem}]({path})" for path in record.get("pictures", ())),
-            "",
-        ]
+    lines: list[str] = []
+    records, damaged = read_lines(folder.evaluations)
+    for record in records:
+        try:
+            lines += _entry(record)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            damaged += 1
+    if damaged:
+        lines += [f"Damaged lines of evaluations.jsonl, left out here: {damaged:,}.", ""]
     return "\n".join(["", HEADING, "", *lines]) if lines else ""
+
+
+def _entry(record: Mapping[str, Any]) -> list[str]:
+    """An evaluation's lines. What names files and classes is from strangers."""
+    columns, rows = _table(record)
+    table = [columns, ["---"] * len(columns), *([markdown(str(c)) for c in row] for row in rows)]
+    return [
+        f"### {markdown(record['kind'])} on {markdown(record['data'])}, {record['date'][:10]}",
+        "",
+        *(f"| {' | '.join(row)} |" for row in table),
+        "",
+        f"{printable(record['protocol'])}. {clock(record['seconds'])} on "
+        f"{printable(record['hardware'])}.",
+        *(f"Note: {markdown(note)}." for note in record["notes"]),
+        *(f"\n![{markdown(Path(p).stem)}]({printable(p)})" for p in record.get("pictures", ())),
+        "",
+    ]
 
 
 def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -1,6 +1,5 @@
 """What is recorded of a run: a line every few steps, scores, and the result."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mocokit.data.sources.pack import is_pack
-from mocokit.engine.record import Meter, Metrics, Progress, read_metrics
+from mocokit.engine.record import Meter, Metrics, Progress, read_metrics, rounded
 from mocokit.engine.runtime import decided_by_rank_zero, default_threads, peak_memory
+from mocokit.errors import MocokitError
+from mocokit.files import shell_word, show, writing
 from mocokit.health.advice import advise
 from mocokit.health.verdict import verdict
 from mocokit.methods.method import Method, Output
@@ -37,7 +38,7 @@ class Recording:
 
     def __init__(self, run: RunState) -> None:
         self.run, self.meter = run, Meter()
-        self.metrics = Metrics(run.folder.metrics, run.step) if run.world.writes else None
+        self.metrics = _opened(run) if run.world.writes else None
         effect, terminal = run.effect, run.console.terminal
         self.progress = Progress(terminal, effect.total_steps, run.step, effect.steps_per_epoch)
         self._waits: list[float] = []  # shares of time, of the last records
@@ -52,10 +53,20 @@ class Recording:
         if norm is None:
             return
         line = self._line(output, images, norm)
-        if self.metrics:
-            self.metrics.write(line)
+        self._write(line)
         self.progress.show(self.run.step, line)
         self._advise(line["data_wait"])
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Raises MocokitError; then the line is kept for the next checkpoint."""
+        if self.metrics is None:
+            return
+        self.run.check_folder()
+        try:
+            self.metrics.write(line)
+        except MocokitError:
+            self.run.unwritten.append(rounded(line))
+            raise
 
     def _advise(self, share: float) -> None:
         """Once, what to do if the device waits for images; the first records have the start in."""
@@ -70,7 +81,7 @@ class Recording:
         remedies = [f"{more} (now {workers}) would read more at once"] if workers < cores else []
         if settings.data.path is not None and not is_pack(Path(settings.data.path)):
             remedies.append(
-                f"`mocokit pack {shlex.quote(settings.data.path)} FILE` makes reading faster"
+                f"`mocokit pack {shell_word(settings.data.path)} FILE` makes reading faster"
             )
         self.run.console.note(
             f"{sum(latest) / WAITS:.0%} of the time went into waiting for images; "
@@ -85,6 +96,7 @@ class Recording:
             self.run.health = scores  # for the result, which is the last line
             return
         epoch = self.run.step // self.run.effect.steps_per_epoch
+        self.run.check_folder()
         self.metrics.write({"step": self.run.step, "epoch": epoch, **scores})
         accuracies = [f"{k} {v:.1%}" for k, v in scores.items() if k.startswith("knn_")]
         if accuracies:
@@ -131,6 +143,22 @@ class Recording:
         }
 
 
+def _opened(run: RunState) -> Metrics:
+    """metrics.jsonl up to the run's step, with the lines that the checkpoint holds for it."""
+    metrics = Metrics(run.folder.metrics, run.step, run.unwritten)
+    run.unwritten = []
+    if metrics.damaged:
+        run.console.note(
+            f"{show(run.folder.metrics)}: {count(metrics.damaged)} that nobody can read, left out"
+        )
+    return metrics
+
+
+def count(lines: int) -> str:
+    """1 line, 2 lines."""
+    return f"{lines:,} line{'s' * (lines != 1)}"
+
+
 def _filled(method: Method) -> dict[str, float]:
     """How full the emptiest queue is; a verdict waits until it is full."""
     shares = [float(queue.filled) / len(queue.rows) for queue in method.queues.values()]
@@ -147,13 +175,17 @@ def recording(run: RunState) -> Iterator[Recording]:
 
 
 def finish(run: RunState) -> dict[str, Any]:
-    """Score the final weights beside what they must beat; write the backbone and the README."""
+    """Score the final weights beside what they must beat; write the backbone and the README.
+
+    Raises MocokitError where the backbone or the result cannot be written.
+    """
+    run.save()  # what a finished run stands on is there
     result: dict[str, Any] = {"step": run.step, "epoch": run.settings.train.epochs}
     if not run.world.writes:
         return result
     result |= run.health
     method = run.parts.method
-    write_backbone(run.folder.backbone, method.encoder.backbone, run.settings)
+    _write_backbone(run)
     monitor = build.build_monitor(run.settings, run.splits, run.device)
     if monitor is not None:
         run.console.say("scoring the final weights ...")
@@ -172,8 +204,20 @@ def finish(run: RunState) -> dict[str, Any]:
     if (found is None or found.healthy) and (advice := advise(lines)):
         result["advice"] = advice  # of a sick run no more is wanted
     result["finished"] = True
+    run.check_folder()
     readme.write(run, result)
-    metrics = Metrics(run.folder.metrics, run.step)
-    metrics.write(result)
-    metrics.close()
+    metrics = _opened(run)
+    try:
+        metrics.write(result)
+    finally:
+        metrics.close()
     return run.folder.result() or result  # with the digits that are kept
+
+
+def _write_backbone(run: RunState) -> None:
+    backbone = run.parts.method.encoder.backbone
+    room = sum(tensor.nbytes for tensor in backbone.state_dict().values())
+    remedy = "make room, and repeat the command: nothing is trained again"
+    run.check_folder()
+    with writing(run.folder.backbone, room=room, remedy=remedy):
+        write_backbone(run.folder.backbone, backbone, run.settings)

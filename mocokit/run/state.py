@@ -17,11 +17,13 @@ from mocokit.data.source import Source, Splits
 from mocokit.engine import checkpoint
 from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import Bad, BadImages
-from mocokit.engine.finite import check_weights
-from mocokit.engine.folder import RunFolder
+from mocokit.engine.finite import check_progress, check_weights
+from mocokit.engine.folder import Hold, RunFolder
+from mocokit.engine.identity import Identity
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
+from mocokit.files import show
 from mocokit.nets.batchnorm import group_sizes, set_groups, share_of_groups
 from mocokit.run import build
 from mocokit.run.build import Parts
@@ -53,6 +55,9 @@ class RunState:
     step: int = 0
     saved: int = -1  # the step of the checkpoint that was last read or written
     health: dict[str, Any] = field(default_factory=dict)  # as measured after the last step
+    hold: Hold | None = None  # on the folder; None until it is locked, and where none writes
+    identity: Identity | None = None  # of the folder; None in the same cases
+    unwritten: list[dict[str, Any]] = field(default_factory=list)  # lines that metrics.jsonl lacks
 
     @property
     def bound(self) -> int:
@@ -76,6 +81,7 @@ class RunState:
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; numbers and text only."""
+        lines = {"unwritten": self.unwritten} if self.unwritten else {}
         return {
             "method": self.parts.method.state_dict(),
             "optimizer": self.parts.optimizer.state_dict(),
@@ -85,6 +91,7 @@ class RunState:
             "bad_images": self.bad.state(),
             "processes": self.world.size,
             "instruction_set": instruction_set(self.device),
+            **lines,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -92,23 +99,37 @@ class RunState:
         self.parts.optimizer.load_state_dict(state["optimizer"])
         self.parts.scaler.load_state_dict(state["scaler"])
         self.bad.load(state["bad_images"])
+        self.unwritten = list(state.get("unwritten", []))
         self.step = self.saved = int(state["step"])
 
     def save(self) -> None:
-        """Write a checkpoint of this step, if it is not the last one, and drop the old ones.
+        """Write a checkpoint of this step, if it is not there, and drop the old ones.
 
-        Raises NonFiniteLoss rather than keep weights that are not finite.
+        Raises NonFiniteLoss rather than keep what is not finite, and MocokitError where nothing
+        can be written.
         """
         self.bad.share()
         check_weights(self.parts.method, self.step)
-        if not self.world.writes or self.saved == self.step:
+        parts = self.parts
+        check_progress(parts.optimizer.state_dict(), parts.scaler.state_dict(), self.step)
+        if not self.world.writes:
             return
+        self.check_folder()
+        folder = self.folder.checkpoints
+        if self.saved == self.step and checkpoint.is_saved(folder, self.step):
+            return
+        label = {} if self.identity is None else self.identity.label
+        checkpoint.save(folder, self.step, self.state(), label)
         self.saved = self.step
-        checkpoint.save(self.folder.checkpoints, self.step, self.state())
         every = self.settings.save.milestone_epochs
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
-        checkpoint.prune(self.folder.checkpoints, self.settings.save.keep, milestones)
+        checkpoint.prune(folder, self.settings.save.keep, milestones, newest=self.step)
+
+    def check_folder(self) -> None:
+        """Raises MocokitError if the run's folder is gone, or is another run's by now."""
+        if self.hold is not None:
+            self.hold.check()
 
     def set_groups(self, images: int) -> None:
         """Cut the next batch, of this many images, as the settings say, whatever the method does.
@@ -178,9 +199,11 @@ class RunState:
 
     def last_good(self) -> str:
         """Where a run that went wrong was still well, and what to try."""
-        saved = checkpoint.steps(self.folder.checkpoints)
-        where = self.folder.checkpoints / checkpoint.name_of(saved[-1]) if saved else None
-        kept = f"the last good checkpoint is {where}" if where else "no checkpoint was due before"
+        folder = self.folder.checkpoints
+        saved = [step for step in checkpoint.steps(folder) if checkpoint.is_saved(folder, step)]
+        kept = "no checkpoint was due before"
+        if saved:
+            kept = f"the last good checkpoint is {show(folder / checkpoint.name_of(saved[-1]))}"
         return f"{kept}; try a new run with a lower optim.lr or engine.precision=float32"
 
     def out_of_memory(self) -> str:
