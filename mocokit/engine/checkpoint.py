@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mocokit.errors import MocokitError, UserError
-from mocokit.files import show, whole, writing
+from mocokit.files import reason_of, show, whole, writing
 
 FORMAT = 2  # 1 had no checksum
 Label = Mapping[str, Any]
@@ -153,15 +153,22 @@ def _point(link: Path, target: Path) -> None:
 
 def prune(
     folder: Path, keep: int, milestones: frozenset[int] = frozenset(), newest: int | None = None
-) -> None:
+) -> str:
     """Delete all but the last `keep` checkpoints up to step `newest`, and the milestones.
 
     Those after `newest`, the one just written, are not this run's: they neither count nor go.
+    Returns what to tell of those that cannot be deleted.
     """
+    failed = ""
     own = [step for step in steps(folder) if newest is None or step <= newest]
     for step in own[:-keep]:
         if step not in milestones:
-            (folder / name_of(step)).unlink(missing_ok=True)
+            path = folder / name_of(step)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                failed = f"{show(path)} is kept: it cannot be deleted ({reason_of(error)})"
+    return failed
 
 
 def steps(folder: Path) -> list[int]:

@@ -293,8 +293,7 @@ def _write_start(run: RunState, state: dict[str, Any] | None) -> None:
     """config.yaml, images.idx, run.json and views.png, before the first step."""
     folder, train = run.folder, run.splits.train
     folder.create(run.settings, run.effect.as_dict())
-    new = not folder.index.is_file()
-    if new:
+    if not folder.index.is_file():
         with writing(folder.index, room=_size(train.index())):
             save_index(train.index(), folder.index)
     if run.identity is None:
@@ -303,7 +302,7 @@ def _write_start(run: RunState, state: dict[str, Any] | None) -> None:
             identity.write(run.identity, folder.identity)
     assert run.hold is not None
     run.hold.number = run.identity.run
-    if new and state is None:
+    if state is None and not folder.sheet.is_file():
         _write_sheet(run)
 
 

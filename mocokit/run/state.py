@@ -124,7 +124,9 @@ class RunState:
         every = self.settings.save.milestone_epochs
         spe, epochs = self.effect.steps_per_epoch, self.settings.train.epochs
         milestones = frozenset(range(every * spe, epochs * spe + 1, every * spe) if every else ())
-        checkpoint.prune(folder, self.settings.save.keep, milestones, newest=self.step)
+        keep = self.settings.save.keep
+        if kept := checkpoint.prune(folder, keep, milestones, newest=self.step):
+            self.console.note(kept)
 
     def check_folder(self) -> None:
         """Raises MocokitError if the run's folder is gone, or is another run's by now."""
