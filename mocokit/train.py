@@ -80,7 +80,7 @@ def pretrain(
             console, where = Console(world.writes), asked.data
             splits = given or open_data(where.path, where.labels, where.root, console.counting)
             run = open_run(asked, stated, splits, out, resume, world)
-        result = decided_by_rank_zero(world, run.folder.result)
+        result = decided_by_rank_zero(world, run.finished)
         if result is None:
             with begun(run):
                 messages.start(run)

@@ -24,6 +24,7 @@ from mocokit.files import reason_of, show, whole, writing
 
 FORMAT = 2  # 1 had no checksum
 Label = Mapping[str, Any]
+_RESUME = "make room, and resume with the same command"
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _LABEL, _LABEL_BYTES = "mocokit.json", 2**16  # its name in the file, and its length at most
 
@@ -47,14 +48,12 @@ def save(folder: Path, step: int, state: Mapping[str, Any], label: Label | None 
     content = {"format": FORMAT, "step": step, **_on_cpu(state)}
     content["checksum"] = digest(content)
     size = sum(x.nbytes for _, x in _leaves(content) if isinstance(x, Tensor))
-    remedy = "make room, and resume with the same command"
-    with writing(path, room=size, remedy=remedy):
+    with writing(path, room=size, remedy=_RESUME):
         folder.mkdir(exist_ok=True)
         # Sole writer: rank 0 in a locked folder. What a killed attempt left is overwritten.
         with whole(path, sync=True, sole_writer=True) as file:
             _write(content, {**(label or {}), "step": step}, file)
-    with writing(folder.parent / "last.pt", remedy=remedy):
-        _point(folder.parent / "last.pt", path)
+    point(path)
     if not is_saved(folder, step):
         raise MocokitError(
             f"{show(path)} was written, and is not there: its disk cannot be trusted"
@@ -142,13 +141,21 @@ def _on_cpu(tree: Any) -> Any:
     return type(tree)(map(_on_cpu, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
-def _point(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to target, without a moment in which there is none."""
-    # A link cannot be changed in place: a new one takes its place at once.
-    temporary = link.with_name(link.name + ".partial")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(temporary, link)
+def point(path: Path) -> None:
+    """Make last.pt, beside the folder of checkpoints, a relative link to one of them.
+
+    There is no moment in which there is none. Raises MocokitError.
+    """
+    link = path.parent.parent / "last.pt"
+    target = os.path.relpath(path, link.parent)
+    with writing(link, remedy=_RESUME):
+        if link.is_symlink() and os.readlink(link) == target:
+            return
+        # A link cannot be changed in place: a new one takes its place at once.
+        temporary = link.with_name(link.name + ".partial")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
 
 
 def prune(
@@ -221,9 +228,8 @@ def load_newest(
         for other, why in passed:
             where = _set_aside(folder / name_of(other), isinstance(why, OtherRun))
             log(f"{why}; {where}; resuming from the checkpoint before")
-        if passed:
-            with suppress(OSError):
-                _point(folder.parent / "last.pt", path)
+        with suppress(MocokitError):  # the next checkpoint would set it right
+            point(path)  # after a kill, or where a newer one was set aside
         return state
     if passed and isinstance(passed[0][1], OtherRun):
         raise passed[0][1]

@@ -48,7 +48,7 @@ class RunFolder:
         """Whether a run was killed here before it wrote its settings, and nothing else is here."""
         own = {".lock", self.checkpoints.name, files.partial_of(self.config).name}
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        return ".lock" in found and found <= own and not any(self.checkpoints.glob("*"))
+        return bool(found) and found <= own and not any(self.checkpoints.glob("*"))
 
     def settings(self) -> Settings:
         return settings_.load(self.config)

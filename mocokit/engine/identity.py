@@ -32,7 +32,7 @@ class Identity:
     files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def label(self) -> dict[str, str]:
+    def label(self) -> dict[str, Any]:
         """What each of the run's checkpoints carries."""
         return {"run": self.run, "start": self.start}
 

@@ -30,7 +30,7 @@ PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to red
 
 
 class Metrics:
-    """metrics.jsonl of a run folder; opening it removes lines after `step` steps.
+    """metrics.jsonl of a run folder; opening it removes lines after `step` steps, and a result.
 
     `missing` are lines up to that step that may never have reached the file. `damaged` counts the
     lines that were left out because nobody can read them. Raises MocokitError.
@@ -40,7 +40,7 @@ class Metrics:
         self, path: Path, step: int = 0, missing: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         found, self.damaged = read_steps(path)
-        kept = [line for line in found if line["step"] <= step and step > 0]
+        kept = [line for line in found if 0 < line["step"] <= step and not line.get("finished")]
         kept += [dict(line) for line in missing if line not in kept]
         self._path, self._file = path, -1
         with writing(path, remedy=_RESUME):

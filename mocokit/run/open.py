@@ -219,6 +219,7 @@ def begun(run: RunState) -> Iterator[None]:
             _write_start(run, state)
         if state is not None:
             run.load(state)
+            run.unwritten = unwritten(run)
             _tell_of_other_machine(run, state)
             del state  # or it would live as long as the run
         if run.bad.damaged and run.world.writes:
@@ -229,6 +230,14 @@ def begun(run: RunState) -> Iterator[None]:
         run.bad.check()
         run.resident = hold(run.splits.train, run.bound, run.device)
         yield
+
+
+def unwritten(run: RunState) -> list[dict[str, Any]]:
+    """The lines that metrics.jsonl did not take before the checkpoint of this step."""
+    path = run.folder.checkpoints / checkpoint.name_of(run.step)
+    lines = (checkpoint.label_of(path) or {}).get("unwritten")
+    lines = lines if isinstance(lines, list) else []
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def _tell_of_other_machine(run: RunState, state: dict[str, Any]) -> None:

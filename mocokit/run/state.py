@@ -81,7 +81,6 @@ class RunState:
 
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs; numbers and text only."""
-        lines = {"unwritten": self.unwritten} if self.unwritten else {}
         return {
             "method": self.parts.method.state_dict(),
             "optimizer": self.parts.optimizer.state_dict(),
@@ -91,7 +90,6 @@ class RunState:
             "bad_images": self.bad.state(),
             "processes": self.world.size,
             "instruction_set": instruction_set(self.device),
-            **lines,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -99,7 +97,6 @@ class RunState:
         self.parts.optimizer.load_state_dict(state["optimizer"])
         self.parts.scaler.load_state_dict(state["scaler"])
         self.bad.load(state["bad_images"])
-        self.unwritten = list(state.get("unwritten", []))
         self.step = self.saved = int(state["step"])
 
     def save(self) -> None:
@@ -117,8 +114,11 @@ class RunState:
         self.check_folder()
         folder = self.folder.checkpoints
         if self.saved == self.step and checkpoint.is_saved(folder, self.step):
+            checkpoint.point(folder / checkpoint.name_of(self.step))
             return
-        label = {} if self.identity is None else self.identity.label
+        label: dict[str, Any] = {} if self.identity is None else self.identity.label
+        if self.unwritten:
+            label["unwritten"] = self.unwritten
         checkpoint.save(folder, self.step, self.state(), label)
         self.saved = self.step
         every = self.settings.save.milestone_epochs
@@ -127,6 +127,17 @@ class RunState:
         keep = self.settings.save.keep
         if kept := checkpoint.prune(folder, keep, milestones, newest=self.step):
             self.console.note(kept)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The result of the run in the folder if it is finished, else None.
+
+        A backbone that is gone is written again, where there is a checkpoint to take it from.
+        """
+        result = self.folder.result()
+        if result is None or self.folder.backbone.is_file():
+            return result
+        there = checkpoint.is_saved(self.folder.checkpoints, int(result["step"]))
+        return None if there else result
 
     def check_folder(self) -> None:
         """Raises MocokitError if the run's folder is gone, or is another run's by now."""
