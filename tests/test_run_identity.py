@@ -124,11 +124,12 @@ def test_another_runs_checkpoint_is_set_aside_where_there_is_an_own_one(
 
 
 def test_a_folder_that_lost_its_number_goes_on_under_that_of_its_checkpoint(
-    copied, images, straight
+    copied, images, straight, capsys
 ):
     before = identity.read(copied / "run.json").label
-    (copied / "run.json").unlink()
+    (copied / "run.json").write_text("{")
     run(images, copied, save__every_steps=1)
+    assert "run.json was missing" in capsys.readouterr().err.replace("\n", " ")
     assert identity.read(copied / "run.json").label == before
     assert checkpoint.label_of(at(copied, 2)) == before | {"step": 2}
     assert left(copied) == straight
@@ -182,6 +183,31 @@ def test_pruning_never_takes_what_was_just_written(tmp_path, keep):
     checkpoint.save(folder, 5, {})
     checkpoint.prune(folder, keep, newest=5)
     assert checkpoint.steps(folder) == [*[3, 4, 5][-keep:], 50, 60, 70]
+
+
+def test_a_deleted_run_folder_is_not_made_again(tmp_path):
+    with pytest.raises(MocokitError, match="cannot write .*step-00000001.pt .No such file"):
+        checkpoint.save(tmp_path / "deleted" / "checkpoints", 1, {})
+    assert not (tmp_path / "deleted").exists()
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied, images):
+    os.replace(at(copied, 1), at(copied, 2))
+    assert not checkpoint.is_saved(copied / "checkpoints", 2)
+    with pytest.raises(UserError, match="does not hold the step that its name says"):
+        run(images, copied)
+
+
+@pytest.mark.parametrize("lacking", ["method", "optimizer", "scaler", "a tensor"])
+def test_a_state_that_does_not_fit_is_a_sentence(copied, images, lacking):
+    state = checkpoint.load(at(copied, 1))
+    if lacking == "a tensor":
+        state["method"].pop("encoder.head.0.weight")
+    else:
+        state.pop(lacking)
+    checkpoint.save(copied / "checkpoints", 1, state, checkpoint.label_of(at(copied, 1)))
+    with pytest.raises(UserError, match="step-00000001.pt"):
+        run(images, copied)
 
 
 def test_several_damaged_ones_keep_names_of_their_own(tmp_path):

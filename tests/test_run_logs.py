@@ -89,6 +89,16 @@ def test_a_log_that_is_no_file_is_a_sentence(stopped, images, tmp_path, name, ki
         run(images, folder)
 
 
+def test_a_run_whose_metrics_cannot_be_read_is_no_unfinished_one(tmp_path):
+    from mocokit import recipes
+    from mocokit.engine.folder import unfinished
+
+    for number in (1, 2):
+        RunFolder(tmp_path / f"demo-00{number}").create(recipes.demo(), {})
+    (tmp_path / "demo-002/metrics.jsonl").mkdir()
+    assert [folder.path.name for folder in unfinished("demo", "demo", tmp_path)] == ["demo-001"]
+
+
 # Reasons and names that would be lines, fields or control characters if they were not quoted.
 FORGED = [
     "x\n7\t'b.jpg'\tbroken\tstep 1",

@@ -58,7 +58,7 @@ class DetectionTrial:
             return renamed(found, OLD_NAMES)
         with locked(self.folder):
             trainer = make()
-            state = checkpoint.load_newest(self.folder.checkpoints)
+            state = checkpoint.load_newest(self.folder.checkpoints, log=self.console.note)
             if state is not None:
                 trainer.load(state)
                 self.console.say(f"{self.folder.path.name}: resumes after step {trainer.step}")
@@ -107,7 +107,7 @@ class DetectionTrial:
 
     def _save(self, trainer: Trainer) -> None:
         checkpoint.save(self.folder.checkpoints, trainer.step, trainer.state())
-        checkpoint.prune(self.folder.checkpoints, 1)
+        checkpoint.prune(self.folder.checkpoints, 1, newest=trainer.step)
         self._saved_at = time.monotonic()
 
     def _stop_if_signalled(self, trainer: Trainer) -> None:

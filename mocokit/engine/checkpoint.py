@@ -221,6 +221,8 @@ def load_newest(
         path = folder / name_of(step)
         try:
             state = load(path, device)
+            if state.get("step") != step:
+                raise UserError(f"{show(path)} does not hold the step that its name says")
             check(state, label_of(path) or {})
         except UserError as error:
             passed.append((step, error))

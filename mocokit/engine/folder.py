@@ -123,7 +123,14 @@ def unfinished(recipe: str, data: str, root: Path = ROOT) -> list[RunFolder]:
     """Runs of this recipe and data that are not finished, newest first."""
     numbered = sorted(_numbered(root, _stem(recipe, data)), reverse=True)
     folders = [RunFolder(path) for _, path in numbered]
-    return [folder for folder in folders if folder.is_run and folder.result() is None]
+    return [folder for folder in folders if folder.is_run and _is_unfinished(folder)]
+
+
+def _is_unfinished(folder: RunFolder) -> bool:
+    try:
+        return folder.result() is None
+    except UserError:  # its metrics cannot be read
+        return False
 
 
 def _stem(recipe: str, data: str) -> str:

@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from mocokit.chance import Slot, library_seed
 from mocokit.engine.world import World, announced
-from mocokit.errors import Interrupted, UserError
+from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import keep_freed_memory
 
 T = TypeVar("T")
@@ -95,18 +95,19 @@ def _leave() -> None:
 
 
 def decided_by_rank_zero(world: World, decide: Callable[[], T]) -> T:
-    """The first process decides. Every process returns its decision, or raises its UserError."""
+    """The first process decides. Every process returns its decision, or raises its error."""
     if world.size == 1:
         return decide()
     box: list[Any] = [None, None]
     if world.rank == 0:
         try:
             box = [decide(), None]
-        except UserError as error:
-            box = [None, str(error)]
+        except MocokitError as error:
+            box = [None, (isinstance(error, UserError), str(error))]
     dist.broadcast_object_list(box, 0)
     if box[1] is not None:
-        raise UserError(box[1])
+        mistake, text = box[1]
+        raise UserError(text) if mistake else MocokitError(text)
     answer: T = box[0]
     return answer
 

@@ -31,7 +31,7 @@ from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, instruction_set, prepare
 from mocokit.engine.world import World
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.files import reason_of, show, writing
+from mocokit.files import printable, reason_of, show, writing
 from mocokit.nets.batchnorm import (
     group_sizes,
     local_statistics,
@@ -218,7 +218,7 @@ def begun(run: RunState) -> Iterator[None]:
         if run.world.writes:
             _write_start(run, state)
         if state is not None:
-            run.load(state)
+            _load(run, state)
             run.unwritten = unwritten(run)
             _tell_of_other_machine(run, state)
             del state  # or it would live as long as the run
@@ -232,6 +232,18 @@ def begun(run: RunState) -> Iterator[None]:
         yield
 
 
+def _load(run: RunState, state: dict[str, Any]) -> None:
+    """Raises UserError for a state that does not fit, as of another version of a method."""
+    try:
+        run.load(state)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+        raise UserError(
+            f"{show(path)} does not fit the run's settings ({printable(reason_of(error))}); it may "
+            "be of another version of the method: begin a new run"
+        ) from error
+
+
 def unwritten(run: RunState) -> list[dict[str, Any]]:
     """The lines that metrics.jsonl did not take before the checkpoint of this step."""
     path = run.folder.checkpoints / checkpoint.name_of(run.step)
@@ -243,7 +255,8 @@ def unwritten(run: RunState) -> list[dict[str, Any]]:
 def _tell_of_other_machine(run: RunState, state: dict[str, Any]) -> None:
     """A checkpoint of other processes or another processor: the sums have another order."""
     note = run.console.note
-    if (before := state["processes"]) != run.world.size:
+    before: Any = state.get("processes")
+    if isinstance(before, int) and before != run.world.size:
         now = "is 1" if run.world.size == 1 else f"are {run.world.size}"
         note(
             f"the checkpoint was written by {before} process{'es' * (before > 1)}, now "
@@ -275,7 +288,8 @@ def _newest(run: RunState) -> dict[str, Any] | None:
 
 def _check(run: RunState, state: dict[str, Any], label: checkpoint.Label) -> None:
     """Raises OtherRun for a checkpoint of another run, and UserError for one to be passed over."""
-    path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+    step = int(state["step"])
+    path = run.folder.checkpoints / checkpoint.name_of(step)
     try:
         theirs = from_yaml(state["settings"], str(path))
         pairs = differing(theirs, run.settings)
@@ -293,8 +307,8 @@ def _check(run: RunState, state: dict[str, Any], label: checkpoint.Label) -> Non
             "it away, or name another --out"
         )
     try:
-        check_progress(state["optimizer"], state["scaler"], int(state["step"]))
-    except NonFiniteLoss as error:
+        check_progress(state["optimizer"], state["scaler"], step)
+    except (NonFiniteLoss, KeyError) as error:
         raise UserError(f"{show(path)} is of no use: {error}") from None
 
 
@@ -333,6 +347,8 @@ def _identity(run: RunState, state: dict[str, Any] | None) -> Identity:
         path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
         label = checkpoint.label_of(path) or {}
         number, start = str(label.get("run") or number), str(label.get("start") or "")
+        if label.get("run"):
+            run.console.note(f"{show(run.folder.identity)} was missing: it is written again")
     return Identity(number, start, train.fingerprint, places_of(train), marks_of(train))
 
 
