@@ -104,7 +104,7 @@ class BadImages:
     def _write(self) -> None:
         """Raises MocokitError; then the next attempt writes the same lines."""
         while self._world.writes and self._unwritten:
-            with writing(self._path, remedy="make room, and resume with the same command"):
+            with writing(self._path, room=1, remedy="make room, and resume with the same command"):
                 append_line(self._path, self._unwritten[0])
             del self._unwritten[0]
 
@@ -124,7 +124,7 @@ def _lines(path: Path, images: int) -> tuple[dict[int, int], int]:
     """
     try:
         content = read_regular(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter is told where it is written
         return {}, 0
     except OSError as error:
         why = reason_of(error)

@@ -148,7 +148,7 @@ def point(path: Path) -> None:
     """
     link = path.parent.parent / "last.pt"
     target = os.path.relpath(path, link.parent)
-    with writing(link, remedy=_RESUME):
+    with writing(link, room=1, remedy=_RESUME):
         if link.is_symlink() and os.readlink(link) == target:
             return
         # A link cannot be changed in place: a new one takes its place at once.

@@ -67,7 +67,7 @@ class RunFolder:
         """Write config.yaml."""
         self.make()
         # The folder is locked. `is_begun` knows the partial file that a kill may leave.
-        with files.writing(self.config):
+        with files.writing(self.config, room=1):
             files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
 
     def make(self) -> None:

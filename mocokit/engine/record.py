@@ -43,7 +43,7 @@ class Metrics:
         kept = [line for line in found if 0 < line["step"] <= step and not line.get("finished")]
         kept += [dict(line) for line in missing if line not in kept]
         self._path, self._file = path, -1
-        with writing(path, remedy=_RESUME):
+        with writing(path, room=1, remedy=_RESUME):
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_text(path, text, sole_writer=True)
             self._open()
@@ -54,7 +54,7 @@ class Metrics:
         start = "\n" if self._cut else ""
         left = memoryview(f"{start}{json.dumps(rounded(values))}\n".encode())
         self._cut = True
-        with writing(self._path, remedy=_RESUME):
+        with writing(self._path, room=1, remedy=_RESUME):
             if not os.fstat(self._file).st_nlink:  # this file alone was deleted
                 self.close()
                 self._open()
@@ -105,6 +105,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """
     try:
         return json_lines(path)
+    except NotADirectoryError:  # as missing: it is told where something is to be written
+        return [], 0
     except OSError as error:
         why = reason_of(error)
         raise UserError(f"cannot read {show(path)} ({why}): move it away, or restore it") from None

@@ -321,7 +321,7 @@ def _write_start(run: RunState, state: dict[str, Any] | None) -> None:
             save_index(train.index(), folder.index)
     if run.identity is None:
         run.identity = _identity(run, state)
-        with writing(folder.identity):
+        with writing(folder.identity, room=1):
             identity.write(run.identity, folder.identity)
     assert run.hold is not None
     run.hold.number = run.identity.run
