@@ -28,7 +28,8 @@ DAMAGE = (
 class Index(NamedTuple):
     """A source without its pixels; of arrays only what distinguishes them from others.
 
-    `extra` holds what one kind of source needs to find its images, and the others do not.
+    `extra` holds what one kind of source needs to find its images, and the others do not. `top` is
+    the level that becomes 255 in images of more than 8 bits; None: as each image's container says.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Index(NamedTuple):
     names: Names | None = None
     labels: NDArray[np.int64] | None = None
     extra: Mapping[str, NDArray[Any]] = {}
+    top: int | None = None
 
 
 def stamp_of(fingerprint: str, paths: Iterable[bytes | Path]) -> str:
@@ -71,6 +73,8 @@ def to_arrays(index: Index, prefix: str = "") -> Arrays:
     """An index as arrays for an .npz file."""
     head = {"format": 1, "kind": index.kind, "name": index.name, "length": index.length}
     head |= {"fingerprint": index.fingerprint, "classes": index.classes}
+    if index.top is not None:  # 0.1 knew none
+        head["top"] = index.top
     arrays: Arrays = {"head": text_array(json.dumps(head))}
     if index.names is not None:
         arrays |= {"names": index.names.text, "ends": index.names.ends}
@@ -89,7 +93,8 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> Index:
     names = Names(own["names"], own["ends"]) if "names" in own else None
     extra = {k.removeprefix("extra."): a for k, a in own.items() if k.startswith("extra.")}
     fields = (head["kind"], head["name"], head["length"], head["fingerprint"])
-    return Index(*fields, tuple(head["classes"]), names, own.get("labels"), extra)
+    classes, labels = tuple(head["classes"]), own.get("labels")
+    return Index(*fields, classes, names, labels, extra, head.get("top"))
 
 
 def text_array(text: str) -> NDArray[np.uint8]:

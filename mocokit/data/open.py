@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from mocokit.data import locations
+from mocokit.data import depth, locations
 from mocokit.data.names import short_name
 from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import open_arrays
@@ -33,10 +33,18 @@ def open_data(
 
     A place is a folder, archives, a list, arrays, a pack, parquet files, or the name of a known
     set, which lies below `root` or is downloaded there. `counting(done, total)` is shown what takes
-    long.
+    long. All images of more than 8 bits are read on one scale.
     """
     if path is None:
         return _open_demo(labels)
+    splits = _open(path, labels, root, counting)
+    depth.settle(splits)
+    return splits
+
+
+def _open(
+    path: str | Path, labels: Labels, root: str | Path | None, counting: Counting | None
+) -> Splits:
     found = locations.split(str(path))
     if not found:
         raise UserError(f"there are no images at {show(path)}: the pattern matches no file")

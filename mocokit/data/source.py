@@ -1,10 +1,12 @@
 """What a run asks of images, wherever they come from."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mocokit.data.decode import decode
 from mocokit.data.index import Index
 from mocokit.errors import UserError
 
@@ -47,6 +49,33 @@ class Source(Protocol):
     def index(self) -> Index:
         """What tells these images from others, for `save_index`."""
         ...
+
+
+class Encoded(ABC):
+    """Images that are decoded when they are read. Level `top` of deep ones becomes 255.
+
+    `settled`: the scale was fixed when they were written.
+    """
+
+    top: int | None = None
+    settled = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def content(self, index: int) -> bytes | None:
+        """An image as an encoded file; None where bare pixels are stored. Raises BadImage."""
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image; raises BadImage."""
+        content = self.content(index)
+        assert content is not None
+        return decode(content, bound, self.top)
+
+    def scaled(self, fingerprint: str) -> str:
+        """A fingerprint that also tells scales apart, for what is computed from pixels."""
+        return fingerprint if self.top is None else f"{fingerprint} up to {self.top}"
 
 
 class Splits(NamedTuple):

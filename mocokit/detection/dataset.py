@@ -4,7 +4,6 @@ Annotations that cannot be used are named, counted and left out.
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from mocokit.data.decode import BadImage, look_at
 from mocokit.detection.annotations import Annotated, BadAnnotation, read_xml
 from mocokit.errors import UserError
-from mocokit.files import printable
+from mocokit.files import printable, reason_of
 
 Style = Literal["voc", "coco"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
@@ -205,11 +204,9 @@ def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width as a viewer shows the image, from its header. Raises BadAnnotation."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in _TURNED
-                return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise BadAnnotation(f"its image cannot be read ({reason})") from None
+        with open(path, "rb") as file:
+            look = look_at(file)
+    except (OSError, BadImage) as error:
+        raise BadAnnotation(f"its image cannot be read ({reason_of(error)[:80]})") from None
+    turned = look.orientation in _TURNED
+    return (look.width, look.height) if turned else (look.height, look.width)

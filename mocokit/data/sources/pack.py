@@ -100,6 +100,9 @@ def write_pack(
         "images": [source.stamp() for source in sources],
         "lengths": [len(source) for source in sources],
     }
+    tops = [top for source in sources if (top := source.index().top) is not None]
+    if tops:  # left out elsewhere, as 0.1 wrote it
+        header["top"] = tops[0]
     part = target.with_name(target.name + ".part")
     places = [(source, number) for source in sources for number in range(len(source))]
     record = partial(_record, bound=bound, raw=raw)
@@ -134,7 +137,7 @@ def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[
         height, width = pixels.shape[:2]
         if raw or content is None:
             kind, content = PIXELS, pixels.tobytes()
-        elif {height, width} == set(look_at(content)[1:]):
+        elif {height, width} == set(look_at(content)[1:3]):
             kind = FILE  # nothing was shrunk: the same pixels, at no loss
         else:
             kind, content = SHRUNK, _jpeg(pixels)

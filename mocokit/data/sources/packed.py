@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, bounded, decode, reduced_size
 from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
-from mocokit.data.source import Source
+from mocokit.data.source import Encoded, Source
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
 from mocokit.data.sources.several import parts_of
@@ -19,7 +19,7 @@ from mocokit.errors import UserError
 from mocokit.files import printable, reason_of, show
 
 
-class PackedSource:
+class PackedSource(Encoded):
     """Images under the numbers, names and labels that they had when they were packed.
 
     offsets: (n,) int64, where each record begins. `bound` is the short side they were shrunk to.
@@ -28,13 +28,21 @@ class PackedSource:
     notes: tuple[str, ...] = ()
 
     def __init__(
-        self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int | None, raw: bool
+        self,
+        path: Path,
+        offsets: NDArray[np.int64],
+        known: Index,
+        bound: int | None,
+        raw: bool,
+        top: int | None = None,
     ) -> None:
         self.path, self.offsets, self.bound, self.raw = path, offsets, bound, raw
         self.name, self.labels, self.classes = known.name, known.labels, known.classes
         self.names = known.names
         digest = hashlib.blake2b(f"mocokit pack 1 {bound} {raw}".encode(), digest_size=16)
-        digest.update(known.fingerprint.encode())
+        # What was shrunk was scaled too; files as they were can still be read on any scale.
+        self.settled, self.top = raw or bound is not None, top
+        digest.update(self.scaled(known.fingerprint).encode())
         if known.labels is not None:
             digest.update(known.labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
@@ -51,7 +59,7 @@ class PackedSource:
         """The pixels (H, W, 3) of an image."""
         head, content = self._record(index)
         if head.kind != PIXELS:
-            return decode(content, bound)
+            return decode(content, bound, self.top)
         pixels = np.frombuffer(content, np.uint8).reshape(head.height, head.width, 3)
         return bounded(pixels, bound)
 
@@ -114,11 +122,11 @@ class PackedSource:
 
     def stamp(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=16)
-        return stamp_of(self.fingerprint + digest.hexdigest(), [self.path])
+        return stamp_of(self.scaled(self.fingerprint) + digest.hexdigest(), [self.path])
 
     def index(self) -> Index:
         known = ("pack", self.name, len(self), self.fingerprint)
-        return Index(*known, self.classes, self.names, self.labels)
+        return Index(*known, self.classes, self.names, self.labels, top=self.top)
 
 
 def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | None]:
@@ -134,7 +142,8 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
             if labels == "none":
                 known = known._replace(labels=None, classes=())
             part = offsets[first : first + length]
-            sources.append(PackedSource(path, part, known, header["bound"], header["raw"]))
+            how = header["bound"], header["raw"], header.get("top")
+            sources.append(PackedSource(path, part, known, *how))
             first += length
         if first != len(offsets) or len(sources) not in (1, 2):
             raise ValueError("its index does not fit")

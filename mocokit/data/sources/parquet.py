@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from mocokit.data import locations
 from mocokit.data.cache import Watch, forget_unused
-from mocokit.data.decode import BadImage, decode
+from mocokit.data.decode import BadImage
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
-from mocokit.data.source import Splits
+from mocokit.data.source import Encoded, Splits
 from mocokit.data.sources.columns import Columns, load_pyarrow, missing, opened, reading
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import write_pack
@@ -39,7 +39,7 @@ Advance = Callable[[int], None]
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-class ParquetSource:
+class ParquetSource(Encoded):
     """Rows of parquet files in their order; fast only in that order."""
 
     def __init__(
@@ -76,10 +76,6 @@ class ParquetSource:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image."""
-        return decode(self.content(index), bound)
 
     def content(self, index: int) -> bytes:
         """The encoded image of a row; raises BadImage."""

@@ -74,7 +74,8 @@ class SeveralSource:
     def index(self) -> Index:
         names = Names.of([name for part in self._titled() for name in _full_names(*part)])
         known = ("several", self.name, len(self), self.fingerprint)
-        return Index(*known, self.classes, names, self.labels)
+        tops = [top for part in self.parts if (top := part.index().top) is not None]
+        return Index(*known, self.classes, names, self.labels, top=next(iter(tops), None))
 
     def _titled(self) -> Iterator[tuple[Source, str]]:
         """Each part and its name, counted where several have it: x/photos and y/photos."""
