@@ -7,6 +7,7 @@ import io
 import struct
 import tarfile
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from shapes import write_voc, xml
 
 from mocokit.data import depth
 from mocokit.data.decode import BadImage, decode, look_at
@@ -21,6 +23,8 @@ from mocokit.data.index import load_index, save_index
 from mocokit.data.loader import Loader
 from mocokit.data.open import open_data
 from mocokit.data.sources.pack import write_pack
+from mocokit.detection.open import open_boxes
+from mocokit.detection.views import view
 
 WHITE = 65535
 
@@ -340,3 +344,18 @@ def test_any_order_and_mixture_gives_the_same_scale(data: st.DataObject) -> None
     other = depth.measure(lambda n: contents[order[n]], len(tops))
     assert one == other
     assert one.top == max(255, 2 ** int(max(tops)).bit_length() - 1)
+
+
+def test_detection_reads_on_one_scale_too(tmp_path: Path) -> None:
+    levels = {name: noise(top, 40, 60) for name, top in (("a", 4095), ("b", 900), ("c", 3000))}
+    objects = xml([("cat", (11, 6, 30, 25))])
+    pictures = {name: (Image.new("L", (60, 40)), objects) for name in levels}
+    root = write_voc(tmp_path, {"trainval": "ab", "test": "c"}, pictures)
+    for name, one in levels.items():
+        (root / "JPEGImages" / f"{name}.jpg").unlink()
+        (root / "JPEGImages" / f"{name}.png").write_bytes(png(one))
+    data = open_boxes(root, "07", (), lambda text, total: nullcontext(lambda count: None))
+    assert "12 bits" in data.train.notes[0]
+    for sample in (*data.train.samples, *data.test.samples):
+        seen = view(sample, 40, 60, False).pixels
+        np.testing.assert_array_equal(seen, expected(levels[sample.path.stem], 4095))
