@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,8 @@ class Listing(NamedTuple):
 class Watch:
     """All that a listing depends on, noted before it is read.
 
-    `closed` has the folders that this user may not list, each with the system's reason.
+    `closed` has the folders that this user may not list, each with the system's reason; `left` the
+    links that are not followed, each with a reason, or nothing if their folder is listed already.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class Watch:
         self.paths: list[bytes] = []
         self.marks: list[tuple[int, int]] = []
         self.closed: dict[bytes, str] = {}
+        self.left: dict[bytes, str] = {}
 
     def note(self, path: bytes, time_ns: int, size: int) -> None:
         """`size` is a directory's number of entries, or a file's bytes."""
@@ -76,14 +78,24 @@ class Watch:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A sentence about the folders in `closed`, if there are any."""
-        if not self.closed:
-            return ()
-        names = sorted(self.closed)
-        shown = ", ".join(show(os.fsdecode(one)) for one in names[:4])
-        more = f" and {len(names) - 4:,} more" if names[4:] else ""
-        why = " or ".join(sorted(set(self.closed.values())))
-        return (f"left out, for they cannot be listed ({why}): {shown}{more}",)
+        """A sentence about the folders in `closed`, and one about those in `left`."""
+        notes = []
+        if self.closed:
+            why = " or ".join(sorted(set(self.closed.values())))
+            notes.append(f"left out, for they cannot be listed ({why}): {_few(self.closed)}")
+        again = [path for path, why in self.left.items() if not why]
+        if again:
+            what = "links to folders that are listed already, or that the images lie in"
+            notes.append(f"left out, {what}: {_few(again)}")
+        if system := [path for path, why in self.left.items() if why]:
+            notes.append(f"left out, links into the system's own folders: {_few(system)}")
+        return tuple(notes)
+
+
+def _few(paths: Iterable[bytes]) -> str:
+    names = sorted(paths)
+    shown = ", ".join(show(os.fsdecode(one)) for one in names[:4])
+    return shown + (f" and {len(names) - 4:,} more" if names[4:] else "")
 
 
 def listed(key: str, scan: Callable[[Watch], Listing]) -> Listing:

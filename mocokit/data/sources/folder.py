@@ -171,7 +171,9 @@ def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path 
         """Folders with images, beside the two."""
         for one in top:
             with suppress(Closed):
-                if one not in (train, beside) and next(walk(root / one, endings, watch), None):
+                if one not in (train, beside) and next(
+                    walk(root / one, endings, watch, root), None
+                ):
                     yield one
 
     if train == "train" and beside is None and (other := next(others(), None)):
