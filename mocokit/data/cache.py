@@ -18,8 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from mocokit.data.index import (
-    DAMAGE,
-    Arrays,
     Index,
     from_arrays,
     read_arrays,
@@ -28,6 +26,7 @@ from mocokit.data.index import (
     write_arrays,
 )
 from mocokit.data.names import Names
+from mocokit.data.npz import DAMAGE, Arrays
 from mocokit.errors import UserError
 from mocokit.files import cache_folder, show
 

@@ -29,6 +29,9 @@ _TURNS = {
 
 
 ALONE = 0  # not a level: the scale of an image that belongs to no data set
+_SLOW = ("qoi", "ppm", "ppm_plain", "bmp_rle")  # decoders that Pillow has in Python
+_SLOW_PIXELS = 2**24
+_MOST_SCANS = 2000  # in a file with all that is embedded; a progressive JPEG has some 10
 MAX_BYTES = 2**30  # of an encoded image; Pillow's limit of pixels holds for what is inside
 
 
@@ -140,17 +143,29 @@ def _pixels(
         # JPEG only: the decoder skips the high frequencies, by a factor of 2, 4 or 8.
         image.draft(None, (bound, bound))
     check_size(image)
+    _check_scans(content)
     turned = shown(image, content, top)
     turn = _TURNS.get(_orientation(image))
     turned = _reduced(turned, bound)
     return np.array(turned if turn is None else turned.transpose(turn))
 
 
-def check_size(image: Image.Image) -> None:
-    """Raises BadImage for an image that would take too much memory."""
+def check_size(image: ImageFile.ImageFile) -> None:
+    """Raises BadImage for an image that would take too much memory, or minutes."""
+    pixels = image.width * image.height
     # Of twice as many Pillow itself opens none.
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
+    if pixels > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
         raise BadImage(_bomb())
+    if pixels > _SLOW_PIXELS and image.tile and image.tile[0][0] in _SLOW:
+        raise BadImage(f"more than {_SLOW_PIXELS:,} pixels in a form that is decoded one by one")
+
+
+def _check_scans(content: bytes | memoryview) -> None:
+    """Each scan of a progressive JPEG goes over all pixels, and needs a few bytes in the file."""
+    if bytes(content[:2]) == b"\xff\xd8":
+        scans = bytes(content).count(b"\xff\xda")
+        if scans > _MOST_SCANS:
+            raise BadImage(f"a JPEG of {scans:,} scans, refused: it would take minutes")
 
 
 def bounded(pixels: NDArray[np.uint8], bound: int | None) -> NDArray[np.uint8]:

@@ -4,9 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mocokit.data.levels import TOPS
 from mocokit.data.names import Names
+from mocokit.data.npz import DAMAGE, Archive, Arrays
 from mocokit.errors import UserError
 from mocokit.files import reason_of, show, whole
-
-Arrays = dict[str, NDArray[Any]]
-DAMAGE = (
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError),
-    *(zipfile.BadZipFile, zlib.error, struct.error, IndexError, RuntimeError, MemoryError),
-)  # what reading a damaged .npz may raise
 
 
 class Index(NamedTuple):
@@ -85,7 +78,7 @@ def to_arrays(index: Index, prefix: str = "") -> Arrays:
 
 
 def from_arrays(arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> Index:
-    """What `to_arrays` was given; raises one of DAMAGE."""
+    """What `to_arrays` was given; raises one of DAMAGE, also where its parts do not fit."""
     own = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
     head = json.loads(own["head"].tobytes())
     if head["format"] != 1:
@@ -94,7 +87,27 @@ def from_arrays(arrays: Mapping[str, NDArray[Any]], prefix: str = "") -> Index:
     extra = {k.removeprefix("extra."): a for k, a in own.items() if k.startswith("extra.")}
     fields = (head["kind"], head["name"], head["length"], head["fingerprint"])
     classes, labels = tuple(head["classes"]), own.get("labels")
-    return Index(*fields, classes, names, labels, extra, head.get("top"))
+    index = Index(*fields, classes, names, labels, extra, head.get("top"))
+    _check(index)
+    return index
+
+
+def _check(index: Index) -> None:
+    """Raises ValueError where lengths, labels or texts do not fit together."""
+    texts = (index.kind, index.name, index.fingerprint, *index.classes)
+    length, names, labels = index.length, index.names, index.labels
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        raise ValueError("its texts are damaged")
+    if type(length) is not int or length < 0 or (names is not None and len(names) != length):
+        raise ValueError("its number of images is damaged")
+    if names is not None:
+        names.check()
+    if labels is not None and (labels.shape != (length,) or labels.dtype.kind not in "iu"):
+        raise ValueError("its labels are damaged")
+    if labels is not None and length and not 0 <= labels.min() <= labels.max() < len(index.classes):
+        raise ValueError("its labels have no classes")
+    if index.top is not None and index.top not in TOPS:
+        raise ValueError("its scale of levels is damaged")
 
 
 def text_array(text: str) -> NDArray[np.uint8]:
@@ -103,9 +116,8 @@ def text_array(text: str) -> NDArray[np.uint8]:
 
 def read_arrays(path: str | Path) -> Arrays:
     """The arrays of an .npz; raises one of DAMAGE."""
-    # Opened here, because numpy leaves the file open when the archive is damaged.
     with open(path, "rb") as file:
-        return dict(np.load(file, allow_pickle=False))
+        return Archive(file).every()
 
 
 def write_arrays(target: Path, arrays: Arrays, compressed: bool) -> None:

@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 from mocokit.data.formats import open_image
 
 FULL = 65535  # the largest of 16 bits
+TOPS = (1, *(2**bits - 1 for bits in range(8, 17)))  # of a scale; 1 is for floats alone
 _BITS, _SAMPLES, _EXTRA, _MAXIMUM = 258, 277, 338, 281  # TIFF tags
 _SPARE = 1, 2  # ExtraSamples: transparency, multiplied into the colours or not
 _OTHER_END = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
@@ -170,7 +171,7 @@ def _eight_bits(values: NDArray[Any], top: int | None) -> NDArray[np.uint8]:
     levels = values.astype(np.float64)
     low, high = levels.min(), levels.max()
     scale = _usual(values.dtype, high) if top is None else top
-    if scale is None:
+    if scale is None or (top is None and not low >= 0):
         raise NoScale(f"gray levels from {low:g} to {high:g} have no known scale")
     if not 0 <= low <= high <= scale:
         bits = f" ({scale.bit_length()} bits)" if scale > 1 else ""

@@ -97,6 +97,8 @@ def _kind(text: str) -> str:
 
 
 def _open_file(place: Path, labels: Labels) -> Splits:
+    if not place.is_file():
+        raise UserError(f"{show(place)} is a pipe or a device: give a folder or a file of images")
     ending = place.suffix.lower()
     if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))

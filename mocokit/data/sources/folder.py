@@ -72,7 +72,7 @@ class FolderSource(Encoded):
         return read_file(self.root / self.names[index])
 
     def describe(self, index: int) -> str:
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         root = os.fsencode(self.root)

@@ -9,7 +9,7 @@ from mocokit.data.names import Names, short_name
 from mocokit.data.sources.folder import IMAGES, FolderSource, Labels
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
-from mocokit.files import printable, show
+from mocokit.files import printable, read_regular, reason_of, show
 
 ENDINGS = (".txt", ".lst", ".list", ".tsv")
 
@@ -22,9 +22,9 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
         remedy = "write the class behind a tab, and set auto"
         raise UserError(f"data.labels=folders needs a folder, but {show(path)} is a list: {remedy}")
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
-        raise UserError(f"the list {show(path)} cannot be read ({error.strerror})") from error
+        raise UserError(f"the list {show(path)} cannot be read ({reason_of(error)})") from error
     if b"\0" in content[:4096]:
         raise UserError(f"{show(path)} is no list of image files: it is no text")
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]

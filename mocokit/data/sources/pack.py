@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mocokit.data.decode import BadImage, look_at
-from mocokit.data.index import Arrays, to_arrays
+from mocokit.data.index import to_arrays
+from mocokit.data.levels import TOPS
+from mocokit.data.npz import Archive, Arrays
 from mocokit.data.source import Source, Splits
 from mocokit.errors import UserError
-from mocokit.files import lock, show
+from mocokit.files import lock, printable, show
 
 MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads
 HEAD = struct.Struct("<4sBxxxIIQI")  # mark, kind, height, width, length, checksum
@@ -38,6 +40,8 @@ BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
 _MARK = b"IMG\n"
 _QUALITY = 95
 _CHUNK = 64  # images between two flushes
+_LARGEST_HEADER = 2**26  # bytes
+LONGEST_REASON = 500  # characters
 
 
 class Head(NamedTuple):
@@ -142,7 +146,8 @@ def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[
         else:
             kind, content = SHRUNK, _jpeg(pixels)
     except BadImage as reason:
-        kind, height, width, content = BAD, 0, 0, str(reason).encode()
+        text = printable(str(reason))[:LONGEST_REASON]
+        kind, height, width, content = BAD, 0, 0, text.encode("utf-8", "replace")
     return Head.of(kind, height, width, content), content
 
 
@@ -169,6 +174,7 @@ def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list
     start = MAGIC + struct.pack("<I", len(text)) + text
     heads: list[Head] = []
     offsets: list[int] = []
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     same = file.read(len(start)) == start
     if same:
@@ -178,7 +184,8 @@ def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list
                 head = unpack_head(file.read(HEAD.size))
             except ValueError:
                 break
-            content = file.read(min(head.length, 2**40))
+            # A length that the file does not have is no record's, however absurd it is.
+            content = file.read(head.length) if head.length <= size - file.tell() else b""
             if not head.fits(content):
                 break
             heads.append(head)
@@ -214,7 +221,7 @@ def read_index(path: Path) -> tuple[Arrays, dict[str, Any]]:
         if len(end) < TRAILER.size:
             raise ValueError("it was not written to its end")
         offset, length, checksum, magic = TRAILER.unpack(end)
-        if magic != MAGIC or offset + length + TRAILER.size != size:
+        if magic != MAGIC or offset + length + TRAILER.size != size or offset < len(MAGIC) + 4:
             raise ValueError("it was not written to its end")
         file.seek(offset)
         index = file.read(length)
@@ -222,8 +229,20 @@ def read_index(path: Path) -> tuple[Arrays, dict[str, Any]]:
             raise ValueError("its index is damaged")
         file.seek(len(MAGIC))
         (long,) = struct.unpack("<I", file.read(4))
-        header: dict[str, Any] = json.loads(file.read(min(long, offset)))
-    return dict(np.load(io.BytesIO(index), allow_pickle=False)), header
+        if long > min(_LARGEST_HEADER, offset):
+            raise ValueError("its header is damaged")
+        header: dict[str, Any] = json.loads(file.read(long))
+    _check(header)
+    return Archive(io.BytesIO(index)).every(), header
+
+
+def _check(header: Any) -> None:
+    """Raises ValueError or one of DAMAGE for a header that no pack has."""
+    bound, raw, top, lengths = (header.get(key) for key in ("bound", "raw", "top", "lengths"))
+    counts = isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)
+    sizes = bound is None or (type(bound) is int and bound > 0)
+    if not (counts and sizes and type(raw) is bool and (top is None or top in TOPS)):
+        raise ValueError("its header is damaged")
 
 
 def is_pack(path: Path) -> bool:

@@ -10,10 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, bounded, decode, reduced_size
-from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
+from mocokit.data.index import Index, from_arrays, stamp_of
+from mocokit.data.npz import DAMAGE
 from mocokit.data.source import Encoded, Source
 from mocokit.data.sources.folder import Labels
-from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
+from mocokit.data.sources.pack import (
+    BAD,
+    HEAD,
+    LONGEST_REASON,
+    PIXELS,
+    Head,
+    read_index,
+    unpack_head,
+)
 from mocokit.data.sources.several import parts_of
 from mocokit.errors import UserError
 from mocokit.files import printable, reason_of, show
@@ -94,8 +103,9 @@ class PackedSource(Encoded):
         if not head.fits(content):
             raise BadImage("its pack is damaged here: the checksum differs")
         if head.kind == BAD:
-            raise BadImage(content.decode(errors="replace"))
-        if head.kind == PIXELS and head.length != 3 * head.height * head.width:
+            # Whoever wrote the pack wrote the reason: it stays one line, wherever it goes.
+            raise BadImage(printable(content[:LONGEST_REASON].decode(errors="replace")))
+        if head.kind == PIXELS and not 0 < 3 * head.height * head.width == head.length:
             raise BadImage("its pack is damaged here")
         return head, content
 
@@ -118,7 +128,7 @@ class PackedSource(Encoded):
     def describe(self, index: int) -> str:
         if self.names is None:
             return f"image {index} of {self.name}"
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=16)
@@ -137,8 +147,12 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
     try:
         arrays, header = read_index(path)
         offsets, sources, first = arrays["offsets"], [], 0
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or (offsets < 0).any():
+            raise ValueError("its index is damaged")
         for number, length in enumerate(header["lengths"]):
             known = from_arrays(arrays, f"{number}.")
+            if known.length != length:
+                raise ValueError("its index does not fit")
             if labels == "none":
                 known = known._replace(labels=None, classes=())
             part = offsets[first : first + length]

@@ -23,7 +23,14 @@ from mocokit.data.decode import BadImage
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
 from mocokit.data.source import Encoded, Splits
-from mocokit.data.sources.columns import Columns, load_pyarrow, missing, opened, reading
+from mocokit.data.sources.columns import (
+    Columns,
+    check_group,
+    load_pyarrow,
+    missing,
+    opened,
+    reading,
+)
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import write_pack
 from mocokit.data.sources.packed import open_pack
@@ -85,9 +92,12 @@ class ParquetSource(Encoded):
             if self._group[0] != number:
                 file, group = self._groups[number]
                 with reading(self.paths[file]):
-                    table = opened(self.paths[file]).read_row_group(group, [self._image])
+                    of = opened(self.paths[file])
+                    check_group(of, group, self._image)
+                    table = of.read_row_group(group, [self._image])
                 self._group = number, table.column(0)
-            cell = self._group[1][index - first].as_py()
+            with reading(self.paths[self._groups[number][0]]):
+                cell = self._group[1][index - first].as_py()
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(content, bytes):
             raise BadImage("the parquet file holds no bytes of it")

@@ -11,7 +11,6 @@ from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, short_name
 from mocokit.data.source import Source, extended
-from mocokit.files import printable
 
 
 class SeveralSource:
@@ -144,7 +143,7 @@ class RenumberedSource:
 
     def describe(self, index: int) -> str:
         assert self.known.names is not None
-        return printable(self.known.names[index])
+        return self.known.names.shown(index)
 
     def stamp(self) -> str:
         return f"{self.fingerprint} of {self.source.stamp()}"

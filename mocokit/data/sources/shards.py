@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from mocokit.data.cache import Listing, Part, Watch, listed
 from mocokit.data.decode import BadImage
-from mocokit.data.index import Arrays, Index, stamp_of
+from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
+from mocokit.data.npz import Arrays
 from mocokit.data.source import Encoded
 from mocokit.data.sources.folder import VALIDATION, Labels, digest_names, find_splits, folder_labels
 from mocokit.data.sources.tars import Member, members_of, splits_inside
@@ -66,7 +67,7 @@ class ShardSource(Encoded):
         return found
 
     def describe(self, index: int) -> str:
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.places).data, digest_size=16)
