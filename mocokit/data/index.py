@@ -15,7 +15,7 @@ from mocokit.data.levels import TOPS
 from mocokit.data.names import Names
 from mocokit.data.npz import DAMAGE, Archive, Arrays
 from mocokit.errors import UserError
-from mocokit.files import reason_of, show, whole
+from mocokit.files import printable, reason_of, show, whole
 
 
 class Index(NamedTuple):
@@ -57,7 +57,7 @@ def load_index(path: str | Path) -> Index:
     try:
         return from_arrays(read_arrays(path))
     except DAMAGE as error:
-        why = reason_of(error)
+        why = printable(reason_of(error))
         what = f"{show(path)} is no index of images ({why})"
         raise UserError(f"{what}: restore it, or begin a new run") from error
 

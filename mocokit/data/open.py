@@ -18,7 +18,7 @@ from mocokit.data.sources.parquet import Counting, open_hub, open_parquet, open_
 from mocokit.data.sources.several import SeveralSource, unlabelled
 from mocokit.data.sources.shards import open_shards, open_shards_below
 from mocokit.errors import UserError
-from mocokit.files import reason_of, show
+from mocokit.files import printable, reason_of, show
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -129,7 +129,7 @@ def _existing(text: str) -> Path:
     try:
         place.stat()
     except (OSError, ValueError) as error:
-        why = reason_of(error)
+        why = printable(reason_of(error))
         raise UserError(
             f"there are no images at {show(place)} ({why}): {locations.remedy(text)}"
         ) from error

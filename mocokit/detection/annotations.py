@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
-from mocokit.files import read_regular, reason_of
+from mocokit.files import printable, read_regular, reason_of
 
 MAX_BYTES = 2**20  # the largest of VOC has 20 KB
 MAX_DEPTH = 16
@@ -98,7 +98,7 @@ def read_xml(path: Path) -> Annotation:
     except FileNotFoundError:
         raise BadAnnotation("there is no such annotation") from None
     except (OSError, ValueError, LookupError, expat.ExpatError) as error:
-        raise BadAnnotation(reason_of(error)) from None
+        raise BadAnnotation(printable(reason_of(error))) from None
     objects, reasons = [], []
     for number, fields in enumerate(reader.objects, start=1):
         try:

@@ -127,7 +127,7 @@ def identities(folder: Path, name: str) -> list[str]:
     try:
         lines = read_regular(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        why = f"({reason_of(error)}); it lists the images of {name}"
+        why = f"({printable(reason_of(error))}); it lists the images of {name}"
         raise UserError(f"{show(path)} cannot be read {why}") from None
     return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
 
@@ -252,6 +252,8 @@ def image_size(path: Path) -> tuple[int, int]:
         with open(path, "rb") as file:
             look = look_at(file)
     except (OSError, BadImage) as error:
-        raise BadAnnotation(f"its image cannot be read ({reason_of(error)[:80]})") from None
+        raise BadAnnotation(
+            f"its image cannot be read ({printable(reason_of(error)[:80])})"
+        ) from None
     turned = look.orientation in _TURNED
     return (look.width, look.height) if turned else (look.height, look.width)

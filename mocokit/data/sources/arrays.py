@@ -157,7 +157,7 @@ def _unreadable(path: Path, error: Exception, part: str = "") -> UserError:
     if "pickle" in str(error) or "Python objects" in str(error):
         risk = "holds pickled objects, and opening a pickle can run any program"
         return UserError(f"{part}{show(path)} {risk}: save plain arrays of numbers instead")
-    why = reason_of(error)
+    why = printable(reason_of(error))
     return UserError(f"{part}{show(path)} cannot be read ({why}): save or download it again")
 
 

@@ -24,7 +24,9 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
     try:
         content = read_regular(path)
     except OSError as error:
-        raise UserError(f"the list {show(path)} cannot be read ({reason_of(error)})") from error
+        raise UserError(
+            f"the list {show(path)} cannot be read ({printable(reason_of(error))})"
+        ) from error
     if b"\0" in content[:4096]:
         raise UserError(f"{show(path)} is no list of image files: it is no text")
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]

@@ -12,6 +12,7 @@ each record is.
 import io
 import json
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and t
 BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
 _MARK = b"IMG\n"
 _QUALITY = 95
+_CAUTIOUS = (  # no link is followed, no pipe waited for
+    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+)
 _CHUNK = 64  # images between two flushes
 _LARGEST_HEADER = 2**26  # bytes
 LONGEST_REASON = 500  # characters
@@ -90,11 +94,13 @@ def write_pack(
     threads: int,
     advance: Callable[[int], None],
     remedy: str = "make room or choose another file, and run it again",
+    anew: bool = False,
 ) -> Packed:
     """Pack training and validation images, in this order; without a bound, the files as they are.
 
-    `advance(n)` counts the images that are done, those of an earlier attempt first. Raises
-    UserError, with `remedy` if the target cannot be written.
+    `advance(n)` counts the images that are done, those of an earlier attempt first. What lies under
+    the name of the unfinished pack is never emptied, unless it is one of the same images and
+    settings, or `anew`. Raises UserError, with `remedy` if the target cannot be written.
     """
     sources = [source for source in splits if source is not None]
     header = {
@@ -107,12 +113,12 @@ def write_pack(
     tops = [top for source in sources if (top := source.index().top) is not None]
     if tops:  # left out elsewhere, as 0.1 wrote it
         header["top"] = tops[0]
-    part = target.with_name(target.name + ".part")
+    part, replaced = target.with_name(target.name + ".part"), os.path.lexists(target)
     places = [(source, number) for source in sources for number in range(len(source))]
     record = partial(_record, bound=bound, raw=raw)
     try:
         with _locked(part) as file:
-            heads, offsets = _taken_up(file, header)
+            heads, offsets = _taken_up(file, header, part, anew)
             advance(len(heads))
             with ThreadPoolExecutor(threads) as pool:
                 for first in range(len(heads), len(places), _CHUNK):
@@ -124,7 +130,9 @@ def write_pack(
                     file.flush()
                     advance(len(chunk))
             _finish(file, sources, np.array(offsets, np.int64))
-        os.replace(part, target)
+            if os.path.lexists(target) and not replaced:
+                raise UserError(f"{show(target)} has come to be there: move it away, and run again")
+            os.replace(part, target)
     except OSError as error:
         where = f"cannot write {show(part)} ({error.strerror})"
         raise UserError(f"{where}: {remedy}") from error
@@ -160,18 +168,48 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
 @contextmanager
 def _locked(part: Path) -> Iterator[IO[bytes]]:
     """The unfinished pack, open to read and write, and locked against other processes."""
-    with open(part, "a+b") as file:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _CAUTIOUS
+    try:
+        number = os.open(part, flags, 0o666)
+    except OSError:
+        if os.path.lexists(part) and not _is_plain(os.lstat(part)):
+            raise _not_ours(part, "a link, a device or a pipe") from None
+        raise
+    with open(number, "a+b") as file:
+        if not _is_plain(os.fstat(number)):
+            raise _not_ours(part, "a link, a device or a pipe")
         try:
             lock(file, wait=False)
-        except BlockingIOError:
+            here = os.stat(part)
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another process is writing {show(part)}: wait for it") from None
+        if not os.path.samestat(here, os.fstat(number)):  # it was finished in between
+            raise UserError(f"another process has written {show(part)}: run it again")
         yield file
 
 
-def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list[int]]:
+def _is_plain(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)
+
+
+def _not_ours(part: Path, what: str) -> UserError:
+    return UserError(f"{show(part)} is {what}: move it away, or choose another file")
+
+
+def _taken_up(
+    file: IO[bytes], header: dict[str, Any], part: Path, anew: bool
+) -> tuple[list[Head], list[int]]:
     """The whole records of an earlier attempt at the same pack; what is beyond them is cut off."""
     text = json.dumps(header).encode()
     start = MAGIC + struct.pack("<I", len(text)) + text
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = file.read(len(start))
+    same = found == start
+    if not (anew or start.startswith(found)):
+        ours = found.startswith(MAGIC)
+        other = "an unfinished pack of other images or settings" if ours else "no unfinished pack"
+        raise _not_ours(part, other)
     heads: list[Head] = []
     offsets: list[int] = []
     size = file.seek(0, os.SEEK_END)

@@ -162,7 +162,7 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
         if first != len(offsets) or len(sources) not in (1, 2):
             raise ValueError("its index does not fit")
     except DAMAGE as error:
-        why = reason_of(error)
+        why = printable(reason_of(error))
         remedy = "run the same mocokit pack again, which goes on where it ended"
         raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
     return sources[0], sources[1] if sources[1:] else None

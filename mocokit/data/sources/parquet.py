@@ -189,7 +189,7 @@ def _copy(splits: Splits, pack: Path, counting: Counting | None) -> None:
     images = sum(len(source) for source in splits if source)
     shown = counting("copied", images) if counting else nullcontext(_silent)
     with shown as advance:
-        write_pack(splits, pack, None, False, 1, advance, _REMEDY)
+        write_pack(splits, pack, None, False, 1, advance, _REMEDY, anew=True)
 
 
 def _mark(path: Path) -> bytes:
@@ -228,7 +228,7 @@ def _downloaded(text: str, repo: str, revision: str) -> Path:
         kind: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": "*.parquet"}
         return Path(snapshot_download(repo, revision=revision, **kind))
     except Exception as error:  # of the network, the hub and its client, of many types
-        why = " ".join(str(error).split())[:160]
+        why = printable(" ".join(str(error).split())[:160])
         raise UserError(
             f"{text} is neither in the cache of huggingface_hub nor can it be downloaded ({why}): "
             "check its name and the network, or give parquet files that lie here"

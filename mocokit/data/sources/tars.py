@@ -16,7 +16,7 @@ from mocokit.data.decode import MAX_BYTES
 from mocokit.data.sources.folder import IMAGES, split_names
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import printable, show
 
 _LONGEST_HEADER = 2**20  # bytes; an archive could claim any length for a member's name
 _LONGEST_CLASS = 1000
@@ -104,7 +104,7 @@ def _regular(path: Path, file: IO[bytes], size: int, notes: list[str]) -> Iterat
                     left_out += 1
     except _TAR_DAMAGE as error:
         if end == 0:
-            why = " ".join(str(error).split())[:120]
+            why = printable(" ".join(str(error).split())[:120])
             raise UserError(f"{show(path)} is no tar archive ({why}): make it again") from error
     if left_out:
         notes.append(f"{show(path)}: {left_out} members are links, devices or cut off, left out")
