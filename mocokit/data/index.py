@@ -104,7 +104,8 @@ def _check(index: Index) -> None:
         names.check()
     if labels is not None and (labels.shape != (length,) or labels.dtype.kind not in "iu"):
         raise ValueError("its labels are damaged")
-    if labels is not None and length and not 0 <= labels.min() <= labels.max() < len(index.classes):
+    least, most = (labels.min(), labels.max()) if labels is not None and length else (0, -1)
+    if least < -1 or most >= len(index.classes):
         raise ValueError("its labels have no classes")
     if index.top is not None and index.top not in TOPS:
         raise ValueError("its scale of levels is damaged")

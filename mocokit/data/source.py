@@ -10,12 +10,15 @@ from mocokit.data.decode import decode
 from mocokit.data.index import Index
 from mocokit.errors import UserError
 
+UNLABELLED = -1  # the label of an image that has no class, among others that have one
+
 
 class Source(Protocol):
     """Images with stable numbers 0 .. len - 1.
 
-    `name` is short and fits into a folder's name; the same content has the same `fingerprint`;
-    `notes` are sentences that the images' owner should read.
+    `labels` are numbers of `classes`, or UNLABELLED; `name` is short and fits into a folder's name;
+    the same content has the same `fingerprint`; `notes` are sentences that the images' owner should
+    read.
     """
 
     name: str
@@ -104,13 +107,18 @@ class Splits(NamedTuple):
         if other is not None and other.labels is not None and other.classes != classes:
             every = extended(classes, other.classes)
             numbers = np.array([every.index(name) for name in other.classes], np.int64)
-            other.labels, other.classes = numbers[other.labels], every
+            other.labels, other.classes = relabelled(other.labels, numbers), every
         return self
 
 
 def as_splits(source: Source | Splits) -> Splits:
     """A source's images to train on alone, or both splits as they are given."""
     return source if isinstance(source, Splits) else Splits(source, None)
+
+
+def relabelled(labels: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same labels, with class n called numbers[n]. What has no class still has none."""
+    return np.append(numbers, UNLABELLED)[labels]
 
 
 def extended(classes: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ class Columns(NamedTuple):
         labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
         labels += [name for name in _CLASSES if name in schema.names]
         names = described.get(labels[0], {}).get("names") if labels else None
-        texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
+        named = enumerate(names) if isinstance(names, list) else ()
+        texts = tuple(printable(str(one or "")).strip() or str(n) for n, one in named)
         return cls(images[0], labels[0] if labels else None, texts)
 
     def labels(self, parts: Sequence[Any], known: tuple[str, ...]) -> Labels:
@@ -99,7 +100,7 @@ def _kind(of: Any) -> str:
 
 
 def _by_text(texts: Sequence[str | None], known: tuple[str, ...]) -> Labels:
-    given = [text for text in texts if text is not None]
+    given = [text for text in texts if text is not None and text.strip()]
     if len(given) < len(texts):
         return None, (), _without(len(texts) - len(given), len(texts))
     raw = sorted(set(given))

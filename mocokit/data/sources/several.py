@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, short_name
-from mocokit.data.source import Source, extended
+from mocokit.data.source import Source, extended, relabelled
 
 
 class SeveralSource:
@@ -38,7 +38,7 @@ class SeveralSource:
         for part in self.parts:
             assert part.labels is not None
             numbers = np.array([positions[name] for name in part.classes], np.int64)
-            labels.append(numbers[part.labels])
+            labels.append(relabelled(part.labels, numbers))
         self.classes, self.labels = classes, np.concatenate(labels)
 
     def _names_of_classes(self) -> tuple[str, ...]:
