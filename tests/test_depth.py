@@ -156,6 +156,10 @@ def test_packed_twelve_bits_and_what_files_declare(tmp_path: Path) -> None:
         ending = "png" if name == "significant" else "tif"
         source = open_data(folder(tmp_path / name, [content], ending)).train
         np.testing.assert_array_equal(source.read(0), expected(dark, 4095), err_msg=name)
+    full = {"tif": tiff(dark, t281=[WHITE]), "png": png(dark, significant=16)}
+    for ending, content in full.items():
+        source = open_data(folder(tmp_path / ending, [content], ending)).train
+        np.testing.assert_array_equal(source.read(0), expected(dark, WHITE), err_msg=ending)
     bare = open_data(folder(tmp_path / "bare", [tiff(dark)], "tif")).train
     np.testing.assert_array_equal(bare.read(0), expected(dark, 1023))
 

@@ -188,7 +188,7 @@ def _usual(kind: np.dtype[Any], high: float) -> int | None:
 
 
 def _declared(image: ImageFile.ImageFile, content: Any) -> int:
-    """How many bits the file says its levels have, if fewer than its container: 9 to 15, or 0."""
+    """The bits that the file says its levels have, 9 to 16, or 0. A container says nothing."""
     bits = 0
     if image.format == "TIFF":
         tags = _tags(image)
@@ -197,7 +197,7 @@ def _declared(image: ImageFile.ImageFile, content: Any) -> int:
         bits = given if given < 16 else int(most).bit_length()
     elif image.format == "PNG":
         bits = max(_significant(bytes(content[: 2**16])), default=0)
-    return bits if 8 < bits < 16 else 0
+    return bits if 8 < bits <= 16 else 0
 
 
 def _significant(head: bytes) -> bytes:
