@@ -218,9 +218,6 @@ def test_a_category_without_a_name(root: Path, name: Any) -> None:
     content = sound()
     content["categories"][1]["name"] = name
     write(root, content, content)
-    if name == "\n":  # shown escaped, that is a name, if a strange one
-        assert opened(root).train.classes == ("\\n", "cat")
-        return
     data = opened(root)
     for side in (data.train, data.test):
         assert side.classes == ("cat",)
@@ -285,6 +282,19 @@ def test_any_json_in_any_place_is_a_sentence_or_a_count(root: Path, data: st.Dat
         assert str(error).isprintable()
         return
     assert used(found) == truth(sound(), set(range(15))) or found.problems
+
+
+def test_boxes_that_reach_beyond_are_told(root: Path) -> None:
+    content = sound()
+    content["annotations"][0]["bbox"] = [30, 20, 55, 38]
+    write(root, content, sound())
+    (note,) = opened(root).train.notes
+    assert note.startswith("1 boxes of") and note.endswith("more than a pixel")
+    for one in content["annotations"]:
+        one["bbox"] = [30, 20, 55, 38]  # right and bottom in place of width and height
+    write(root, content, sound())
+    (note,) = opened(root).train.notes
+    assert note.startswith("15 boxes of") and "left, top, width, height" in note
 
 
 def test_every_kind_is_among_the_first_that_are_named(root: Path) -> None:

@@ -74,13 +74,14 @@ def _names(path: Path, categories: list[Any], problems: Problems) -> dict[Hashab
             identity, name = _id(_field(one, "id")), one.get("name")
             if isinstance(name, int) and not isinstance(name, bool):
                 name = str(name)
-            if not isinstance(name, str) or not is_name(printable(name)):
+            if not isinstance(name, str) or not is_name(printable(name.strip())):
                 raise BadAnnotation(f"category {_shown(identity)} has no name")
+            name = printable(name.strip())
         except BadAnnotation as error:
             problems.add(label, str(error))
             continue
-        if names.setdefault(identity, printable(name)) != printable(name):
-            both = f"{names[identity]} and {printable(name)}"
+        if names.setdefault(identity, name) != name:
+            both = f"{names[identity]} and {name}"
             raise UserError(
                 f"{show(path)}: {both} are both category {_shown(identity)}, so nobody can tell "
                 "whose boxes are whose: give each its own id"

@@ -224,7 +224,10 @@ def build(
     if problems.renamed:
         notes.append(f"{problems.renamed} images of {name} were found under another suffix")
     if beyond:
-        notes.append(f"{beyond} boxes of {name} reach beyond their images by more than a pixel")
+        text = f"{beyond} boxes of {name} reach beyond their images by more than a pixel"
+        if style == "coco" and 2 * beyond > sum(len(sample.boxes) for sample in samples):
+            text += ": COCO's are left, top, width, height, in pixels"
+        notes.append(text)
     return BoxDataset(name, tuple(samples), classes, style, problems.sorted(), tuple(notes))
 
 
