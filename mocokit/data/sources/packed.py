@@ -3,6 +3,7 @@
 import hashlib
 import math
 import mmap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class PackedSource(Encoded):
     """
 
     notes: tuple[str, ...] = ()
+    is_copy = False  # in the cache, of what can be read again
 
     def __init__(
         self,
@@ -97,17 +99,25 @@ class PackedSource(Encoded):
         start = int(self.offsets[index])
         head = self._head(start)
         if head is None:
-            raise BadImage("its pack is damaged here")
+            raise self._damaged("no record begins here")
         first = start + HEAD.size
         content = self._map()[first : first + head.length]
         if not head.fits(content):
-            raise BadImage("its pack is damaged here: the checksum differs")
+            raise self._damaged("the checksum differs")
         if head.kind == BAD:
             # Whoever wrote the pack wrote the reason: it stays one line, wherever it goes.
             raise BadImage(printable(content[:LONGEST_REASON].decode(errors="replace")))
         if head.kind == PIXELS and not 0 < 3 * head.height * head.width == head.length:
-            raise BadImage("its pack is damaged here")
+            raise self._damaged("its size differs")
         return head, content
+
+    def _damaged(self, why: str) -> BadImage:
+        """What to raise for a record; of a copy in the cache, the next opening makes another."""
+        if not self.is_copy:
+            return BadImage(f"its pack is damaged here: {why}")
+        with suppress(OSError):
+            damage_mark(self.path).touch()
+        return BadImage(f"its copy in the cache is damaged ({why}); the next run copies it anew")
 
     def _head(self, start: int) -> Head | None:
         """None where no record begins."""
@@ -166,6 +176,11 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
         remedy = "run the same mocokit pack again, which goes on where it ended"
         raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
     return sources[0], sources[1] if sources[1:] else None
+
+
+def damage_mark(path: Path) -> Path:
+    """The file that says that a record of this pack was found damaged."""
+    return path.with_name(f".{path.name}.damaged")
 
 
 def lacking(source: Source, bound: int | None) -> list[str]:

@@ -33,7 +33,7 @@ from mocokit.data.sources.columns import (
 )
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import write_pack
-from mocokit.data.sources.packed import open_pack
+from mocokit.data.sources.packed import PackedSource, damage_mark, open_pack
 from mocokit.data.sources.shards import split_by_words, split_word
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
@@ -155,13 +155,20 @@ def open_parquet(
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
         with locked(pack.with_name(f".{pack.name}.lock")):
-            if not _is_whole(pack):
+            there = pack.exists()
+            if not (whole := _is_whole(pack)):
                 forget_unused(pack.parent, "*.pack")
                 _copy(Splits(trained, tested), pack, counting)
     except OSError as error:
         where = f"images of {show(paths[0])} cannot be copied to {show(pack)} ({error.strerror})"
         raise UserError(f"{where}: {_REMEDY}") from error
     splits = Splits(*open_pack(pack, "auto"))
+    for source in splits:
+        if isinstance(source, PackedSource):
+            source.is_copy = True
+    if there and not whole:
+        what = f"the copy of {name} in the cache, {show(pack)}, was damaged"
+        splits.train.notes += (f"{what}: it was made anew",)
     held_notes = tested.notes if tested else ()
     splits.train.notes += (*trained.notes, *(f"to validate on: {note}" for note in held_notes))
     return splits
@@ -175,12 +182,16 @@ def _split_of(path: Path, root: Path | None) -> str:
 
 def _is_whole(pack: Path) -> bool:
     """Whether the copy is there, now used once more; a damaged one is removed."""
+    mark = damage_mark(pack)
     try:
+        if mark.exists():
+            raise UserError(f"a record of {show(pack)} is damaged")
         open_pack(pack, "auto")
         with suppress(OSError):  # features of the images are kept by its time of change
             os.utime(pack, ns=(time.time_ns(), pack.stat().st_mtime_ns))
     except UserError:
         pack.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
         return False
     return True
 
