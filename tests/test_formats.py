@@ -208,3 +208,16 @@ def test_what_is_refused_is_never_taken_for_a_tga(rest: bytes, start: bytes) -> 
     if not rest.endswith(b"TRUEVISION-XFILE.\0"):  # that mark decides
         for length in (8, 16, 32, 60):
             assert not is_tga(io.BytesIO(start[:length] + rest)) or length == 8
+
+
+def test_pillow_writes_nothing_of_its_own() -> None:
+    """It logs an error for a TIFF of 5,000 samples a pixel, which Python would print."""
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "TIFF")
+    content = file.getvalue()
+    at = content.index(b"\x15\1\3\0\1\0\0\0") + 8
+    content = content[:at] + (5000).to_bytes(2, "little") + content[at + 2 :]
+    script = "import sys; from mocokit.data.decode import decode\n"
+    script += "try: decode(sys.stdin.buffer.read(), None)\nexcept Exception as e: print(e)"
+    done = subprocess.run([sys.executable, "-c", script], input=content, capture_output=True)
+    assert done.stderr == b"" and b"not read here" in done.stdout

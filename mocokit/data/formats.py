@@ -10,10 +10,14 @@ CUR, DDS, MSP, XBM, PIXAR and XVTHUMB hold textures, brushes, cursors, films, bi
 import functools
 import importlib
 import io
+import logging
 import os
 from typing import IO
 
 from PIL import Image, ImageFile
+
+# What is wrong with a file is said once, as the reason of a bad image; Pillow would write it too.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # What each is opened by, in the order that they are tried; a JPEG with several pictures is an MPO.
 _PLUGINS = {
