@@ -81,7 +81,8 @@ def check(
 def _tell_counts(console: Console, split: str, source: Source) -> None:
     text = f"{split}: {len(source):,} images"
     if source.labels is not None and len(source.classes):
-        counts = np.bincount(source.labels, minlength=len(source.classes))
+        known = source.labels[source.labels >= 0]
+        counts = np.bincount(known, minlength=len(source.classes))
         few, many = int(counts.argmin()), int(counts.argmax())
         text += f", {len(counts)} classes of {counts[few]:,} to {counts[many]:,}"
         if counts[few] < counts[many]:

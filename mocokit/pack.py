@@ -1,5 +1,6 @@
 """One file of bounded images from any data set: faster to read than thousands of large ones."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ def pack(
 
     Images are shrunk by whole factors, to no less than the largest crop of the recipe's views can
     use. What is shrunk becomes a JPEG of quality 95, all else stays as it is; with `raw`, bare
-    pixels are stored, which need the most room and no decoding. An attempt that was broken off is
-    gone on with.
+    pixels are stored, which need the most room and no decoding. An interrupted pack resumes.
+    Nothing that is there already is replaced.
     """
     console, target = Console(), Path(file)
     asked, _ = command.asked(recipe, str(data), settings or {})
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{show(target)} is there already: choose another file, or delete it")
     if not target.resolve().parent.is_dir():
         raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")

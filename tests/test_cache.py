@@ -1,6 +1,10 @@
 """Listings in the cache: used while they stand, and never when they do not."""
 
+import io
+import json
 import os
+import shutil
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -10,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mocokit.data import cache, walk
+from mocokit.data import walk
 from mocokit.data.index import read_arrays, write_arrays
 from mocokit.data.open import open_data
+from mocokit.data.sources import shards
 
 LONG_AGO = 10**18
 
@@ -91,15 +96,119 @@ def test_a_folder_changed_just_now_is_not_trusted_yet(folder: Path) -> None:
     assert not (folder.parent / "cache/listings").exists()
 
 
-def test_a_damaged_or_foreign_entry_is_made_again(folder: Path) -> None:
-    expected = names(folder)
+def entry_of(folder: Path) -> Path:
     (entry,) = (folder.parent / "cache/listings").iterdir()
+    return entry
+
+
+def test_a_damaged_or_foreign_entry_is_made_again(folder: Path, walks: list[bytes]) -> None:
+    expected = names(folder)
+    entry = entry_of(folder)
     content = entry.read_bytes()
-    for damaged in (b"", b"junk", content[:-100], content[:200]):
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    settle(other)
+    names(other)
+    (foreign,) = [one.read_bytes() for one in entry.parent.iterdir() if one != entry]
+    for damaged in (b"", b"junk", content[:-100], content[:200], foreign):
         entry.write_bytes(damaged)
-        assert names(folder) == expected and entry.read_bytes()[:4] == content[:4]
-    (folder / "train/a/1.png").unlink()
-    assert cache._recall(entry, "another key") is None
+        walks.clear()
+        source = open_data(folder).train
+        assert [source.describe(n) for n in range(len(source))] == expected and walks
+        assert "was damaged" in source.notes[-1] and str(entry) in source.notes[-1]
+        walks.clear()
+        assert open_data(folder).train.notes == () and not walks  # whole again, and no note
+        assert entry.read_bytes()[:4] == content[:4]
+
+
+def test_every_bit_of_an_entry_is_checked(folder: Path, walks: list[bytes]) -> None:
+    """A flipped one gives the same listing: by the checksum, or because it is nowhere used."""
+    expected = names(folder)
+    entry = entry_of(folder)
+    content = entry.read_bytes()
+    again = 0
+    for place in range(0, len(content), 29):
+        entry.write_bytes(
+            content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+        )
+        walks.clear()
+        source = open_data(folder).train
+        assert [source.describe(n) for n in range(len(source))] == expected
+        assert bool(walks) == bool(source.notes)
+        again += bool(walks)
+    assert again > len(content) // 29 // 2
+
+
+def test_a_changed_array_with_a_whole_zip_is_seen(folder: Path, walks: list[bytes]) -> None:
+    """The zip's own checksums are of what was written last: ours is of all arrays together."""
+    expected = names(folder)
+    entry = entry_of(folder)
+    whole = read_arrays(entry)
+    for name, change in (
+        ("0.names", lambda one: one ^ 1),
+        ("0.labels", lambda one: one[::-1]),
+        ("watched.marks", lambda one: one[:-1]),
+        ("0.ends", lambda one: one * 2**40),
+    ):
+        write_arrays(entry, whole | {name: change(whole[name])}, compressed=False)
+        source = open_data(folder).train
+        assert [source.describe(n) for n in range(len(source))] == expected
+        assert "its checksum differs" in source.notes[-1]
+
+
+def test_entries_of_an_older_form_are_no_damage(folder: Path) -> None:
+    expected = names(folder)
+    entry = entry_of(folder)
+    arrays = read_arrays(entry)
+    head = json.loads(arrays["head"].tobytes()) | {"format": 1}
+    del arrays["checksum"]
+    old = arrays | {"head": np.frombuffer(json.dumps(head).encode(), np.uint8)}
+    write_arrays(entry, old, compressed=False)
+    assert names(folder) == expected and open_data(folder).train.notes == ()
+
+
+def test_notes_are_there_the_second_time_too(folder: Path, walks: list[bytes]) -> None:
+    (folder / "train/again").symlink_to("a")
+    settle(folder)
+    first = open_data(folder).train.notes
+    walks.clear()
+    assert open_data(folder).train.notes == first and "train/again" in first[0] and not walks
+    tar = folder.parent / "x.tar"
+    with tarfile.open(tar, "w") as file:
+        file.add(folder / "train/a/1.png", "1.png")
+        link = tarfile.TarInfo("2.png")
+        link.type = tarfile.SYMTYPE
+        file.addfile(link)
+    os.utime(tar, ns=(LONG_AGO, LONG_AGO))
+    first = open_data(tar).train.notes
+    assert "links" in first[0] and open_data(tar).train.notes == first
+
+
+def test_an_archive_of_another_size_at_the_same_time_is_seen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = folder.parent / "x.tar"
+    for count in (1, 2, 3):
+        with tarfile.open(tar, "w") as file:
+            for number in range(count):
+                info = tarfile.TarInfo(f"{number}.png")
+                info.size = 20_000  # more than the last block of an archive has room for
+                file.addfile(info, io.BytesIO(bytes(20_000)))
+        os.utime(tar, ns=(LONG_AGO, LONG_AGO))
+        assert len(open_data(tar).train) == count
+    monkeypatch.setattr(shards, "members_of", None)  # and one that is the same is not read again
+    assert len(open_data(tar).train) == 3
+    assert len(list((folder.parent / "cache/listings").iterdir())) == 1
+
+
+def test_use_makes_an_entry_young_again(folder: Path) -> None:
+    names(folder)
+    entry = entry_of(folder)
+    os.utime(entry, (1, 1))
+    names(folder)
+    assert entry.stat().st_mtime > time.time() - 100
+    names(folder / "train")  # writes an entry, and forgets what nobody used
+    assert entry.exists()
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(

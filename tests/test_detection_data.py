@@ -93,7 +93,10 @@ def test_broken_annotations_are_named_and_left_out(tmp_path):
         "text: object 1: cat has no box of four numbers",
     ):
         assert words in said
-    assert data.train.notes == (f"1 images of {root.name} train were found under another suffix",)
+    assert data.train.notes == (
+        f"1 images of {root.name} train were found under another suffix",
+        f"1 boxes of {root.name} train reach beyond their images by more than a pixel",
+    )
     assert [p.split("/")[1] for p in data.test.problems] == ["t: unknown class unicorn"]
 
 
@@ -143,7 +146,7 @@ def test_parts_of_an_object_are_not_the_object(tmp_path):
     part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
     text = xml([("person", (3, 4, 20, 30))]).replace("<bndbox>", part + "<bndbox>", 1)
     (tmp_path / "a.xml").write_text(text)
-    objects, reasons = read_xml(tmp_path / "a.xml")
+    objects, reasons, _ = read_xml(tmp_path / "a.xml")
     assert objects == [("person", (3, 4, 20, 30), False)] and not reasons
 
 

@@ -132,16 +132,55 @@ def test_what_was_damaged_or_of_other_data_is_not_gone_on_with(
     packed(folder, tmp_path / "whole.pack")
     content = bytearray((tmp_path / "whole.pack").read_bytes())
     content[len(content) // 2] ^= 1
-    for part, bound in ((bytes(content), BOUND), (bytes(content), 20)):
-        (tmp_path / "x.pack.part").write_bytes(part)
-        found = packed(folder, tmp_path / "x.pack", bound=bound).train
-        packed(folder, tmp_path / f"{bound}.pack", bound=bound)
-        assert records(tmp_path / "x.pack") == records(tmp_path / f"{bound}.pack")
-        assert isinstance(found, PackedSource) and found.bound == bound
-        assert found.read(3).shape == open_data(tmp_path / f"{bound}.pack").train.read(3).shape
+    (tmp_path / "x.pack.part").write_bytes(bytes(content))
+    found = packed(folder, tmp_path / "x.pack").train
+    assert records(tmp_path / "x.pack") == records(tmp_path / "whole.pack")
+    assert isinstance(found, PackedSource) and found.bound == BOUND
 
 
-def test_files_that_changed_since_are_packed_anew(folder: Path, tmp_path: Path) -> None:
+LINKS = ("link", "dangling", "fifo", "device", "folder")
+
+
+@pytest.mark.parametrize("there", ["other bound", "raw", "other images", "text", "binary", *LINKS])
+@pytest.mark.parametrize("name", ["x.pack.part", "x.pack"])
+def test_nothing_that_is_there_is_emptied(
+    folder: Path, tmp_path: Path, there: str, name: str
+) -> None:
+    """Ten hours of work under the name of FILE.part, a device, or what a link leads to."""
+    import mocokit.pack
+
+    place, other = tmp_path / name, tmp_path / "other"
+    other.write_bytes(b"my only copy")
+    if there in ("other bound", "raw", "other images"):
+        images = folder / "train/a" if there == "other images" else folder
+        bound = 20 if there == "other bound" else BOUND
+        packed(images, tmp_path / "whole.pack", there == "raw", bound)
+        place.write_bytes((tmp_path / "whole.pack").read_bytes()[:-100])
+    elif there == "link":
+        place.symlink_to(other)
+    elif there == "dangling":
+        place.symlink_to(tmp_path / "nowhere")
+    elif there == "fifo":
+        os.mkfifo(place)
+    elif there == "device":
+        place.symlink_to("/dev/null")
+    elif there == "folder":
+        place.mkdir()
+    else:
+        place.write_bytes(b"10 hours of work\n" if there == "text" else bytes(range(256)))
+    before, content = os.lstat(place), place.read_bytes() if place.is_file() else b""
+    with pytest.raises(UserError) as caught:
+        mocokit.pack.pack(folder, tmp_path / "x.pack", settings={"views.size": 16})
+    assert name in str(caught.value) and len(str(caught.value)) < 300
+    after = os.lstat(place)
+    assert (after.st_ino, after.st_size, after.st_mode) == (
+        before.st_ino, before.st_size, before.st_mode
+    )  # fmt: skip
+    assert (place.read_bytes() if place.is_file() else b"") == content
+    assert other.read_bytes() == b"my only copy" and not (tmp_path / "nowhere").exists()
+
+
+def test_files_that_changed_since_are_told(folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folder, tmp_path / "in"))
     packed(folder, tmp_path / "old.pack")
     content = (tmp_path / "old.pack").read_bytes()
@@ -151,6 +190,9 @@ def test_files_that_changed_since_are_packed_anew(folder: Path, tmp_path: Path) 
     path = folder / "train" / first.describe(changed)
     Image.new("RGB", (40, 40), "red").save(path)
     counts: list[int] = []
+    with pytest.raises(UserError, match="other images or settings: move it away"):
+        write_pack(open_data(folder), tmp_path / "x.pack", BOUND, False, 1, counts.append)
+    (tmp_path / "x.pack.part").unlink()
     write_pack(open_data(folder), tmp_path / "x.pack", BOUND, False, 1, counts.append)
     assert counts[0] == 0
     found = open_data(tmp_path / "x.pack").train

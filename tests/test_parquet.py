@@ -273,7 +273,27 @@ def test_a_changed_file_and_a_damaged_copy_are_copied_again(
         assert train.labels is not None and train.labels.tolist() == labels
     for pack in (tmp_path / "cache" / "packs").glob("*.pack"):
         pack.write_bytes(pack.read_bytes()[:-100])
-    assert open_data(path).train.content(2) == noise[2]
+    train = open_data(path).train
+    assert train.content(2) == noise[2] and "was damaged" in train.notes[-1]
+
+
+def test_a_damaged_record_of_a_copy_is_not_kept_for_good(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MOCOKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "in" / "a.parquet"
+    path.parent.mkdir()
+    noise = [bytes(np.random.default_rng(n).bytes(2**16)) for n in range(3)]
+    tables.write_table(pyarrow.table({"image": noise}), path)
+    open_data(path)
+    (pack,) = (tmp_path / "cache" / "packs").glob("*.pack")
+    content = bytearray(pack.read_bytes())
+    content[content.index(noise[1]) + 99] ^= 1
+    pack.write_bytes(content)
+    train = open_data(path).train
+    with pytest.raises(BadImage, match="copies it anew"):
+        train.content(1)
+    again = open_data(path).train
+    assert [again.content(n) for n in range(3)] == noise and "was damaged" in again.notes[-1]
+    assert open_data(path).train.notes == ()
 
 
 @pytest.mark.parametrize(

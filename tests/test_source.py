@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mocokit.data import walk
 from mocokit.data.decode import BadImage
 from mocokit.data.index import load_index, save_index
 from mocokit.data.names import Names
@@ -95,8 +96,54 @@ def test_two_links_to_each_other_end(tmp_path: Path) -> None:
     make(tmp_path, "a/1.png", "b/2.png")
     (tmp_path / "a/to_b").symlink_to(tmp_path / "b")
     (tmp_path / "b/to_a").symlink_to(tmp_path / "a")
-    found = names_of(open_data(tmp_path).train)
-    assert found == ["a/1.png", "a/to_b/2.png", "b/2.png", "b/to_a/1.png"]
+    source = open_data(tmp_path).train
+    assert names_of(source) == ["a/1.png", "b/2.png"]
+    assert "a/to_b, " in source.notes[0] and "b/to_a" in source.notes[0]
+
+
+def test_a_folder_is_listed_once_whatever_links_to_it(tmp_path: Path) -> None:
+    """22 levels of two links each are 4 million ways, and links to / lead everywhere."""
+    root = make(tmp_path / "in", "a/1.png", "z/2.png", "lv21/x.png")
+    elsewhere = make(tmp_path / "elsewhere", "3.png", "sub/4.png")
+    for level in range(21):
+        (root / f"lv{level}").mkdir()
+        for side in "ab":
+            (root / f"lv{level}/{side}").symlink_to(f"../lv{level + 1}")
+    for name, target in {
+        "m1": elsewhere,
+        "m2": elsewhere,
+        "m0sub": elsewhere / "sub",
+        "b": root / "z",
+        "top": "/",
+        "proc": "/proc",
+        "sys": "/sys",
+        "dev": "/dev",
+        "up": "..",
+        "here": ".",
+        "self": "self",
+        "home": tmp_path,
+    }.items():
+        (root / name).symlink_to(target)
+    source = open_data(root).train
+    # By its own name where it has one below the root; else by the first of its links.
+    expected = ["a/1.png", "lv21/x.png", "m0sub/4.png", "m1/3.png", "z/2.png"]
+    assert names_of(source) == expected
+    already, system = source.notes[:2]
+    assert "listed already" in already and "and 45 more" in already
+    assert "system's own" in system and f"{root}/proc" in system
+    (root / "train").mkdir()
+    (root / "a/1.png").rename(root / "train/1.png")
+    with pytest.raises(UserError, match=r"images in train/ and in b/"):
+        open_data(root)  # looks for others beside train/, not through the links to /
+
+
+def test_too_many_folders_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"{n}/{n}.png" for n in range(12)))
+    for name, most in (("MOST_FOLDERS", 10), ("MOST_FILES", 10)):
+        with monkeypatch.context() as patched:
+            patched.setattr(walk, name, most)
+            with pytest.raises(UserError, match="are more than .* a folder further down"):
+                open_data(tmp_path)
 
 
 def test_pipes_are_not_images(tmp_path: Path) -> None:

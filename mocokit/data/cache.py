@@ -2,7 +2,7 @@
 
 A listing is valid while all that it depends on is unchanged: each directory's time of change and
 number of entries, each archive's time and size. Two runs may read and write at the same time,
-because a file appears whole or not at all.
+because a file appears whole or not at all. A damaged file is made anew, and a note says so.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,6 @@ from typing import NamedTuple
 import numpy as np
 
 from mocokit.data.index import (
-    DAMAGE,
-    Arrays,
     Index,
     from_arrays,
     read_arrays,
@@ -28,10 +26,11 @@ from mocokit.data.index import (
     write_arrays,
 )
 from mocokit.data.names import Names
+from mocokit.data.npz import DAMAGE, Arrays
 from mocokit.errors import UserError
-from mocokit.files import cache_folder, show
+from mocokit.files import cache_folder, printable, reason_of, show
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksum
 _SETTLED = 2 * 10**9  # ns; a change within the same tick of the clock would go unseen
 _FORGOTTEN = 100 * 86400  # s after its last use a file is deleted
 
@@ -54,7 +53,8 @@ class Listing(NamedTuple):
 class Watch:
     """All that a listing depends on, noted before it is read.
 
-    `closed` has the folders that this user may not list, each with the system's reason.
+    `closed` has the folders that this user may not list, each with the system's reason; `left` the
+    links that are not followed, each with a reason, or nothing if their folder is listed already.
     """
 
     def __init__(self) -> None:
@@ -62,6 +62,7 @@ class Watch:
         self.paths: list[bytes] = []
         self.marks: list[tuple[int, int]] = []
         self.closed: dict[bytes, str] = {}
+        self.left: dict[bytes, str] = {}
 
     def note(self, path: bytes, time_ns: int, size: int) -> None:
         """`size` is a directory's number of entries, or a file's bytes."""
@@ -76,14 +77,24 @@ class Watch:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A sentence about the folders in `closed`, if there are any."""
-        if not self.closed:
-            return ()
-        names = sorted(self.closed)
-        shown = ", ".join(show(os.fsdecode(one)) for one in names[:4])
-        more = f" and {len(names) - 4:,} more" if names[4:] else ""
-        why = " or ".join(sorted(set(self.closed.values())))
-        return (f"left out, for they cannot be listed ({why}): {shown}{more}",)
+        """A sentence about the folders in `closed`, and one about those in `left`."""
+        notes = []
+        if self.closed:
+            why = " or ".join(sorted(set(self.closed.values())))
+            notes.append(f"left out, for they cannot be listed ({why}): {_few(self.closed)}")
+        again = [path for path, why in self.left.items() if not why]
+        if again:
+            what = "links to folders that are listed already, or that the images lie in"
+            notes.append(f"left out, {what}: {_few(again)}")
+        if system := [path for path, why in self.left.items() if why]:
+            notes.append(f"left out, links into the system's own folders: {_few(system)}")
+        return tuple(notes)
+
+
+def _few(paths: Iterable[bytes]) -> str:
+    names = sorted(paths)
+    shown = ", ".join(show(os.fsdecode(one)) for one in names[:4])
+    return shown + (f" and {len(names) - 4:,} more" if names[4:] else "")
 
 
 def listed(key: str, scan: Callable[[Watch], Listing]) -> Listing:
@@ -93,23 +104,40 @@ def listed(key: str, scan: Callable[[Watch], Listing]) -> Listing:
         path = cache_folder() / "listings" / f"{name}.npz"
     except UserError:  # no home: that costs time, not the run
         return scan(Watch())
-    if (known := _recall(path, key)) is not None:
+    try:
+        known = _recall(path, key)
+        damage = ""
+    except DAMAGE as error:
+        known, damage = None, printable(reason_of(error)) or type(error).__name__
+    if known is not None:
         return known
     watch = Watch()
     found = scan(watch)
     if watch.settled:
         with suppress(OSError):  # a full or read-only home costs time, not the run
             _remember(path, key, found, watch)
+    if damage:
+        note = f"the listing in {show(path)} was damaged ({damage}): images are listed anew"
+        found = found._replace(notes=(*found.notes, note))
     return found
 
 
 def _recall(path: Path, key: str) -> Listing | None:
+    """What was kept under a key; None: nothing, or what has changed since. Raises one of DAMAGE."""
     try:
         arrays = read_arrays(path)
-        head = json.loads(arrays["head"].tobytes())
-        if (head["format"], head["key"]) != (_FORMAT, key):
-            return None
-        watched = Names(arrays["watched.names"], arrays["watched.ends"])
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    head = json.loads(arrays["head"].tobytes())
+    if head["format"] != _FORMAT:
+        return None
+    if _checksum(arrays) != arrays["checksum"].tobytes():
+        raise ValueError("its checksum differs")
+    if head["key"] != key:
+        raise ValueError("it is of other images")
+    watched = Names(arrays["watched.names"], arrays["watched.ends"])
+    watched.check()
+    with suppress(OSError):
         for place, mark in zip(watched.every(), arrays["watched.marks"].tolist(), strict=True):
             if _mark(place) != tuple(mark):
                 return None
@@ -118,10 +146,19 @@ def _recall(path: Path, key: str) -> Listing | None:
             for number, root in enumerate(head["roots"])
         ]
         with suppress(OSError):
-            os.utime(path)
+            os.utime(path)  # used once more
         return Listing(parts[0], parts[1] if parts[1:] else None, tuple(head["notes"]))
-    except DAMAGE:
-        return None
+    return None
+
+
+def _checksum(arrays: Arrays) -> bytes:
+    """Of all arrays but itself, with their names, types and shapes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(set(arrays) - {"checksum"}):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def _mark(path: bytes) -> tuple[int, int]:
@@ -139,6 +176,7 @@ def _remember(path: Path, key: str, found: Listing, watch: Watch) -> None:
     arrays["watched.marks"] = np.array(watch.marks, np.int64).reshape(-1, 2)
     for number, part in enumerate(parts):
         arrays |= to_arrays(part.known, f"{number}.")
+    arrays["checksum"] = np.frombuffer(_checksum(arrays), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     forget_unused(path.parent, "*.npz*")
     write_arrays(path, arrays, compressed=False)

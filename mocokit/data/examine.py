@@ -89,7 +89,7 @@ def _look(source: Source, number: int, bound: int) -> Look:
             digest.update(np.ascontiguousarray(pixels).data)
             return Look("bare pixels", height, width, digest.digest())
         digest = hashlib.blake2b(content, digest_size=_BYTES)
-        return Look(*look_at(content), digest.digest())
+        return Look(*look_at(content)[:3], digest.digest())
     except BadImage as error:
         return Look("", 0, 0, b"", str(error))
 

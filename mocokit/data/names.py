@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from mocokit.files import printable
+
+_SHOWN = 1000  # bytes of a name; longer ones are no file's
+
 
 class Names:
     """Many file names in two arrays, so that processes share them: a list's would be copied."""
@@ -30,6 +34,22 @@ class Names:
         index = range(len(self.ends))[index]
         first = int(self.ends[index - 1]) if index else 0
         return self.text[first : int(self.ends[index])].tobytes()
+
+    def check(self) -> None:
+        """Raises ValueError where the ends do not divide the text."""
+        text, ends = self.text, self.ends
+        numbers = ends.ndim == text.ndim == 1 and ends.dtype.kind in "iu" and text.dtype == np.uint8
+        if not numbers or (np.diff(ends, prepend=0) < 0).any():
+            raise ValueError("its names are damaged")
+        if (int(ends[-1]) if len(ends) else 0) != len(text):
+            raise ValueError("its names are damaged")
+
+    def shown(self, index: int) -> str:
+        """A name for a message: on one line, and of a length that fits there."""
+        first = int(self.ends[index - 1]) if index else 0
+        if int(self.ends[index]) - first <= _SHOWN:
+            return printable(self[index])
+        return printable(os.fsdecode(self.text[first : first + _SHOWN].tobytes())) + "..."
 
     def every(self) -> Iterator[bytes]:
         """All names, much faster than one by one."""

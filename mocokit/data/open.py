@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from mocokit.data import locations
+from mocokit.data import depth, locations
 from mocokit.data.names import short_name
 from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import open_arrays
@@ -18,7 +18,7 @@ from mocokit.data.sources.parquet import Counting, open_hub, open_parquet, open_
 from mocokit.data.sources.several import SeveralSource, unlabelled
 from mocokit.data.sources.shards import open_shards, open_shards_below
 from mocokit.errors import UserError
-from mocokit.files import reason_of, show
+from mocokit.files import printable, reason_of, show
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -33,10 +33,18 @@ def open_data(
 
     A place is a folder, archives, a list, arrays, a pack, parquet files, or the name of a known
     set, which lies below `root` or is downloaded there. `counting(done, total)` is shown what takes
-    long.
+    long. All images of more than 8 bits are read on one scale.
     """
     if path is None:
         return _open_demo(labels)
+    splits = _open(path, labels, root, counting)
+    depth.settle(splits)
+    return splits
+
+
+def _open(
+    path: str | Path, labels: Labels, root: str | Path | None, counting: Counting | None
+) -> Splits:
     found = locations.split(str(path))
     if not found:
         raise UserError(f"there are no images at {show(path)}: the pattern matches no file")
@@ -89,6 +97,8 @@ def _kind(text: str) -> str:
 
 
 def _open_file(place: Path, labels: Labels) -> Splits:
+    if not place.is_file():
+        raise UserError(f"{show(place)} is a pipe or a device: give a folder or a file of images")
     ending = place.suffix.lower()
     if ending in (".npz", ".npy"):
         return Splits(*open_arrays(place, short_name(place.stem), labels))
@@ -119,7 +129,7 @@ def _existing(text: str) -> Path:
     try:
         place.stat()
     except (OSError, ValueError) as error:
-        why = reason_of(error)
+        why = printable(reason_of(error))
         raise UserError(
             f"there are no images at {show(place)} ({why}): {locations.remedy(text)}"
         ) from error

@@ -1,19 +1,24 @@
 """What a run asks of images, wherever they come from."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mocokit.data.decode import decode
 from mocokit.data.index import Index
 from mocokit.errors import UserError
+
+UNLABELLED = -1  # the label of an image that has no class, among others that have one
 
 
 class Source(Protocol):
     """Images with stable numbers 0 .. len - 1.
 
-    `name` is short and fits into a folder's name; the same content has the same `fingerprint`;
-    `notes` are sentences that the images' owner should read.
+    `labels` are numbers of `classes`, or UNLABELLED; `name` is short and fits into a folder's name;
+    the same content has the same `fingerprint`; `notes` are sentences that the images' owner should
+    read.
     """
 
     name: str
@@ -49,6 +54,33 @@ class Source(Protocol):
         ...
 
 
+class Encoded(ABC):
+    """Images that are decoded when they are read. Level `top` of deep ones becomes 255.
+
+    `settled`: the scale was fixed when they were written.
+    """
+
+    top: int | None = None
+    settled = False
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def content(self, index: int) -> bytes | None:
+        """An image as an encoded file; None where bare pixels are stored. Raises BadImage."""
+
+    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
+        """The pixels (H, W, 3) of an image; raises BadImage."""
+        content = self.content(index)
+        assert content is not None
+        return decode(content, bound, self.top)
+
+    def scaled(self, fingerprint: str) -> str:
+        """A fingerprint that also tells scales apart, for what is computed from pixels."""
+        return fingerprint if self.top is None else f"{fingerprint} up to {self.top}"
+
+
 class Splits(NamedTuple):
     """Images to train on, and others to validate on."""
 
@@ -75,13 +107,18 @@ class Splits(NamedTuple):
         if other is not None and other.labels is not None and other.classes != classes:
             every = extended(classes, other.classes)
             numbers = np.array([every.index(name) for name in other.classes], np.int64)
-            other.labels, other.classes = numbers[other.labels], every
+            other.labels, other.classes = relabelled(other.labels, numbers), every
         return self
 
 
 def as_splits(source: Source | Splits) -> Splits:
     """A source's images to train on alone, or both splits as they are given."""
     return source if isinstance(source, Splits) else Splits(source, None)
+
+
+def relabelled(labels: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The same labels, with class n called numbers[n]. What has no class still has none."""
+    return np.append(numbers, UNLABELLED)[labels]
 
 
 def extended(classes: tuple[str, ...], more: tuple[str, ...]) -> tuple[str, ...]:

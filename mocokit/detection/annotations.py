@@ -4,17 +4,21 @@ A document that declares entities is refused, so entities are never expanded. Si
 number of objects are bounded.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 from xml.parsers import expat
 
-from mocokit.data.decode import BadImage, read_file
+from mocokit.files import printable, read_regular, reason_of
 
 MAX_BYTES = 2**20  # the largest of VOC has 20 KB
 MAX_DEPTH = 16
 MAX_OBJECTS = 10_000
+MAX_NAME = 100  # characters
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FIELDS = {("name",), ("difficult",), *(("bndbox", corner) for corner in _CORNERS)}
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)  # float() takes more
+_DIFFICULT = {"0": False, "": False, "false": False, "1": True, "true": True}
 
 
 class BadAnnotation(Exception):
@@ -32,12 +36,25 @@ class Annotated(NamedTuple):
     difficult: bool
 
 
+class Annotation(NamedTuple):
+    """The usable objects of an image, a reason for each other one, and the stated size (w, h)."""
+
+    objects: list[Annotated]
+    reasons: list[str]
+    size: tuple[float, float] | None = None
+
+
+_Fields = dict[tuple[str, ...], str]
+
+
 class _Reader:
-    """Collects the text of the fields in _FIELDS of each annotation/object."""
+    """Collects the text of the fields in _FIELDS of each annotation/object, and of the size."""
 
     def __init__(self) -> None:
         self.path: list[str] = []
-        self.objects: list[dict[tuple[str, ...], str]] = []
+        self.objects: list[_Fields] = []
+        self.twice: set[int] = set()  # objects that state a field twice, and not alike
+        self.size: _Fields = {}
         self.text: list[str] = []
 
     def start(self, name: str, attributes: dict[str, str]) -> None:
@@ -54,9 +71,12 @@ class _Reader:
         self.text.append(text)
 
     def end(self, name: str) -> None:
-        field = tuple(self.path[2:])
+        field, text = tuple(self.path[2:]), "".join(self.text).strip()
         if self.path[1:2] == ["object"] and field in _FIELDS:
-            self.objects[-1].setdefault(field, "".join(self.text).strip())
+            if self.objects[-1].setdefault(field, text) != text:
+                self.twice.add(len(self.objects))
+        elif self.path[1:2] == ["size"]:
+            self.size.setdefault(field, text)
         self.path.pop()
         self.text = []
 
@@ -65,8 +85,8 @@ def _refuse(*arguments: object) -> None:
     raise BadAnnotation("declares a document type or entities, refused")
 
 
-def read_xml(path: Path) -> tuple[list[Annotated], list[str]]:
-    """The usable objects of a file, and a reason for each other object. Raises BadAnnotation."""
+def read_xml(path: Path) -> Annotation:
+    """What a file of VOC says. Raises BadAnnotation."""
     reader, parser = _Reader(), expat.ParserCreate()
     parser.StartElementHandler = reader.start
     parser.EndElementHandler = reader.end
@@ -74,30 +94,48 @@ def read_xml(path: Path) -> tuple[list[Annotated], list[str]]:
     parser.StartDoctypeDeclHandler = _refuse
     parser.EntityDeclHandler = _refuse
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadAnnotation(f"larger than {MAX_BYTES // 2**20} MiB, refused")
-        parser.Parse(read_file(path), True)
+        parser.Parse(read_regular(path, MAX_BYTES), True)
     except FileNotFoundError:
         raise BadAnnotation("there is no such annotation") from None
-    except (OSError, BadImage, ValueError, LookupError, expat.ExpatError) as error:
-        raise BadAnnotation(" ".join(str(error).split())[:120]) from None
+    except (OSError, ValueError, LookupError, expat.ExpatError) as error:
+        raise BadAnnotation(printable(reason_of(error))) from None
     objects, reasons = [], []
     for number, fields in enumerate(reader.objects, start=1):
         try:
+            if number in reader.twice:
+                raise BadAnnotation("states the same twice, and not alike")
             objects.append(_object(fields))
         except BadAnnotation as error:
             reasons.append(f"object {number}: {error}")
-    return objects, reasons
+    sides = [_number(reader.size.get((side,), "")) for side in ("width", "height")]
+    return Annotation(objects, reasons, stated_size(*sides))
 
 
-def _object(fields: dict[tuple[str, ...], str]) -> Annotated:
+def stated_size(width: float | None, height: float | None) -> tuple[float, float] | None:
+    """Width and height of an image as its annotation has them; many write 0 for not knowing."""
+    return (width, height) if width and height and width > 0 < height else None
+
+
+def _number(text: str) -> float | None:
+    return float(text) if _NUMBER.fullmatch(text) else None
+
+
+def _object(fields: _Fields) -> Annotated:
     name = fields.get(("name",), "")
-    if not name or not name.isprintable() or len(name) > 100:
+    if not is_name(name):
         raise BadAnnotation("has no name")
-    try:
-        left, top, right, bottom = (float(fields[("bndbox", corner)]) for corner in _CORNERS)
-    except (KeyError, ValueError):
-        raise BadAnnotation(f"{name} has no box of four numbers") from None
+    corners = [_number(fields.get(("bndbox", corner), "")) for corner in _CORNERS]
+    left, top, right, bottom = corners
+    if left is None or top is None or right is None or bottom is None:
+        raise BadAnnotation(f"{name} has no box of four numbers")
     if not (right > left and bottom > top):
         raise BadAnnotation(f"{name} has a box without area")
-    return Annotated(name, (left, top, right, bottom), fields.get(("difficult",), "0") == "1")
+    difficult = fields.get(("difficult",), "0")
+    if difficult.lower() not in _DIFFICULT:
+        raise BadAnnotation(f"{name} is neither difficult nor not: it says {difficult[:20]!r}")
+    return Annotated(name, (left, top, right, bottom), _DIFFICULT[difficult.lower()])
+
+
+def is_name(name: str) -> bool:
+    """Whether a class can be called this."""
+    return bool(name.strip()) and name.isprintable() and len(name) <= MAX_NAME

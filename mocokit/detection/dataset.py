@@ -4,7 +4,7 @@ Annotations that cannot be used are named, counted and left out.
 """
 
 import hashlib
-import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,15 +12,16 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from mocokit.data.decode import BadImage, look_at
 from mocokit.detection.annotations import Annotated, BadAnnotation, read_xml
 from mocokit.errors import UserError
-from mocokit.files import printable
+from mocokit.files import printable, read_regular, reason_of, show
 
 Style = Literal["voc", "coco"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 LISTS = {"train": ("trainval", "train"), "test": ("test", "val")}
+_SHOWN = 200  # characters of a name or a reason
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
@@ -33,6 +34,7 @@ class Sample:
     boxes: NDArray[np.float64]
     labels: NDArray[np.int64]
     difficult: NDArray[np.bool_]  # COCO: a crowd
+    top: int | None = None  # the level that becomes 255, in images of more than 8 bits
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class RawSample:
     name: str
     path: Path
     objects: list[Annotated]
+    size: tuple[float, float] | None = None  # width and height as stated
 
 
 @dataclass
@@ -73,7 +76,21 @@ class Problems:
     renamed: int = 0
 
     def add(self, name: str, reason: str) -> None:
-        self.found.append(f"{printable(name)}: {printable(reason)}")
+        """A stranger's text may be of any length, and there may be millions of them."""
+        self.found.append(f"{printable(name[:_SHOWN])}: {printable(reason[:_SHOWN])}")
+
+    def sorted(self) -> tuple[str, ...]:
+        """The first of every kind before the second of any, so that each kind is among the named.
+
+        Reasons of a kind end alike.
+        """
+        seen: Counter[str] = Counter()
+        ranks = []
+        for one in self.found:
+            kind = " ".join(one.split()[-3:])
+            ranks.append(seen[kind])
+            seen[kind] += 1
+        return tuple(self.found[at] for at in np.argsort(ranks, kind="stable").tolist())
 
 
 Advance = Callable[[int], None]
@@ -90,7 +107,7 @@ def read_voc(
             label = printable(f"{folder.name}/{identity}")
             try:
                 path = _image(folder / "JPEGImages", identity, problems)
-                objects, reasons = read_xml(folder / "Annotations" / f"{identity}.xml")
+                objects, reasons, size = read_xml(folder / "Annotations" / f"{identity}.xml")
             except BadAnnotation as error:
                 problems.add(label, str(error))
                 continue
@@ -100,7 +117,7 @@ def read_voc(
                 one._replace(box=(one.box[0] - 1, one.box[1] - 1, one.box[2], one.box[3]))
                 for one in objects
             ]
-            found.append(RawSample(label, path, shifted))
+            found.append(RawSample(label, path, shifted, size))
     return found
 
 
@@ -108,9 +125,10 @@ def identities(folder: Path, name: str) -> list[str]:
     """The identifiers in a list, each once. Raises UserError."""
     path = folder / "ImageSets" / "Main" / f"{name}.txt"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); it lists the images of {name}") from None
+        why = f"({printable(reason_of(error))}); it lists the images of {name}"
+        raise UserError(f"{show(path)} cannot be read {why}") from None
     return list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
 
 
@@ -122,13 +140,21 @@ def inside(folder: Path, name: str) -> Path:
     return folder / pure
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that the system refuses is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _image(folder: Path, identity: str, problems: Problems) -> Path:
     path = inside(folder, identity + IMAGE_SUFFIXES[0])
-    if path.is_file():
+    if is_file(path):
         return path
     for suffix in IMAGE_SUFFIXES[1:]:
         other = path.with_name(path.name.removesuffix(IMAGE_SUFFIXES[0]) + suffix)
-        if other.is_file():
+        if is_file(other):
             problems.renamed += 1
             return other
     raise BadAnnotation("there is no image of that name")
@@ -147,6 +173,7 @@ def build(
     problems: Problems,
     *,
     train: bool,
+    top: int | None = None,
 ) -> BoxDataset:
     """Number the classes, read the header of each image, and leave out what cannot be used.
 
@@ -154,12 +181,17 @@ def build(
     Raises UserError if no image is left.
     """
     numbers = {one: number for number, one in enumerate(classes)}
-    samples, empty = [], 0
+    samples, empty, beyond = [], 0, 0
     for raw in raws:
         try:
             height, width = image_size(raw.path)
+            if raw.size not in (None, (width, height)):
+                assert raw.size is not None
+                stated = f"{raw.size[0]:g} x {raw.size[1]:g} pixels are annotated"
+                raise BadAnnotation(f"{stated}, but {width} x {height} is its image's size")
         except BadAnnotation as error:
-            problems.add(raw.name, str(error))
+            boxes = f"; its {len(raw.objects):,} boxes are left out too" if raw.objects else ""
+            problems.add(raw.name, f"{error}{boxes}")
             continue
         good = []
         for one in raw.objects:
@@ -168,6 +200,7 @@ def build(
                 problems.add(raw.name, reason)
             elif not (train and style == "coco" and one.difficult):
                 good.append(one)
+                beyond += not _within(one, height, width)
         if train and not good:
             empty += 1
             continue
@@ -178,17 +211,24 @@ def build(
                 np.array([one.box for one in good], np.float64).reshape(-1, 4),
                 np.array([numbers[one.name] for one in good], np.int64),
                 np.array([one.difficult for one in good], bool),
+                top,
             )
         )
     if not samples:
-        first = f"; the first problem: {problems.found[0]}" if problems.found else ""
-        raise UserError(f"{name} has no image with a usable annotation{first}")
+        first = problems.sorted()
+        why = f"; {len(first):,} were left out, the first: {first[0]}" if first else ""
+        raise UserError(f"{printable(name)} has no image with a usable annotation{why}")
     notes = []
     if empty:
         notes.append(f"{empty} images of {name} without a usable box are not trained on")
     if problems.renamed:
         notes.append(f"{problems.renamed} images of {name} were found under another suffix")
-    return BoxDataset(name, tuple(samples), classes, style, tuple(problems.found), tuple(notes))
+    if beyond:
+        text = f"{beyond} boxes of {name} reach beyond their images by more than a pixel"
+        if style == "coco" and 2 * beyond > sum(len(sample.boxes) for sample in samples):
+            text += ": COCO's are left, top, width, height, in pixels"
+        notes.append(text)
+    return BoxDataset(name, tuple(samples), classes, style, problems.sorted(), tuple(notes))
 
 
 def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> str | None:
@@ -199,17 +239,24 @@ def _fault(one: Annotated, numbers: dict[str, int], height: int, width: int) -> 
         return f"{one.name} has a box without area"
     if right <= 0 or bottom <= 0 or left >= width or top >= height:
         return f"{one.name} has a box outside of the image"
+    if right <= 1 and bottom <= 1 and min(height, width) > 2:
+        return f"{one.name} has a box within one pixel, as if in shares of the image"
     return None
+
+
+def _within(one: Annotated, height: int, width: int) -> bool:
+    left, top, right, bottom = one.box
+    return left >= -1 and top >= -1 and right <= width + 1 and bottom <= height + 1
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width as a viewer shows the image, from its header. Raises BadAnnotation."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in _TURNED
-                return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:80] or type(error).__name__
-        raise BadAnnotation(f"its image cannot be read ({reason})") from None
+        with open(path, "rb") as file:
+            look = look_at(file)
+    except (OSError, BadImage) as error:
+        raise BadAnnotation(
+            f"its image cannot be read ({printable(reason_of(error)[:80])})"
+        ) from None
+    turned = look.orientation in _TURNED
+    return (look.width, look.height) if turned else (look.height, look.width)

@@ -1,27 +1,27 @@
 """Training and test images from VOCdevkit, a folder of the same layout, or COCO's json."""
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mocokit.data.decode import BadImage, read_file
-from mocokit.detection.annotations import Annotated, BadAnnotation
+from mocokit.data import depth
+from mocokit.data.decode import read_file
+from mocokit.detection.coco import read_coco
 from mocokit.detection.dataset import (
     LISTS,
     Advance,
     BoxDataset,
     Problems,
     RawSample,
+    Style,
     build,
     class_names,
     identities,
-    inside,
     read_voc,
 )
 from mocokit.errors import UserError
-from mocokit.files import printable
 
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 SPLITS = {
@@ -53,21 +53,23 @@ def open_boxes(
         raise UserError(
             f"{root} is not a folder; give VOCdevkit/, a folder of its layout, or COCO's"
         )
-    sides, words, devkit, total = _sides(root, split)
+    readers, words, devkit, total = _sides(root, split)
     train_problems, test_problems = Problems(), Problems()
     with counting("annotations read:", total) if total else nullcontext(_silent) as advance:
-        train = sides[0](train_problems, advance)
-        test = sides[1](test_problems, advance)
+        train = readers[0](train_problems, advance)
+        test = readers[1](test_problems, advance)
     names = classes or class_names(train)
     if not names:
         raise UserError(f"{root} has no annotated object to train on{_first(train_problems)}")
-    style: Any = "coco" if words.endswith(".json") else "voc"
-    return DetectionData(
-        build(f"{root.name} train", train, names, style, train_problems, train=True),
-        build(f"{root.name} test", test, names, style, test_problems, train=False),
-        words,
-        devkit,
-    )
+    style: Style = "coco" if words.endswith(".json") else "voc"
+    paths = [raw.path for raw in (*train, *test)]
+    found = depth.measure(lambda number: read_file(paths[number]), len(paths))
+    sides = []
+    for side, raws, problems in (("train", train, train_problems), ("test", test, test_problems)):
+        given = f"{root.name} {side}", raws, names, style, problems
+        sides.append(build(*given, train=side == "train", top=found.top))
+    sides[0] = replace(sides[0], notes=(*found.notes, *sides[0].notes))
+    return DetectionData(sides[0], sides[1], words, devkit)
 
 
 def _silent(count: int) -> None: ...
@@ -137,40 +139,3 @@ def _json(root: Path, words: tuple[str, ...]) -> Path | None:
 
 def _coco(root: Path, path: Path) -> Side:
     return lambda problems, advance: read_coco(root, path, problems)
-
-
-def read_coco(root: Path, path: Path, problems: Problems) -> list[RawSample]:
-    """The images of a COCO json: images, annotations (bbox: left, top, width, height), categories.
-
-    Images may be in a folder named like the file (train2017), in images/, beside the json, or in
-    root. Raises UserError if the file has another form.
-    """
-    try:
-        content: dict[str, Any] = json.loads(read_file(path))
-        names = {one["id"]: printable(str(one["name"])) for one in content["categories"]}
-        images = {one["id"]: str(one["file_name"]) for one in content["images"]}
-        boxes = list(content["annotations"])
-    except (BadImage, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not COCO's json of images and boxes ({error})") from None
-    stem = path.stem.removeprefix("instances_")
-    places = [root / stem, root / "images" / stem, root / "images", path.parent, root]
-    found: dict[Any, RawSample] = {}
-    for identity, name in images.items():
-        try:
-            tries = [inside(place, name) for place in places]
-            there = next((one for one in tries if one.is_file()), None)
-            if there is None:
-                raise BadAnnotation("there is no image of that name")
-            found[identity] = RawSample(printable(name), there, [])
-        except BadAnnotation as error:
-            problems.add(name, str(error))
-    for one in boxes:
-        try:
-            left, top, width, height = (float(value) for value in one["bbox"])
-            name, image = names[one["category_id"]], one["image_id"]
-            one = Annotated(name, (left, top, left + width, top + height), one.get("iscrowd") == 1)
-            if image in found:
-                found[image].objects.append(one)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            problems.add(str(one)[:60], "an annotation without image, class or box")
-    return list(found.values())

@@ -29,7 +29,7 @@ def sheet(data: BoxDataset, tested: Outcome, count: int) -> Image.Image:
     rows = []
     for number in chosen(data, tested, count):
         sample = data.samples[number]
-        picture = Image.fromarray(decode(sample.path, None))
+        picture = Image.fromarray(decode(sample.path, None, sample.top))
         truth: Marks = [
             (box, int(label), data.classes[label] + (" (difficult)" if difficult else ""))
             for box, label, difficult in zip(

@@ -47,7 +47,7 @@ def resized(height: int, width: int, side: int, cap: int) -> tuple[int, int]:
 
 def view(sample: Sample, side: int, cap: int, flip: bool) -> View:
     """The view of an image. Raises BadImage."""
-    pixels = decode(sample.path, None)
+    pixels = decode(sample.path, None, sample.top)
     height, width = pixels.shape[:2]
     tall, wide = resized(height, width, side, cap)
     # As in detectron2, Pillow resizes: it antialiases, and torchvision's detectors do not.

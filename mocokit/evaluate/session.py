@@ -9,7 +9,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mocokit.data import locations
+from mocokit.data import depth, locations
 from mocokit.data.open import Labels, open_data
 from mocokit.data.source import Source, Splits
 from mocokit.engine.record import Console
@@ -30,6 +30,7 @@ from mocokit.protocols.labelled import LabelledSplit, labelled_split
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, features_of
+from mocokit.run.open import kept_index
 from mocokit.settings.schema import Settings
 from mocokit.weights.resolve import Opened, is_ours, open_model
 from mocokit.weights.subject import FrozenModel, Pixels
@@ -82,6 +83,10 @@ class Session:
         threads = default_threads() if stated == "auto" else min(stated, default_threads())
         prepare(self.device, threads, deterministic=False)
         self.splits = known or labelled(None, settings)
+        if (folder := self.opened.folder) is not None and depth.top_of(*self.splits) is not None:
+            run_index = kept_index(folder, self.splits.train)
+            if run_index.fingerprint == self.splits.train.fingerprint:  # read as it was trained on
+                depth.keep(self.splits, run_index.top)
         self.split: LabelledSplit = labelled_split(
             *self.splits, seed=options.seed, leave_one_out=leave_one_out
         )

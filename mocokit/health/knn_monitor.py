@@ -69,11 +69,13 @@ class KnnMonitor:
         self.k, self.temperature, self.precision = k, temperature, precision
         everything = np.arange(len(train))
         order = np.argsort(chance.uniform(seed, 0, everything, 0, Slot.HOLD_OUT), kind="stable")
+        order = order[train.labels[order] >= 0]  # the others have no class
         if validation is not None and validation.labels is not None:
-            self.queries, self.query_numbers = validation, np.arange(len(validation))
+            self.queries = validation
+            self.query_numbers = np.flatnonzero(validation.labels >= 0)
             kept, self.split = order, "validation images"
         else:
-            held = max(1, len(train) // 10)
+            held = max(1, len(order) // 10)
             self.queries, self.query_numbers = train, np.sort(order[:held])
             kept, self.split = order[held:], "a held-out tenth of the labelled images"
         self.train, self.bank_numbers = train, np.sort(kept[:bank])

@@ -66,21 +66,21 @@ def labelled_split(
             f"{train.name} has no labels, so it cannot be scored; give a folder "
             "with a subfolder per class, one with train/ and val/, or an .npz with train_labels"
         )
-    everything = np.arange(len(train))
+    everything = np.flatnonzero(train.labels >= 0)  # the others have no class
     classes = _classes(train, validation)
     if validation is not None and validation.labels is not None and len(validation):
-        description = f"{len(train):,} training images, {len(validation):,} test images"
-        return LabelledSplit(
-            train, everything, validation, np.arange(len(validation)), classes, description
-        )
+        tested = np.flatnonzero(validation.labels >= 0)
+        description = f"{len(everything):,} training images, {len(tested):,} test images"
+        return LabelledSplit(train, everything, validation, tested, classes, description)
     if leave_one_out:
-        if len(train) < 2:
+        if (count := len(everything)) < 2:
             raise UserError(
-                f"{train.name} has {len(train)} labelled image; the kNN vote needs at least two"
+                f"{train.name} has {count} labelled image; the kNN vote needs at least two"
             )
-        description = f"{len(train):,} training images, each left out of its own vote"
+        description = f"{len(everything):,} training images, each left out of its own vote"
         return LabelledSplit(train, everything, train, everything, classes, description, True)
-    kept, held_out = hold_out(train.labels, TEST_SHARE, seed, Slot.TEST)
+    kept, held_out = hold_out(train.labels[everything], TEST_SHARE, seed, Slot.TEST)
+    kept, held_out = everything[kept], everything[held_out]
     if not len(held_out):
         raise UserError(
             f"{train.name} has one image per class, so none can be held out; give validation images"

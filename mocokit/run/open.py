@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from mocokit.data import depth
 from mocokit.data.batch import read_spread
 from mocokit.data.index import Index, load_index, save_index
 from mocokit.data.source import Source, Splits
@@ -182,7 +183,9 @@ def open_run(
     asking = RunRequest(asked, stated, splits, device, restarted)
     decision = decided_by_rank_zero(world, lambda: decide(asking, out, resume))
     folder, settings, notices = decision.folder, decision.settings, decision.notices
-    found = renumbered(splits.train, decision.images(splits.train))
+    index = decision.images(splits.train)
+    depth.keep(splits, index.top)
+    found = renumbered(splits.train, index)
     if found is None:
         raise UserError("a process sees other images than the first: give all of them the same")
     splits = splits._replace(train=found[0]).numbered_by(found[0].classes)

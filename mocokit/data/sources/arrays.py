@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from mocokit.data.index import DAMAGE, Index
+from mocokit.data.index import Index
+from mocokit.data.npz import DAMAGE, Archive, map_array
 from mocokit.errors import UserError
-from mocokit.files import reason_of, show
+from mocokit.files import printable, reason_of, show
 
 MAX_CLASSES = 10**6
 
@@ -101,11 +103,14 @@ def open_arrays(
 
 
 def _splits(
-    path: Path, archive: Any, name: str, labelled: bool
+    path: Path, archive: Archive, name: str, labelled: bool
 ) -> tuple[ArraySource, ArraySource | None]:
     keys = archive.files
     if "train_images" not in keys:
-        found, remedy = ", ".join(keys) or "none", "save the images under train_images"
+        found, remedy = (
+            printable(", ".join(keys))[:300] or "none",
+            "save the images under train_images",
+        )
         raise UserError(f"{show(path)} lacks the key train_images (it has: {found}): {remedy}")
     # As in MedMNIST: test_images are what a figure is quoted on.
     held = next((split for split in ("test", "val") if f"{split}_images" in keys), None)
@@ -120,31 +125,30 @@ def _splits(
 
 def _map(path: Path) -> NDArray[Any]:
     try:
-        return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        return map_array(path)
+    except DAMAGE as error:
         raise _unreadable(path, error) from error
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    # Opened here, because numpy leaves the file open when the archive is damaged.
+def _opened(path: Path) -> Iterator[Archive]:
     try:
         file = path.open("rb")
     except OSError as error:
         raise _unreadable(path, error) from error
     with file:
+        if file.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
+            raise UserError(f"{show(path)} holds a single array: let its name end in .npy")
         try:
-            archive = np.load(file, allow_pickle=False)
+            archive = Archive(file)
         except DAMAGE as error:
             raise _unreadable(path, error) from error
-        if isinstance(archive, np.ndarray):
-            raise UserError(f"{show(path)} holds a single array: let its name end in .npy")
         yield archive
 
 
-def _member(path: Path, archive: Any, key: str) -> NDArray[Any]:
+def _member(path: Path, archive: Archive, key: str) -> NDArray[Any]:
     try:
-        return np.asarray(archive[key])
+        return archive[key]
     except DAMAGE as error:
         raise _unreadable(path, error, f"{key} of ") from error
 
@@ -153,7 +157,7 @@ def _unreadable(path: Path, error: Exception, part: str = "") -> UserError:
     if "pickle" in str(error) or "Python objects" in str(error):
         risk = "holds pickled objects, and opening a pickle can run any program"
         return UserError(f"{part}{show(path)} {risk}: save plain arrays of numbers instead")
-    why = reason_of(error)
+    why = printable(reason_of(error))
     return UserError(f"{part}{show(path)} cannot be read ({why}): save or download it again")
 
 
@@ -170,7 +174,7 @@ def _images(path: Path, key: str, images: NDArray[Any]) -> NDArray[np.uint8]:
     return images
 
 
-def _labels(path: Path, archive: Any, split: str, count: int) -> NDArray[np.int64] | None:
+def _labels(path: Path, archive: Archive, split: str, count: int) -> NDArray[np.int64] | None:
     key = f"{split}_labels"
     if key not in archive.files:
         return None

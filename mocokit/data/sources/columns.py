@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mocokit.data.npz import memory
 from mocokit.data.source import extended
 from mocokit.data.sources.arrays import numbered
 from mocokit.errors import UserError
@@ -17,6 +18,7 @@ from mocokit.files import printable, show
 
 _CLASSES = ("label", "labels", "fine_label", "class")  # usual names
 _REMEDY = "download it again"
+_MOST_ROWS, _MOST_COLUMNS = 10**9, 10**5
 _NO_CLASS = -1  # Hugging Face writes it where a class is kept secret
 
 Labels = tuple[NDArray[np.int64] | None, tuple[str, ...], str]
@@ -58,7 +60,8 @@ class Columns(NamedTuple):
         labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
         labels += [name for name in _CLASSES if name in schema.names]
         names = described.get(labels[0], {}).get("names") if labels else None
-        texts = tuple(printable(str(one)) for one in names) if isinstance(names, list) else ()
+        named = enumerate(names) if isinstance(names, list) else ()
+        texts = tuple(printable(str(one or "")).strip() or str(n) for n, one in named)
         return cls(images[0], labels[0] if labels else None, texts)
 
     def labels(self, parts: Sequence[Any], known: tuple[str, ...]) -> Labels:
@@ -97,7 +100,7 @@ def _kind(of: Any) -> str:
 
 
 def _by_text(texts: Sequence[str | None], known: tuple[str, ...]) -> Labels:
-    given = [text for text in texts if text is not None]
+    given = [text for text in texts if text is not None and text.strip()]
     if len(given) < len(texts):
         return None, (), _without(len(texts) - len(given), len(texts))
     raw = sorted(set(given))
@@ -113,11 +116,46 @@ def _without(count: int, rows: int) -> str:
 
 
 def opened(path: Path) -> Any:
+    """A parquet file, of which the end alone was read. Raises UserError."""
     pyarrow = load_pyarrow()
+    if not path.is_file():
+        raise UserError(f"{show(path)} is no file: give parquet files")
     try:
-        return pyarrow.parquet.ParquetFile(os.fspath(path))
-    except (pyarrow.ArrowException, OSError) as error:
+        file = pyarrow.parquet.ParquetFile(
+            os.fspath(path), thrift_string_size_limit=2**27, thrift_container_size_limit=2**24
+        )
+        _check(file.metadata)
+        return file
+    except _damage() as error:
         raise UserError(f"{show(path)} is no parquet file ({_why(error)}): {_REMEDY}") from error
+
+
+def _check(described: Any) -> None:
+    """Raises ValueError for numbers of rows and columns that would take all memory, or hours."""
+    groups = described.num_row_groups
+    rows = [described.row_group(number).num_rows for number in range(groups)]
+    if min(rows, default=0) < 0 or sum(rows) != described.num_rows or sum(rows) > _MOST_ROWS:
+        raise ValueError(f"its numbers of rows are damaged, or above {_MOST_ROWS:,}")
+    if described.num_columns > _MOST_COLUMNS:
+        raise ValueError(f"it has more than {_MOST_COLUMNS:,} columns")
+
+
+def check_group(file: Any, group: int, column: str) -> None:
+    """Raises UserError where a group of rows says that its images take more than all memory."""
+    described, total = file.metadata.row_group(group), 0
+    for number in range(described.num_columns):
+        chunk = described.column(number)
+        if chunk.path_in_schema.split(".")[0] == column:
+            total += max(0, chunk.total_uncompressed_size)
+    if total > memory():
+        needed = f"{total / 2**30:,.1f} GiB for {described.num_rows:,} rows"
+        raise UserError(f"a parquet file takes {needed} at once: write it in smaller row groups")
+
+
+def _damage() -> tuple[type[Exception], ...]:
+    """What reading a damaged parquet file may raise."""
+    own: type[Exception] = load_pyarrow().ArrowException
+    return own, OSError, ValueError, KeyError, IndexError, MemoryError, RuntimeError
 
 
 @contextmanager
@@ -125,12 +163,14 @@ def reading(path: Path) -> Iterator[None]:
     """Raises UserError for damage that shows while a parquet file is read, and disks that fail."""
     try:
         yield
-    except (load_pyarrow().ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except _damage() as error:
         raise UserError(f"{show(path)} cannot be read ({_why(error)}): {_REMEDY}") from error
 
 
 def _why(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+    return printable(" ".join(str(error).split())[:120])
 
 
 def load_pyarrow() -> Any:

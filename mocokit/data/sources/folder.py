@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.cache import Listing, Part, Watch, listed
-from mocokit.data.decode import decode, read_file
+from mocokit.data.decode import read_file
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
-from mocokit.data.source import extended
+from mocokit.data.source import Encoded, extended
 from mocokit.data.walk import Closed, Endings, entries, has_ending, is_folder, walk
 from mocokit.errors import UserError
 from mocokit.files import printable, show
@@ -38,7 +38,7 @@ class NoImages(UserError):
     """A folder without image files; it may hold archives of them."""
 
 
-class FolderSource:
+class FolderSource(Encoded):
     """Image files below `root`, in the order of `names`; of names in no order, that of bytes.
 
     The fingerprint covers names and labels, not `root` or times of change: those differ between
@@ -67,32 +67,30 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image."""
-        return decode(self.content(index), bound)
-
     def content(self, index: int) -> bytes:
         """The file as it is; raises BadImage."""
         return read_file(self.root / self.names[index])
 
     def describe(self, index: int) -> str:
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         root = os.fsencode(self.root)
         files = (os.path.join(root, name) for name in self.names.every())
-        return stamp_of(self.fingerprint, files)
+        return stamp_of(self.scaled(self.fingerprint), files)
 
     def index(self) -> Index:
         known = ("folder", self.name, len(self), self.fingerprint)
-        return Index(*known, self.classes, self.names, self.labels)
+        return Index(*known, self.classes, self.names, self.labels, top=self.top)
 
     @classmethod
     def of_index(cls, root: str | Path, index: Index) -> "FolderSource":
         """The images below `root` by the numbers of an index, without a walk."""
         if index.names is None:
             raise UserError(f"the index of {index.name} names no files: give the images themselves")
-        return cls(root, index.names, index.labels, index.classes, index.name)
+        source = cls(root, index.names, index.labels, index.classes, index.name)
+        source.top = index.top
+        return source
 
 
 def digest_names(kind: bytes, names: Names, labels: NDArray[np.int64] | None) -> str:
@@ -173,7 +171,9 @@ def find_splits(root: Path, endings: Endings, watch: Watch) -> tuple[Path, Path 
         """Folders with images, beside the two."""
         for one in top:
             with suppress(Closed):
-                if one not in (train, beside) and next(walk(root / one, endings, watch), None):
+                if one not in (train, beside) and next(
+                    walk(root / one, endings, watch, root), None
+                ):
                     yield one
 
     if train == "train" and beside is None and (other := next(others(), None)):

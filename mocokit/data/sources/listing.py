@@ -1,4 +1,7 @@
-"""A text file that lists images: one path a line, and a class behind a tab if there is one."""
+"""A text file that lists images: one path a line, and a class behind a tab if there is one.
+
+With nothing behind the tab an image is unlabelled.
+"""
 
 import os
 from pathlib import Path
@@ -6,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from mocokit.data.names import Names, short_name
+from mocokit.data.source import UNLABELLED
 from mocokit.data.sources.folder import IMAGES, FolderSource, Labels
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
-from mocokit.files import printable, show
+from mocokit.files import printable, read_regular, reason_of, show
 
 ENDINGS = (".txt", ".lst", ".list", ".tsv")
 
@@ -22,9 +26,11 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
         remedy = "write the class behind a tab, and set auto"
         raise UserError(f"data.labels=folders needs a folder, but {show(path)} is a list: {remedy}")
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
-        raise UserError(f"the list {show(path)} cannot be read ({error.strerror})") from error
+        raise UserError(
+            f"the list {show(path)} cannot be read ({printable(reason_of(error))})"
+        ) from error
     if b"\0" in content[:4096]:
         raise UserError(f"{show(path)} is no list of image files: it is no text")
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
@@ -47,11 +53,17 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
         remedy = "write one behind a tab, or set data.labels=none"
         raise UserError(f"{missing} in the list {show(path)} has no class: {remedy}")
     written = [label.strip() for _, _, label in pairs]
-    order = sorted(set(written), key=lambda text: (len(text) if text.isdigit() else 0, text))
+    order = sorted(
+        set(written) - {b""}, key=lambda text: (len(text) if text.isdigit() else 0, text)
+    )
     classes = tuple(printable(os.fsdecode(text)) for text in order)
-    numbers = {text: number for number, text in enumerate(order)}
+    numbers = {text: number for number, text in enumerate(order)} | {b"": UNLABELLED}
     found = np.fromiter((numbers[text] for text in written), np.int64, len(written))
-    return FolderSource(path.parent, names, found, classes, name)
+    source = FolderSource(path.parent, names, found if order else None, classes, name)
+    if without := int((found == UNLABELLED).sum()):
+        what = f"{without:,} of {len(found):,} images have nothing behind the tab"
+        source.notes = (f"{what}: they are trained on without a class, and not scored",)
+    return source
 
 
 def _plain(root: Path, name: bytes) -> bytes:

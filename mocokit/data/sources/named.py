@@ -18,7 +18,7 @@ from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.data.sources.folder import FolderSource, Labels, open_folder
 from mocokit.errors import UserError
-from mocokit.files import cache_folder, locked, show
+from mocokit.files import cache_folder, locked, printable, show
 
 _PATIENCE = 30.0  # s without an answer, after which a download is given up
 
@@ -173,7 +173,7 @@ def _present(
     except (OSError, ValueError, KeyError, EOFError, tarfile.TarError, pickle.PickleError) as error:
         if isinstance(error, UserError):
             raise
-        why = " ".join(str(error).split())[:120]
+        why = printable(" ".join(str(error).split())[:120])
         remedy = f"delete {show(root / folder)} and {show(root / archive)}, and run it again"
         raise UserError(f"{name} in {show(root)} cannot be read ({why}): {remedy}") from error
 
@@ -198,7 +198,7 @@ def _download(
                     (root / folder).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(Path(part) / folder, root / folder)
     except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error).split())[:120]
+        why = printable(" ".join(str(error).split())[:120])
         raise UserError(
             f"{name} is not in {show(root)}, and cannot be downloaded ({why}): put {archive} from "
             f"{url} there by other means, or set data.root to where it lies"

@@ -12,6 +12,7 @@ each record is.
 import io
 import json
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -26,10 +27,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mocokit.data.decode import BadImage, look_at
-from mocokit.data.index import Arrays, to_arrays
+from mocokit.data.index import to_arrays
+from mocokit.data.levels import TOPS
+from mocokit.data.npz import Archive, Arrays
 from mocokit.data.source import Source, Splits
 from mocokit.errors import UserError
-from mocokit.files import lock, show
+from mocokit.files import lock, printable, show
 
 MAGIC = b"mocokit pack 2\n\0"  # 1 had no checksum of heads
 HEAD = struct.Struct("<4sBxxxIIQI")  # mark, kind, height, width, length, checksum
@@ -37,7 +40,12 @@ TRAILER = struct.Struct("<QQI16s")  # the index: offset, length, checksum; and t
 BAD, FILE, SHRUNK, PIXELS = range(4)  # what a record holds
 _MARK = b"IMG\n"
 _QUALITY = 95
+_CAUTIOUS = (  # no link is followed, no pipe waited for
+    getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+)
 _CHUNK = 64  # images between two flushes
+_LARGEST_HEADER = 2**26  # bytes
+LONGEST_REASON = 500  # characters
 
 
 class Head(NamedTuple):
@@ -86,11 +94,13 @@ def write_pack(
     threads: int,
     advance: Callable[[int], None],
     remedy: str = "make room or choose another file, and run it again",
+    anew: bool = False,
 ) -> Packed:
     """Pack training and validation images, in this order; without a bound, the files as they are.
 
-    `advance(n)` counts the images that are done, those of an earlier attempt first. Raises
-    UserError, with `remedy` if the target cannot be written.
+    `advance(n)` counts the images that are done, those of an earlier attempt first. What lies under
+    the name of the unfinished pack is never emptied, unless it is one of the same images and
+    settings, or `anew`. Raises UserError, with `remedy` if the target cannot be written.
     """
     sources = [source for source in splits if source is not None]
     header = {
@@ -100,12 +110,15 @@ def write_pack(
         "images": [source.stamp() for source in sources],
         "lengths": [len(source) for source in sources],
     }
-    part = target.with_name(target.name + ".part")
+    tops = [top for source in sources if (top := source.index().top) is not None]
+    if tops:  # left out elsewhere, as 0.1 wrote it
+        header["top"] = tops[0]
+    part, replaced = target.with_name(target.name + ".part"), os.path.lexists(target)
     places = [(source, number) for source in sources for number in range(len(source))]
     record = partial(_record, bound=bound, raw=raw)
     try:
         with _locked(part) as file:
-            heads, offsets = _taken_up(file, header)
+            heads, offsets = _taken_up(file, header, part, anew)
             advance(len(heads))
             with ThreadPoolExecutor(threads) as pool:
                 for first in range(len(heads), len(places), _CHUNK):
@@ -117,7 +130,9 @@ def write_pack(
                     file.flush()
                     advance(len(chunk))
             _finish(file, sources, np.array(offsets, np.int64))
-        os.replace(part, target)
+            if os.path.lexists(target) and not replaced:
+                raise UserError(f"{show(target)} has come to be there: move it away, and run again")
+            os.replace(part, target)
     except OSError as error:
         where = f"cannot write {show(part)} ({error.strerror})"
         raise UserError(f"{where}: {remedy}") from error
@@ -134,12 +149,13 @@ def _record(source: Source, number: int, bound: int | None, raw: bool) -> tuple[
         height, width = pixels.shape[:2]
         if raw or content is None:
             kind, content = PIXELS, pixels.tobytes()
-        elif {height, width} == set(look_at(content)[1:]):
+        elif {height, width} == set(look_at(content)[1:3]):
             kind = FILE  # nothing was shrunk: the same pixels, at no loss
         else:
             kind, content = SHRUNK, _jpeg(pixels)
     except BadImage as reason:
-        kind, height, width, content = BAD, 0, 0, str(reason).encode()
+        text = printable(str(reason))[:LONGEST_REASON]
+        kind, height, width, content = BAD, 0, 0, text.encode("utf-8", "replace")
     return Head.of(kind, height, width, content), content
 
 
@@ -152,20 +168,51 @@ def _jpeg(pixels: NDArray[np.uint8]) -> bytes:
 @contextmanager
 def _locked(part: Path) -> Iterator[IO[bytes]]:
     """The unfinished pack, open to read and write, and locked against other processes."""
-    with open(part, "a+b") as file:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | _CAUTIOUS
+    try:
+        number = os.open(part, flags, 0o666)
+    except OSError:
+        if os.path.lexists(part) and not _is_plain(os.lstat(part)):
+            raise _not_ours(part, "a link, a device or a pipe") from None
+        raise
+    with open(number, "a+b") as file:
+        if not _is_plain(os.fstat(number)):
+            raise _not_ours(part, "a link, a device or a pipe")
         try:
             lock(file, wait=False)
-        except BlockingIOError:
+            here = os.stat(part)
+        except (BlockingIOError, FileNotFoundError):
             raise UserError(f"another process is writing {show(part)}: wait for it") from None
+        if not os.path.samestat(here, os.fstat(number)):  # it was finished in between
+            raise UserError(f"another process has written {show(part)}: run it again")
         yield file
 
 
-def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list[int]]:
+def _is_plain(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)
+
+
+def _not_ours(part: Path, what: str) -> UserError:
+    return UserError(f"{show(part)} is {what}: move it away, or choose another file")
+
+
+def _taken_up(
+    file: IO[bytes], header: dict[str, Any], part: Path, anew: bool
+) -> tuple[list[Head], list[int]]:
     """The whole records of an earlier attempt at the same pack; what is beyond them is cut off."""
     text = json.dumps(header).encode()
     start = MAGIC + struct.pack("<I", len(text)) + text
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    found = file.read(len(start))
+    same = found == start
+    if not (anew or start.startswith(found)):
+        ours = found.startswith(MAGIC)
+        other = "an unfinished pack of other images or settings" if ours else "no unfinished pack"
+        raise _not_ours(part, other)
     heads: list[Head] = []
     offsets: list[int] = []
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     same = file.read(len(start)) == start
     if same:
@@ -175,7 +222,8 @@ def _taken_up(file: IO[bytes], header: dict[str, Any]) -> tuple[list[Head], list
                 head = unpack_head(file.read(HEAD.size))
             except ValueError:
                 break
-            content = file.read(min(head.length, 2**40))
+            # A length that the file does not have is no record's, however absurd it is.
+            content = file.read(head.length) if head.length <= size - file.tell() else b""
             if not head.fits(content):
                 break
             heads.append(head)
@@ -211,7 +259,7 @@ def read_index(path: Path) -> tuple[Arrays, dict[str, Any]]:
         if len(end) < TRAILER.size:
             raise ValueError("it was not written to its end")
         offset, length, checksum, magic = TRAILER.unpack(end)
-        if magic != MAGIC or offset + length + TRAILER.size != size:
+        if magic != MAGIC or offset + length + TRAILER.size != size or offset < len(MAGIC) + 4:
             raise ValueError("it was not written to its end")
         file.seek(offset)
         index = file.read(length)
@@ -219,8 +267,20 @@ def read_index(path: Path) -> tuple[Arrays, dict[str, Any]]:
             raise ValueError("its index is damaged")
         file.seek(len(MAGIC))
         (long,) = struct.unpack("<I", file.read(4))
-        header: dict[str, Any] = json.loads(file.read(min(long, offset)))
-    return dict(np.load(io.BytesIO(index), allow_pickle=False)), header
+        if long > min(_LARGEST_HEADER, offset):
+            raise ValueError("its header is damaged")
+        header: dict[str, Any] = json.loads(file.read(long))
+    _check(header)
+    return Archive(io.BytesIO(index)).every(), header
+
+
+def _check(header: Any) -> None:
+    """Raises ValueError or one of DAMAGE for a header that no pack has."""
+    bound, raw, top, lengths = (header.get(key) for key in ("bound", "raw", "top", "lengths"))
+    counts = isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)
+    sizes = bound is None or (type(bound) is int and bound > 0)
+    if not (counts and sizes and type(raw) is bool and (top is None or top in TOPS)):
+        raise ValueError("its header is damaged")
 
 
 def is_pack(path: Path) -> bool:

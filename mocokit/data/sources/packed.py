@@ -3,6 +3,7 @@
 import hashlib
 import math
 import mmap
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.decode import BadImage, bounded, decode, reduced_size
-from mocokit.data.index import DAMAGE, Index, from_arrays, stamp_of
-from mocokit.data.source import Source
+from mocokit.data.index import Index, from_arrays, stamp_of
+from mocokit.data.npz import DAMAGE
+from mocokit.data.source import Encoded, Source
 from mocokit.data.sources.folder import Labels
-from mocokit.data.sources.pack import BAD, HEAD, PIXELS, Head, read_index, unpack_head
+from mocokit.data.sources.pack import (
+    BAD,
+    HEAD,
+    LONGEST_REASON,
+    PIXELS,
+    Head,
+    read_index,
+    unpack_head,
+)
 from mocokit.data.sources.several import parts_of
 from mocokit.errors import UserError
 from mocokit.files import printable, reason_of, show
 
 
-class PackedSource:
+class PackedSource(Encoded):
     """Images under the numbers, names and labels that they had when they were packed.
 
     offsets: (n,) int64, where each record begins. `bound` is the short side they were shrunk to.
     """
 
     notes: tuple[str, ...] = ()
+    is_copy = False  # in the cache, of what can be read again
 
     def __init__(
-        self, path: Path, offsets: NDArray[np.int64], known: Index, bound: int | None, raw: bool
+        self,
+        path: Path,
+        offsets: NDArray[np.int64],
+        known: Index,
+        bound: int | None,
+        raw: bool,
+        top: int | None = None,
     ) -> None:
         self.path, self.offsets, self.bound, self.raw = path, offsets, bound, raw
         self.name, self.labels, self.classes = known.name, known.labels, known.classes
         self.names = known.names
         digest = hashlib.blake2b(f"mocokit pack 1 {bound} {raw}".encode(), digest_size=16)
-        digest.update(known.fingerprint.encode())
+        # What was shrunk was scaled too; files as they were can still be read on any scale.
+        self.settled, self.top = raw or bound is not None, top
+        digest.update(self.scaled(known.fingerprint).encode())
         if known.labels is not None:
             digest.update(known.labels.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
@@ -51,7 +70,7 @@ class PackedSource:
         """The pixels (H, W, 3) of an image."""
         head, content = self._record(index)
         if head.kind != PIXELS:
-            return decode(content, bound)
+            return decode(content, bound, self.top)
         pixels = np.frombuffer(content, np.uint8).reshape(head.height, head.width, 3)
         return bounded(pixels, bound)
 
@@ -80,16 +99,25 @@ class PackedSource:
         start = int(self.offsets[index])
         head = self._head(start)
         if head is None:
-            raise BadImage("its pack is damaged here")
+            raise self._damaged("no record begins here")
         first = start + HEAD.size
         content = self._map()[first : first + head.length]
         if not head.fits(content):
-            raise BadImage("its pack is damaged here: the checksum differs")
+            raise self._damaged("the checksum differs")
         if head.kind == BAD:
-            raise BadImage(content.decode(errors="replace"))
-        if head.kind == PIXELS and head.length != 3 * head.height * head.width:
-            raise BadImage("its pack is damaged here")
+            # Whoever wrote the pack wrote the reason: it stays one line, wherever it goes.
+            raise BadImage(printable(content[:LONGEST_REASON].decode(errors="replace")))
+        if head.kind == PIXELS and not 0 < 3 * head.height * head.width == head.length:
+            raise self._damaged("its size differs")
         return head, content
+
+    def _damaged(self, why: str) -> BadImage:
+        """What to raise for a record; of a copy in the cache, the next opening makes another."""
+        if not self.is_copy:
+            return BadImage(f"its pack is damaged here: {why}")
+        with suppress(OSError):
+            damage_mark(self.path).touch()
+        return BadImage(f"its copy in the cache is damaged ({why}); the next run copies it anew")
 
     def _head(self, start: int) -> Head | None:
         """None where no record begins."""
@@ -110,15 +138,15 @@ class PackedSource:
     def describe(self, index: int) -> str:
         if self.names is None:
             return f"image {index} of {self.name}"
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.offsets).data, digest_size=16)
-        return stamp_of(self.fingerprint + digest.hexdigest(), [self.path])
+        return stamp_of(self.scaled(self.fingerprint) + digest.hexdigest(), [self.path])
 
     def index(self) -> Index:
         known = ("pack", self.name, len(self), self.fingerprint)
-        return Index(*known, self.classes, self.names, self.labels)
+        return Index(*known, self.classes, self.names, self.labels, top=self.top)
 
 
 def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | None]:
@@ -129,20 +157,30 @@ def open_pack(path: Path, labels: Labels) -> tuple[PackedSource, PackedSource | 
     try:
         arrays, header = read_index(path)
         offsets, sources, first = arrays["offsets"], [], 0
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or (offsets < 0).any():
+            raise ValueError("its index is damaged")
         for number, length in enumerate(header["lengths"]):
             known = from_arrays(arrays, f"{number}.")
+            if known.length != length:
+                raise ValueError("its index does not fit")
             if labels == "none":
                 known = known._replace(labels=None, classes=())
             part = offsets[first : first + length]
-            sources.append(PackedSource(path, part, known, header["bound"], header["raw"]))
+            how = header["bound"], header["raw"], header.get("top")
+            sources.append(PackedSource(path, part, known, *how))
             first += length
         if first != len(offsets) or len(sources) not in (1, 2):
             raise ValueError("its index does not fit")
     except DAMAGE as error:
-        why = reason_of(error)
+        why = printable(reason_of(error))
         remedy = "run the same mocokit pack again, which goes on where it ended"
         raise UserError(f"the pack {show(path)} cannot be read ({why}): {remedy}") from error
     return sources[0], sources[1] if sources[1:] else None
+
+
+def damage_mark(path: Path) -> Path:
+    """The file that says that a record of this pack was found damaged."""
+    return path.with_name(f".{path.name}.damaged")
 
 
 def lacking(source: Source, bound: int | None) -> list[str]:

@@ -19,14 +19,21 @@ from numpy.typing import NDArray
 
 from mocokit.data import locations
 from mocokit.data.cache import Watch, forget_unused
-from mocokit.data.decode import BadImage, decode
+from mocokit.data.decode import BadImage
 from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
-from mocokit.data.source import Splits
-from mocokit.data.sources.columns import Columns, load_pyarrow, missing, opened, reading
+from mocokit.data.source import Encoded, Splits
+from mocokit.data.sources.columns import (
+    Columns,
+    check_group,
+    load_pyarrow,
+    missing,
+    opened,
+    reading,
+)
 from mocokit.data.sources.folder import Labels
 from mocokit.data.sources.pack import write_pack
-from mocokit.data.sources.packed import open_pack
+from mocokit.data.sources.packed import PackedSource, damage_mark, open_pack
 from mocokit.data.sources.shards import split_by_words, split_word
 from mocokit.data.walk import Endings, walk
 from mocokit.errors import UserError
@@ -39,7 +46,7 @@ Advance = Callable[[int], None]
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 
 
-class ParquetSource:
+class ParquetSource(Encoded):
     """Rows of parquet files in their order; fast only in that order."""
 
     def __init__(
@@ -77,10 +84,6 @@ class ParquetSource:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image."""
-        return decode(self.content(index), bound)
-
     def content(self, index: int) -> bytes:
         """The encoded image of a row; raises BadImage."""
         number = int(np.searchsorted(self._ends, index, side="right"))
@@ -89,9 +92,12 @@ class ParquetSource:
             if self._group[0] != number:
                 file, group = self._groups[number]
                 with reading(self.paths[file]):
-                    table = opened(self.paths[file]).read_row_group(group, [self._image])
+                    of = opened(self.paths[file])
+                    check_group(of, group, self._image)
+                    table = of.read_row_group(group, [self._image])
                 self._group = number, table.column(0)
-            cell = self._group[1][index - first].as_py()
+            with reading(self.paths[self._groups[number][0]]):
+                cell = self._group[1][index - first].as_py()
         content = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(content, bytes):
             raise BadImage("the parquet file holds no bytes of it")
@@ -149,13 +155,20 @@ def open_parquet(
     try:
         pack.parent.mkdir(parents=True, exist_ok=True)
         with locked(pack.with_name(f".{pack.name}.lock")):
-            if not _is_whole(pack):
+            there = pack.exists()
+            if not (whole := _is_whole(pack)):
                 forget_unused(pack.parent, "*.pack")
                 _copy(Splits(trained, tested), pack, counting)
     except OSError as error:
         where = f"images of {show(paths[0])} cannot be copied to {show(pack)} ({error.strerror})"
         raise UserError(f"{where}: {_REMEDY}") from error
     splits = Splits(*open_pack(pack, "auto"))
+    for source in splits:
+        if isinstance(source, PackedSource):
+            source.is_copy = True
+    if there and not whole:
+        what = f"the copy of {name} in the cache, {show(pack)}, was damaged"
+        splits.train.notes += (f"{what}: it was made anew",)
     held_notes = tested.notes if tested else ()
     splits.train.notes += (*trained.notes, *(f"to validate on: {note}" for note in held_notes))
     return splits
@@ -169,12 +182,16 @@ def _split_of(path: Path, root: Path | None) -> str:
 
 def _is_whole(pack: Path) -> bool:
     """Whether the copy is there, now used once more; a damaged one is removed."""
+    mark = damage_mark(pack)
     try:
+        if mark.exists():
+            raise UserError(f"a record of {show(pack)} is damaged")
         open_pack(pack, "auto")
         with suppress(OSError):  # features of the images are kept by its time of change
             os.utime(pack, ns=(time.time_ns(), pack.stat().st_mtime_ns))
     except UserError:
         pack.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
         return False
     return True
 
@@ -183,7 +200,7 @@ def _copy(splits: Splits, pack: Path, counting: Counting | None) -> None:
     images = sum(len(source) for source in splits if source)
     shown = counting("copied", images) if counting else nullcontext(_silent)
     with shown as advance:
-        write_pack(splits, pack, None, False, 1, advance, _REMEDY)
+        write_pack(splits, pack, None, False, 1, advance, _REMEDY, anew=True)
 
 
 def _mark(path: Path) -> bytes:
@@ -222,7 +239,7 @@ def _downloaded(text: str, repo: str, revision: str) -> Path:
         kind: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": "*.parquet"}
         return Path(snapshot_download(repo, revision=revision, **kind))
     except Exception as error:  # of the network, the hub and its client, of many types
-        why = " ".join(str(error).split())[:160]
+        why = printable(" ".join(str(error).split())[:160])
         raise UserError(
             f"{text} is neither in the cache of huggingface_hub nor can it be downloaded ({why}): "
             "check its name and the network, or give parquet files that lie here"

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import BadImage
 from mocokit.data.index import Index
 from mocokit.data.names import Names, short_name
-from mocokit.data.source import Source, extended
-from mocokit.files import printable
+from mocokit.data.source import Source, extended, relabelled
 
 
 class SeveralSource:
@@ -39,7 +38,7 @@ class SeveralSource:
         for part in self.parts:
             assert part.labels is not None
             numbers = np.array([positions[name] for name in part.classes], np.int64)
-            labels.append(numbers[part.labels])
+            labels.append(relabelled(part.labels, numbers))
         self.classes, self.labels = classes, np.concatenate(labels)
 
     def _names_of_classes(self) -> tuple[str, ...]:
@@ -74,7 +73,8 @@ class SeveralSource:
     def index(self) -> Index:
         names = Names.of([name for part in self._titled() for name in _full_names(*part)])
         known = ("several", self.name, len(self), self.fingerprint)
-        return Index(*known, self.classes, names, self.labels)
+        tops = [top for part in self.parts if (top := part.index().top) is not None]
+        return Index(*known, self.classes, names, self.labels, top=next(iter(tops), None))
 
     def _titled(self) -> Iterator[tuple[Source, str]]:
         """Each part and its name, counted where several have it: x/photos and y/photos."""
@@ -143,7 +143,7 @@ class RenumberedSource:
 
     def describe(self, index: int) -> str:
         assert self.known.names is not None
-        return printable(self.known.names[index])
+        return self.known.names.shown(index)
 
     def stamp(self) -> str:
         return f"{self.fingerprint} of {self.source.stamp()}"

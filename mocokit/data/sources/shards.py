@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mocokit.data.cache import Listing, Part, Watch, listed
-from mocokit.data.decode import BadImage, decode
-from mocokit.data.index import Arrays, Index, stamp_of
+from mocokit.data.decode import BadImage
+from mocokit.data.index import Index, stamp_of
 from mocokit.data.names import Names, short_name
+from mocokit.data.npz import Arrays
+from mocokit.data.source import Encoded
 from mocokit.data.sources.folder import VALIDATION, Labels, digest_names, find_splits, folder_labels
 from mocokit.data.sources.tars import Member, members_of, splits_inside
 from mocokit.data.walk import Endings, walk
@@ -27,7 +29,7 @@ TARS: Endings = frozenset([b"tar"])
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|val|valid|validation|test)(?:[^a-z]|$)", re.IGNORECASE)
 
 
-class ShardSource:
+class ShardSource(Encoded):
     """Members of archives, in the order of the archives and of the members in each.
 
     places: (n, 3) int64, the archive's number, and the member's offset and length in it
@@ -51,10 +53,6 @@ class ShardSource:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int, bound: int | None = None) -> NDArray[np.uint8]:
-        """The pixels (H, W, 3) of an image."""
-        return decode(self.content(index), bound)
-
     def content(self, index: int) -> bytes:
         """The member as it is; raises BadImage."""
         archive, offset, length = self.places[index].tolist()
@@ -69,16 +67,17 @@ class ShardSource:
         return found
 
     def describe(self, index: int) -> str:
-        return printable(self.names[index])
+        return self.names.shown(index)
 
     def stamp(self) -> str:
         digest = hashlib.blake2b(np.ascontiguousarray(self.places).data, digest_size=16)
-        return stamp_of(self.fingerprint + digest.hexdigest(), self.archives.every())
+        known = self.scaled(self.fingerprint) + digest.hexdigest()
+        return stamp_of(known, self.archives.every())
 
     def index(self) -> Index:
         known = ("shards", self.name, len(self), self.fingerprint)
         extra = _extra(self.archives, self.places)
-        return Index(*known, self.classes, self.names, self.labels, extra)
+        return Index(*known, self.classes, self.names, self.labels, extra, self.top)
 
     @classmethod
     def of_index(cls, index: Index, notes: tuple[str, ...] = ()) -> "ShardSource":

@@ -5,6 +5,7 @@ sparse members are left out, and no length that a header claims is believed.
 """
 
 import os
+import stat
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from mocokit.data.decode import MAX_BYTES
 from mocokit.data.sources.folder import IMAGES, split_names
 from mocokit.data.walk import has_ending
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import printable, show
 
 _LONGEST_HEADER = 2**20  # bytes; an archive could claim any length for a member's name
 _LONGEST_CLASS = 1000
+_LONGEST_NAME = 4096  # bytes; no file's path is longer
 _TAR_DAMAGE = (
     *(tarfile.TarError, ValueError, OSError, EOFError, RecursionError, OverflowError),
     *(AttributeError, TypeError, IndexError, KeyError),
@@ -43,6 +45,8 @@ def members_of(paths: list[Path], watch: Watch, notes: list[str]) -> list[Member
         try:
             status = path.stat()
             watch.note(os.fsencode(path), status.st_mtime_ns, status.st_size)
+            if not stat.S_ISREG(status.st_mode):
+                raise UserError(f"the archive {show(path)} is a pipe or a device: give a file")
             with path.open("rb") as file:
                 found += _images(number, file, _regular(path, file, status.st_size, notes))
         except OSError as error:
@@ -82,32 +86,31 @@ def _regular(path: Path, file: IO[bytes], size: int, notes: list[str]) -> Iterat
         remedy = "gunzip it, since compressed archives cannot be read at random"
         raise UserError(f"{show(path)} is compressed: {remedy}")
     file.seek(0)
-    left_out, end = 0, 0
+    left_out, endless, end = 0, 0, 0
     guarded: Any = _Guarded(file)
     try:
         with tarfile.open(fileobj=guarded, mode="r:") as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 end = archive.offset  # type: ignore[attr-defined]
-                within = member.offset_data + member.size <= size
-                if member.isreg() and not member.issparse() and within:
-                    name = member.name.encode("utf-8", "surrogateescape")
+                within = 0 <= member.size <= size - member.offset_data
+                name = member.name.encode("utf-8", "surrogateescape")
+                plain = member.isreg() and not member.issparse() and within
+                if plain and len(name) <= _LONGEST_NAME:
                     yield _Entry(name, member.offset_data, member.size)
+                elif plain:
+                    endless += 1
                 elif not member.isdir():
                     left_out += 1
-    except (
-        tarfile.TarError,
-        ValueError,
-        OSError,
-        EOFError,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    except _TAR_DAMAGE as error:
         if end == 0:
-            why = " ".join(str(error).split())[:120]
+            why = printable(" ".join(str(error).split())[:120])
             raise UserError(f"{show(path)} is no tar archive ({why}): make it again") from error
     if left_out:
         notes.append(f"{show(path)}: {left_out} members are links, devices or cut off, left out")
+    if endless:
+        longer = f"have names of more than {_LONGEST_NAME:,} bytes"
+        notes.append(f"{show(path)}: {endless} members {longer}, left out")
     file.seek(min(end, size))
     if any(file.read(512)):
         notes.append(f"{show(path)} is damaged after byte {end:,}: what follows is left out")
