@@ -35,6 +35,7 @@ from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
 from mocokit.transfer import Upload
 from mocokit.views.sheet import contact_sheet
+from mocokit.weights.encoder import view_spec
 
 SHEET_IMAGES = 8
 
@@ -90,7 +91,7 @@ class RunRequest(NamedTuple):
         settings = build.settle(settings, self.device, stored)
         conflicts = folder.conflicts(settings) + ([] if found else ["the data's images"])
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
-        notices = [*self.splits.train.notes, *changed, *notices]
+        notices = [*self.splits.train.notes, *changed, *notices, *sizes.scored_anew(settings)]
         return RunPlan(folder, settings, index.fingerprint, notices, False), conflicts
 
 
@@ -157,7 +158,7 @@ def open_run(
     splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
     effect = sizes.resolve(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
-    for notice in notices:
+    for notice in [*notices, *build.unscored(settings, splits, device)]:
         console.note(notice)
     parts = build.build_parts(settings, effect, device)
     if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
@@ -224,8 +225,9 @@ def _write_start(run: RunState) -> None:
     save_index(run.splits.train.index(), run.folder.index)
     canvases, _ = read_spread(run.splits.train, SHEET_IMAGES, run.bound)
     if canvases:
-        seed, path = run.settings.seed, run.folder.sheet
-        contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
+        seed, path, scored = run.settings.seed, run.folder.sheet, view_spec(run.settings)
+        shown = list(canvases.values()), list(canvases)
+        contact_sheet(run.parts.specs, *shown, seed, path, scored=scored)
 
 
 def calibrate_on_first_group(run: RunState) -> None:
