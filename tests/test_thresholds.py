@@ -99,8 +99,8 @@ def test_the_loss_is_at_chance_or_below():
 
 
 def test_patience_is_225_steps_with_a_full_queue():
-    assert kinds(steps([5.6] * 4, every=75)) == ("guessing",)  # from step 75 to step 300
-    assert kinds(steps([5.6] * 4, every=74)) == ()
+    assert kinds(steps([5.6] * 2, every=225)) == ("guessing",)
+    assert kinds(steps([5.6] * 2, every=224)) == ()
     late = with_(steps([5.6] * 9, every=75), "queue_filled", [0.5] * 5 + [1.0] * 4)
     assert kinds(late) == ("guessing",) and kinds(late[:-1]) == ()
     whole = steps([5.6] * 29)[:-1] + steps([5.6], queue_filled=1.0, step=285)
@@ -118,6 +118,7 @@ def test_patience_begins_at_the_highest_learning_rate():
 def test_the_loss_is_that_of_the_second_half_of_what_counts():
     assert kinds(steps([5.9] * 15 + [5.4] * 15)) == ()
     assert kinds(steps([5.4] * 15 + [5.6] * 15)) == ("guessing",)
+    assert kinds(steps([5.9] * 14 + [5.4] * 10)) == ()  # the last 20 lines are half above
 
 
 def test_no_single_batch_decides():
@@ -211,6 +212,7 @@ BASELINES = [  # trained, random weights, raw pixels, images; what is found
     (0.25, 0.20, None, 570, ()),
     (0.25, 0.20, None, 540, ("untrained",)),
     (0.10, 0.30, None, 1000, ("untrained",)),
+    (0.20, 0.21, None, 100, ("untrained",)),
     (0.20, 0.20, None, 10**6, ("untrained",)),
     # Raw pixels: as good is a finding, a little worse is none.
     (0.30, 0.10, 0.30, 1000, ("pixels",)),
@@ -219,6 +221,7 @@ BASELINES = [  # trained, random weights, raw pixels, images; what is found
     (0.30, 0.10, 0.40, 1000, ("pixels",)),
     # Few images, and scores of 0 and 1, are no certainty.
     (1.0, 0.5, None, 4, ("untrained",)),
+    (1.0, 0.25, None, 4, ()),
     (1.0, 0.0, None, 2, ("untrained",)),
     (1.0, 0.0, None, 8, ()),
     (0.0, 0.0, 0.0, 30, ("untrained", "pixels")),
