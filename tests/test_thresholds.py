@@ -189,11 +189,17 @@ def test_an_absurd_loss_is_never_healthy(loss, before, known):
         assert "diverged" in found.kinds and "healthy" not in found.text, found.text
 
 
+def test_a_loss_that_came_back_is_told_while_it_is_of_late():
+    assert kinds(steps([40.0] * 11 + [5.0] * 9)) == ("diverged",)
+    assert kinds(steps([40.0] * 9 + [5.0] * 11)) == ()
+
+
 def test_without_a_level_the_first_loss_is_the_measure():
     bare = {"step": 1, "epoch": 0}
     for losses, found in (
         ([0.4, 22.0, 22.0], False),  # against a queue of random vectors at first
         ([-1.0, 999.0], False),
+        ([0.4, 999.0], False),
         ([-1.0, 1001.0], True),
         ([5.0, 4999.0], False),
         ([5.0, 5001.0], True),

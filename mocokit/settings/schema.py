@@ -22,6 +22,7 @@ from mocokit.settings.section import (
     setting,
 )
 
+LARGEST_SIDE = 2**14  # pixels; a photo enlarged beyond it fills the memory
 ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "randaugment"]
 
 
@@ -204,6 +205,7 @@ class Monitor(Section):
         "scoring view: short side in pixels before the centre crop of views.size; null: views.size "
         "over `centre`",
         ge=8,
+        le=LARGEST_SIDE,
     )
     centre: float = incidental(
         0.875, "scoring view: side of the centre crop over the short side", ge=0.1, le=1

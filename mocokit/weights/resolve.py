@@ -22,7 +22,7 @@ from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings import sizes
-from mocokit.settings.schema import Settings
+from mocokit.settings.schema import LARGEST_SIDE, Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.layouts import SUFFIXES, read_resnet
@@ -129,6 +129,8 @@ def _scored(spec: ViewSpec, size: int | None, resize: int | None) -> ViewSpec:
         spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
     if resize is None:
         return spec
+    if resize > LARGEST_SIDE:
+        raise UserError(f"resize {resize} is too large; set at most {LARGEST_SIDE}")
     if resize < spec.size:
         raise UserError(
             f"resize {resize} is smaller than the centre crop of {spec.size} pixels; set at least "
