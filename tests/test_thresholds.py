@@ -323,6 +323,9 @@ def test_the_gain_is_that_of_the_last_quarter_of_the_epochs():
 def test_four_points_are_a_curve():
     assert said([0.1, 0.2, 0.3, 0.4]) == "longer training still pays"
     assert said([0.1, 0.2, 0.3]).startswith("no advice")
+    assert said([10, 20, 30, 40], name="rankme") == "longer training still pays"
+    assert advise(curve([0.1], epochs=[4])).endswith("set monitor.every_epochs=1 or less")
+    assert advise(curve([0.1], epochs=[3])).endswith("train for 4 epochs or more")
 
 
 def test_a_gain_must_exceed_three_deviations():
