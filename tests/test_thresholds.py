@@ -231,6 +231,8 @@ BASELINES = [  # trained, random weights, raw pixels, images; what is found
     (1.0, 0.0, None, 2, ("untrained",)),
     (1.0, 0.0, None, 8, ()),
     (0.0, 0.0, 0.0, 30, ("untrained", "pixels")),
+    (1.0, 1.0, 1.0, 40, ()),  # nothing could be better
+    (0.99, 1.0, None, 10**4, ("untrained",)),
     (0.6, 0.3, 0.2, None, ()),
     (0.3, 0.3, 0.2, None, ("untrained",)),
 ]
@@ -245,7 +247,7 @@ def test_scores_speak_first(trained, random, pixels, images, found, filled):
     assert said.kinds == found + others
     assert ("healthy" in said.text) == (not found and not others)
     if "untrained" in found:
-        word = "worse" if trained < random - 0.1 else "no better"
+        word = "worse" if (trained, random) in ((0.10, 0.30), (0.99, 1.0)) else "no better"
         assert said.text.startswith(f"{word} than random weights so far: kNN {trained:.1%}, ")
     elif not found and not others:
         assert f"kNN {trained:.1%} (random weights {random:.1%}" in said.text

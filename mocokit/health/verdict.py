@@ -155,6 +155,8 @@ def _gain(health: Health, baseline: str) -> tuple[float | None, float]:
     if not {"knn_backbone", baseline} <= health.keys():
         return None, 0.0
     scores, images = (health["knn_backbone"], health[baseline]), health.get("scored_images")
+    if min(scores) >= 1:  # so easy a task tells nothing of the weights
+        return None, 0.0
     if not images:
         return scores[0] - scores[1], 0.0
     trained, other = ((images * score + 1) / (images + 2) for score in scores)
