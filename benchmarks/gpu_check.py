@@ -80,7 +80,7 @@ def attempt(what):
 # ------------------------------------------------------------------ micro: every method, 20 steps
 
 # A small network: the reference runs on one core.
-SMALL = {"net.backbone": "resnet_tiny", "net.stem": "small", "views.size": 32, "views.resize": 32,
+SMALL = {"net.backbone": "resnet_tiny", "net.stem": "small", "views.size": 32,
          "train.batch_size": 64, "method.group_size": 16, "optim.lr_batch": 64}  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def bench_settings(name, compiled, graphs=False):
     if ARGS.tiny:
         settings = replace(settings, {
             "net.backbone": "resnet_tiny", "net.stem": "small",
-            "views.size": 32, "views.resize": 32,
+            "views.size": 32,
             "train.batch_size": 32, "method.group_size": 8, "method.queue_size": 64})  # fmt: skip
         side, count = (40, 44), 64
     return settings, side, count

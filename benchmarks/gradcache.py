@@ -30,7 +30,6 @@ def measure(arguments, batch, micro_batch):
         {
             "net.backbone": arguments.backbone,
             "views.size": arguments.size,
-            "views.resize": arguments.size,
             "train.batch_size": batch,
             "train.micro_batch": micro_batch,
         },

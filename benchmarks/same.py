@@ -59,7 +59,7 @@ ONE_THREAD = ("--device", "cpu", *assign(engine__threads=1))
 SMALL = (
     "{data}", "--epochs", str(EPOCHS), "--batch-size", str(BATCH), *ONE_THREAD,
     *assign(
-        net__backbone="resnet18", net__dim=32, views__size=32, views__resize=32,
+        net__backbone="resnet18", net__dim=32, views__size=32,
         method__group_size=8, engine__precision="float32", log__every_steps=1,
         monitor__every_epochs=0,
     ),

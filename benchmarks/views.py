@@ -77,7 +77,7 @@ def kernel_size(size: int) -> int:
 
 
 def mocokit_(task: Task, device: str = "cpu") -> Run:
-    spec = ViewSpec(**Views(size=task.size, resize=max(256, task.size)).model_dump())
+    spec = ViewSpec(**Views(size=task.size).model_dump(), resize=max(256, task.size))
     flat = torch.from_numpy(task.canvases().reshape(-1))
     if device == "cuda":
         flat = flat.pin_memory()

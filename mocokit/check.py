@@ -1,6 +1,6 @@
 """Look before you spend: what a data set holds, and what the network will see of it."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from mocokit.errors import UserError
 from mocokit.files import show
 from mocokit.run import build, command
 from mocokit.settings import sizes
+from mocokit.views.params import ViewSpec, seen_share
 from mocokit.views.sheet import contact_sheet
+from mocokit.weights.encoder import view_spec
 
 QUICK = 200  # images that a quick look decodes
 SHOWN = 10  # groups of equal images that are named
@@ -37,7 +39,7 @@ def check(
 
     `recipe` and `data` are as in `pretrain`. Every image is read; `quick` reads 200 of them. The
     sheet shows `images` images beside the query and the key view that the first epoch would make
-    of them, with every parameter drawn.
+    of them, with every parameter drawn, and beside the view of which scores are taken.
     """
     console, path = Console(), Path(out)
     where = None if data is None else str(data)
@@ -45,7 +47,7 @@ def check(
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
     for note in splits.train.notes:
         console.say(f"note: {note}", "yellow")
-    specs = build.view_specs(asked)
+    specs, scored = build.view_specs(asked), view_spec(asked)
     bound = build.largest_canvas(specs.values())
     for lack in lacking(splits.train, bound):
         console.say(f"note: {lack}", "yellow")
@@ -70,12 +72,24 @@ def check(
     for notice in notices:
         console.say(f"note: {notice}", "yellow")
     canvases, _ = read_spread(splits.train, images, bound)
+    if canvases:
+        console.say(_seen(scored, [canvas.shape[:2] for canvas in canvases.values()]))
     try:
-        contact_sheet(specs, list(canvases.values()), list(canvases), asked.seed, path)
+        shown = list(canvases.values()), list(canvases)
+        contact_sheet(specs, *shown, asked.seed, path, scored=scored)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot write {path} ({error}); choose another --out") from None
     console.say(f"views of {asked.recipe}: {path}")
     return path
+
+
+def _seen(spec: ViewSpec, sizes: Iterable[tuple[int, ...]]) -> str:
+    """What a score sees of images of these heights and widths."""
+    share = float(np.median([seen_share(spec, *size) for size in sizes]))
+    return (
+        f"scores see {share:.0%} of a photo's area: its short side resized to {spec.resize} "
+        f"pixels, of which {spec.size} x {spec.size} in the centre (monitor.resize)"
+    )
 
 
 def _tell_counts(console: Console, split: str, source: Source) -> None:

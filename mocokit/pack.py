@@ -12,7 +12,7 @@ from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError
 from mocokit.files import show
 from mocokit.run import command
-from mocokit.views.params import canvas_bound
+from mocokit.views.params import canvas_bound, scoring_bound
 from mocokit.weights.encoder import view_spec
 
 
@@ -37,7 +37,7 @@ def pack(
     if not target.resolve().parent.is_dir():
         raise UserError(f"there is no folder {show(target.resolve().parent)}: make it first")
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
-    bound = canvas_bound(view_spec(asked))
+    bound = max(canvas_bound(spec := view_spec(asked)), scoring_bound(spec))
     for note in splits.train.notes:
         console.say(f"note: {note}", "yellow")
     count = sum(len(source) for source in splits if source is not None)

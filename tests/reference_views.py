@@ -16,7 +16,9 @@ from mocokit.views.params import Table, ViewSpec
 
 
 def spec_of(**settings: object) -> ViewSpec:
-    return ViewSpec(**Views(**settings).model_dump())
+    size = settings.get("size", 224)
+    resize = settings.pop("resize", max(256, size))
+    return ViewSpec(**Views(**settings).model_dump(), resize=resize)
 
 
 def v1(size: int = 224) -> ViewSpec:

@@ -158,7 +158,7 @@ class MultiCrop(Method):
 
     @classmethod
     def roles(cls, settings):
-        small = {"size": 16, "resize": 16, "crop_area": (0.05, 0.3)}
+        small = {"size": 16, "crop_area": (0.05, 0.3)}
         large = [ViewRole(f"large {n}", changes={"crop_area": (0.3, 1)}) for n in (1, 2)]
         return (*large, *(ViewRole(f"small {n}", changes=small) for n in range(1, 7)))
 

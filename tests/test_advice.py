@@ -14,8 +14,12 @@ def lines(values, name="knn_backbone"):
     return [{"step": n, "epoch": n, name: float(v)} for n, v in enumerate(values, 1)]
 
 
-def test_too_few_scores_say_nothing():
-    assert advise([]) is None and advise(lines([0.1, 0.2, 0.3])) is None
+def test_too_few_scores_say_why_there_is_no_advice():
+    assert advise([]).startswith("no advice on the length of the run: RankMe was measured 0 times")
+    assert advise(lines([0.1, 0.2, 0.3])).endswith("train for 4 epochs or more")
+    once = [{"step": 900, "epoch": 90, "knn_backbone": 0.5, "rankme": 9.0}]
+    assert "kNN was measured 1 time, " in advise(once)
+    assert advise(once).endswith("set monitor.every_epochs=22 or less")
 
 
 def test_a_rise_a_plateau_and_a_fall():

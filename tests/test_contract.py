@@ -20,7 +20,7 @@ from mocokit.settings import methods, replace
 from mocokit.settings.sizes import resolve
 
 SMALL = {"net.backbone": "resnet_tiny", "net.dim": 8, "method.group_size": 8}
-VIT = {"net.backbone": "test_vit", "net.stem": "imagenet", "views.size": 160, "views.resize": 160}
+VIT = {"net.backbone": "test_vit", "net.stem": "imagenet", "views.size": 160}
 STUBS = {
     stubs.SimSiam: {},
     stubs.MoCoV3: VIT | {"optim.name": "adamw", "train.batch_size": 40},

@@ -53,8 +53,8 @@ def command(capsys, monkeypatch):
 
 
 def test_flags_are_pinned(capsys, monkeypatch):
-    shared = "--size --device --precision --seed --baseline --no-baseline --per-class --confusion"
-    shared += " --json --help"
+    shared = "--size --resize --device --precision --seed --baseline --no-baseline"
+    shared += " --per-class --confusion --json --help"
     own = {
         "knn": "--k --temperature --layer --cache --no-cache",
         "linear": "--protocol --train-views --epochs --lr --layer --cache --no-cache",

@@ -57,7 +57,7 @@ def test_equal_pixels_in_arrays_are_twins(tmp_path: Path) -> None:
 
 
 def said(folder: Path, capsys: pytest.CaptureFixture[str], **options: bool) -> str:
-    settings = {"views.size": 16, "views.resize": 16}
+    settings = {"views.size": 16}
     sheet = folder.parent / "views.png"
     mocokit.check.check("mocov2", folder, sheet, settings, **options)  # type: ignore[arg-type]
     assert sheet.is_file()

@@ -69,7 +69,7 @@ def test_health_verdict_and_advice_are_recorded(toy_npz, tmp_path):
 
 
 def test_without_labels_health_is_still_measured(photos, tmp_path):
-    changes = {"net.backbone": "resnet_tiny", "views.size": 32, "views.resize": 32}
+    changes = {"net.backbone": "resnet_tiny", "views.size": 32}
     changes |= SMALL | {"monitor.every_epochs": 1, "data.workers": 0}
     run = mocokit.pretrain("mocov2", photos, tmp_path, epochs=2, batch_size=40, settings=changes)
     health = [line for line in lines(tmp_path) if "rankme" in line]

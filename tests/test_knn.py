@@ -15,7 +15,7 @@ from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.protocols import knn
 from mocokit.protocols.knn import knn_accuracy, knn_grid, knn_scores, nearest, vote
-from mocokit.views.params import ViewSpec
+from mocokit.weights.encoder import view_spec
 
 
 def naive(bank, labels, queries, k, temperature, classes):
@@ -48,7 +48,7 @@ def test_accuracy_counts_the_highest_score():
 
 
 def spec():
-    return ViewSpec(**recipes.demo().views.model_dump())
+    return view_spec(recipes.demo())
 
 
 def source(count, seed, labelled=True):

@@ -17,7 +17,7 @@ from mocokit.protocols import linear_paper, linear_quick
 from mocokit.protocols.labelled import labelled_split
 from mocokit.protocols.linear_quick import Data, compute_moments, fit_quick, ridge, solve
 from mocokit.protocols.table import Table, features_of
-from mocokit.views.params import ViewSpec
+from mocokit.weights.encoder import view_spec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
 CPU = torch.device("cpu")
@@ -93,9 +93,7 @@ def test_every_step_goes_down_whatever_the_features():
 
 
 def spec(size=32):
-    return dataclasses.replace(
-        ViewSpec(**recipes.demo().views.model_dump()), size=size, resize=size
-    )
+    return dataclasses.replace(view_spec(recipes.demo()), size=size, resize=size)
 
 
 def source(count, seed, classes=3, noise=30):

@@ -27,10 +27,11 @@ CLOCKS = {"images_per_s", "data_wait", "peak_memory_gib"}
 # was dropped.
 MOCOS = ["queue_size", "momentum", "momentum_batch", "momentum_schedule", "enqueue"]
 BANKS = ["bank_negatives", "bank_momentum"]
+VIEWS: dict[str, str | None] = {"views.resize": "views.canvas"}
 RENAMED: dict[str, dict[str, str | None]] = {
-    "mocov2": {f"method.{name}": None for name in BANKS},
-    "simclr": {f"method.{name}": None for name in [*MOCOS, *BANKS]},
-    "memorybank": {f"method.{name}": None for name in [*MOCOS, "symmetric", "shuffle"]},
+    "mocov2": VIEWS | {f"method.{name}": None for name in BANKS},
+    "simclr": VIEWS | {f"method.{name}": None for name in [*MOCOS, *BANKS]},
+    "memorybank": VIEWS | {f"method.{name}": None for name in [*MOCOS, "symmetric", "shuffle"]},
 }
 
 

@@ -334,7 +334,7 @@ def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     import mocokit.pack
 
     target = tmp_path / "x.pack"
-    settings = {"views.size": 16, "views.resize": 16}
+    settings = {"views.size": 16}
     assert mocokit.pack.pack(folder, target, settings=settings) == target
     said = capsys.readouterr().err
     assert "31 images" in said and "1 cannot be read" in said and "were shrunk" in said

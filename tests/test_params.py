@@ -1,5 +1,6 @@
 """The table: torchvision's crop, the stated distributions, and rows that know only their image."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -15,7 +16,14 @@ from mocokit.errors import UserError
 from mocokit.settings import from_yaml, replace, to_yaml
 from mocokit.settings.schema import Settings, Views
 from mocokit.views.colour import LUMA
-from mocokit.views.params import RANDOM_OPERATIONS, ViewSpec, canvas_bound, describe, draw_table
+from mocokit.views.params import (
+    RANDOM_OPERATIONS,
+    ViewSpec,
+    canvas_bound,
+    describe,
+    draw_table,
+    scoring_bound,
+)
 
 N = 100_000
 
@@ -34,8 +42,8 @@ def assert_uniform(values, low, high):
 
 
 def test_spec_has_exactly_the_settings():
-    assert tuple(ViewSpec.__dataclass_fields__) == tuple(Views.model_fields)
-    assert ViewSpec(**Views().model_dump()).order == Views().order
+    assert tuple(ViewSpec.__dataclass_fields__) == (*Views.model_fields, "resize")
+    assert ViewSpec(**Views().model_dump(), resize=256).order == Views().order
 
 
 def scalar_crop(spec, seed, epoch, index, view, height, width):
@@ -263,7 +271,10 @@ def test_types_and_shapes_also_without_images():
 def test_canvas_bound():
     assert canvas_bound(v2()) == 579
     assert canvas_bound(cifar()) == math.ceil(32 / math.sqrt(0.08 * 0.75))
-    assert canvas_bound(spec_of(size=64, crop_area=(1, 1), crop_ratio=(1, 1), resize=73)) == 73
+    whole = spec_of(size=64, crop_area=(1, 1), crop_ratio=(1, 1), resize=73)
+    assert canvas_bound(whole) == 64 and scoring_bound(whole) == 73
+    kept = dataclasses.replace(whole, canvas=256)  # an unfinished run of 0.1
+    assert canvas_bound(kept) == 256 and scoring_bound(kept) == 73
     assert canvas_bound(spec_of(size=100, resize=100, crop_area=(1, 1), crop_ratio=(1, 4))) == 200
 
 
@@ -285,7 +296,7 @@ def test_nor_is_a_crop_that_no_try_fitted(ratio, area):
 def test_description_names_every_number():
     rows = describe(v1())
     assert [row[0] for row in rows] == [
-        "random resized crop", "grayscale", "colour jitter", "flip", "normalise", "evaluation view"
+        "random resized crop", "grayscale", "colour jitter", "flip", "normalise", "scoring view"
     ]  # fmt: skip
     assert [row[1] for row in rows] == ["1", "0.2", "1", "0.5", "1", "1"]
     told = dict((row[0], row[2]) for row in rows)
@@ -294,7 +305,7 @@ def test_description_names_every_number():
     assert told["colour jitter"].count("[0.6, 1.4]") == 3
     assert "[-0.4, 0.4] turns" in told["colour jitter"]
     assert "0.485, 0.456, 0.406" in told["normalise"] and "0.225" in told["normalise"]
-    assert "256" in told["evaluation view"]
+    assert "256" in told["scoring view"]
     luma = " + ".join(f"{weight:.4g} {name}" for weight, name in zip(LUMA, "RGB", strict=True))
     assert told["grayscale"] == luma
     blur = {row[0]: row for row in describe(v2())}["Gaussian blur"]
@@ -323,7 +334,7 @@ def test_description_gives_each_number_its_place():
         "hue shift [-0.05, 0.05] turns; in random order"
     )
     assert told["random resized crop"][1].endswith("resized to 100 x 100, bicubic, antialiased")
-    assert told["evaluation view"][1].startswith(
+    assert told["scoring view"][1].startswith(
         "short side resized to 120, bicubic, antialiased; centre crop 100 x 100; "
     )
     assert told["randaugment"] == (

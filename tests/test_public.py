@@ -126,7 +126,7 @@ def test_the_guide_states_the_defaults_of_the_table():
     linear, tune = defaults.Linear(), defaults.FineTune()
     percent = ", ".join(f"{share:g}" for share in tune.percent)
     assert f"SGD, lr {linear.lr:g}, no weight decay, {linear.epochs} epochs" in guide
-    assert f"k {defaults.Knn.k[0]}, temperature {defaults.Knn.temperature[0]:g}" in guide
+    assert f"k {defaults.NEIGHBOURS}, temperature {defaults.Knn.temperature[0]:g}" in guide
     assert f"{percent} % of the labels, {tune.epochs} epochs, lr {tune.lr:g}" in guide
     assert f"{defaults.Voc.trials} trials" in guide
 

@@ -18,7 +18,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "net.backbone": "resnet_tiny",
     "views.size": 32,
-    "views.resize": 32,
     "engine.threads": 1,
     "data.workers": 0,
 }

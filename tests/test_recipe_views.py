@@ -16,11 +16,12 @@ from mocokit.recipes.views import (
 )
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
-from mocokit.views.params import ViewSpec, draw_table
+from mocokit.views.params import draw_table
+from mocokit.weights.encoder import view_spec
 
 
 def spec(changes):
-    return ViewSpec(**replace(Settings(), changes).views.model_dump())
+    return view_spec(replace(Settings(), changes))
 
 
 def test_simclrs_views():

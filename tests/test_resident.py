@@ -45,7 +45,7 @@ def pack(tmp_path) -> Path:
 
 
 def spec(size: int) -> ViewSpec:
-    return ViewSpec(**Views(size=size, resize=max(40, size)).model_dump())
+    return ViewSpec(**Views(size=size).model_dump(), resize=max(40, size))
 
 
 def views(source, held, index, view, make=make_views):

@@ -154,8 +154,8 @@ def test_small_and_odd_data(tmp_path, capsys):
     assert [one.setting["k"] for one in found.results] == [1, 1] and found.accuracy == 0
     assert "kNN, k 1, 1," in found.protocol  # each has but one other
     one = arrays(tmp_path / "one.npz", [0] * 9, [0] * 3)
-    assert mocokit.evaluate_knn(judged, one, **quiet).accuracy == 1
     for evaluate, options in (
+        (mocokit.evaluate_knn, {}),
         (mocokit.evaluate_linear, {"protocol": "quick"}),
         (mocokit.evaluate_linear, {"protocol": "paper"}),
         (mocokit.evaluate_finetune, {}),

@@ -17,7 +17,7 @@ from mocokit.nets.backbones import build_backbone
 from mocokit.pack import pack
 from mocokit.protocols import table as table_
 from mocokit.protocols.table import CENTRE, Transform, features_of, key_of, prune
-from mocokit.views.params import ViewSpec
+from mocokit.weights.encoder import view_spec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
 
@@ -28,7 +28,7 @@ def _small_batches(monkeypatch):
 
 
 def spec():
-    return ViewSpec(**recipes.demo().views.model_dump())
+    return view_spec(recipes.demo())
 
 
 def source(count=70, seed=0):

@@ -440,7 +440,7 @@ def test_views_on_demand_are_the_views(sizes):
     from mocokit.settings import replace
     from mocokit.weights.encoder import view_spec
 
-    small = {"views.size": 24, "views.resize": 24}
+    small = {"views.size": 24}
     spec = view_spec(replace(recipes.mocov2(), small))
     draw = np.random.default_rng(0)
     heights, widths = np.array(sizes, np.int64).T

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +242,18 @@ def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
     return DetectionReport(
         "r", "d", "07+12", plan, DetectionData, Opened, None, "float32", tmp_path
     )
+
+
+def test_the_step_of_an_unfinished_backbone_is_named(tmp_path):
+    """Before the trials and in the protocol, which the report and the JSON keep."""
+    made = replace(report(tmp_path, plan_for("07+12")), device=torch.device("cpu"))
+    made.data.train.classes = ("cat",)
+    result = [{"metric": "voc07", "metrics": {"voc07": {}}, "seed": 0}]
+    for stage in ("", "checkpoint of step 4 of 160"):
+        made.opened.unfinished, said = stage, []
+        made.start(SimpleNamespace(say=lambda text, *style, said=said: said.append(text)))
+        for words in (said[0].removeprefix("r: "), made._protocol(result)):
+            assert words.startswith(f"{stage}, Faster R-CNN" if stage else "Faster R-CNN")
 
 
 def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):

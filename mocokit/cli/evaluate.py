@@ -6,6 +6,7 @@ import typer
 
 from mocokit.detection.protocol import BATCH_SIZE, STEPS
 from mocokit.protocols.defaults import (
+    NEIGHBOURS,
     DetectorPrecision,
     FineTune,
     Knn,
@@ -20,7 +21,7 @@ from mocokit.protocols.defaults import (
 )
 
 # Lists, because these options are repeatable.
-NEIGHBOURS, TEMPERATURES, PERCENT = [*Knn.k], [*Knn.temperature], [*FineTune.percent]
+TEMPERATURES, PERCENT = [*Knn.temperature], [*FineTune.percent]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +44,13 @@ Size = Annotated[
     int | None,
     typer.Option(help="side of the evaluation views; default: as in training"),
 ]
+Resize = Annotated[
+    int | None,
+    typer.Option(
+        help="short side of an image, of which the view is the centre; default: in the recipe's "
+        "proportion, such as 256 for 224"
+    ),
+]
 Seed = Annotated[int, typer.Option(help="random seed of splits, crops and random weights")]
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help="score random weights beside it")
@@ -61,12 +69,21 @@ Output = Annotated[Layer, typer.Option("--layer", help="the output that is score
 def knn(
     run: Run,
     data: Data = None,
-    k: Annotated[list[int], typer.Option("-k", "--k", help="neighbours; repeatable")] = NEIGHBOURS,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(
+            "-k",
+            "--k",
+            help="neighbours; repeatable; default: as the run's settings state, else "
+            f"{NEIGHBOURS}, or half of a class's images if fewer",
+        ),
+    ] = None,
     temperature: Annotated[
         list[float], typer.Option(help="a vote weighs exp(cosine / temperature); repeatable")
     ] = TEMPERATURES,
     layer: Output = Shared.layer,
     size: Size = Shared.size,
+    resize: Resize = Shared.resize,
     device: Device = Shared.device,
     precision: NetworkPrecision = Shared.precision,
     seed: Seed = Shared.seed,
@@ -83,8 +100,8 @@ def knn(
     from mocokit.evaluate.api import evaluate_knn
 
     options: dict[str, Any] = {"layer": layer, "cache": cache}
-    options |= _shared(size, device, precision, seed, baseline, per_class, confusion, json)
-    evaluate_knn(run, data, k=k, temperature=temperature, **options)
+    options |= _shared(size, resize, device, precision, seed, baseline, per_class, confusion, json)
+    evaluate_knn(run, data, k=k or (), temperature=temperature, **options)
 
 
 @app.command()
@@ -105,6 +122,7 @@ def linear(
     lr: Annotated[float, typer.Option(help="paper: initial learning rate")] = Linear.lr,
     layer: Output = Shared.layer,
     size: Size = Shared.size,
+    resize: Resize = Shared.resize,
     device: Device = Shared.device,
     precision: NetworkPrecision = Shared.precision,
     seed: Seed = Shared.seed,
@@ -119,7 +137,7 @@ def linear(
 
     options: dict[str, Any] = {"layer": layer, "cache": cache, "protocol": protocol}
     options["train_views"] = train_views
-    options |= _shared(size, device, precision, seed, baseline, per_class, confusion, json)
+    options |= _shared(size, resize, device, precision, seed, baseline, per_class, confusion, json)
     evaluate_linear(run, data, epochs=epochs, lr=lr, **options)
 
 
@@ -136,6 +154,7 @@ def finetune(
         float, typer.Option(help="each layer's learning rate over that of the layer above it")
     ] = FineTune.layer_decay,
     size: Size = Shared.size,
+    resize: Resize = Shared.resize,
     device: Device = Shared.device,
     precision: NetworkPrecision = Shared.precision,
     seed: Seed = Shared.seed,
@@ -147,7 +166,7 @@ def finetune(
     """Train all layers on a share of the labels, beside the same from random weights."""
     from mocokit.evaluate.api import evaluate_finetune
 
-    options = _shared(size, device, precision, seed, baseline, per_class, confusion, json)
+    options = _shared(size, resize, device, precision, seed, baseline, per_class, confusion, json)
     evaluate_finetune(
         run, data, percent=percent, epochs=epochs, lr=lr, layer_decay=layer_decay,
         **options,
@@ -214,6 +233,7 @@ def voc(
 
 def _shared(
     size: int | None,
+    resize: int | None,
     device: str,
     precision: str,
     seed: int,
@@ -224,6 +244,7 @@ def _shared(
 ) -> dict[str, Any]:
     return {
         "size": size,
+        "resize": resize,
         "device": device,
         "precision": precision,
         "seed": seed,

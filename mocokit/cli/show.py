@@ -237,7 +237,8 @@ def _heading(shown: Shown, width: int) -> list[str]:
 
 
 def _augmentation(shown: Shown) -> list[tuple[str, str, str]]:
-    spec = ViewSpec(**shown.fitted.views.model_dump())
+    now = shown.fitted
+    spec = ViewSpec(**now.views.model_dump(), resize=sizes.scoring_side(now))
     return [("operation", "probability", "parameters"), *describe(spec)]
 
 

@@ -22,7 +22,7 @@ from mocokit.protocols.defaults import (
     Shared,
     TrainViews,
 )
-from mocokit.protocols.knn import knn_grid_of
+from mocokit.protocols.knn import knn_grid_of, suited
 from mocokit.protocols.table import CENTRE, Transform
 
 
@@ -36,6 +36,7 @@ def evaluate_knn(
     device: str = Shared.device,
     precision: Precision = Shared.precision,
     size: int | None = Shared.size,
+    resize: int | None = Shared.resize,
     seed: int = Shared.seed,
     baseline: bool = Shared.baseline,
     cache: bool = Shared.cache,
@@ -46,23 +47,27 @@ def evaluate_knn(
     """The weighted vote of the nearest training images, for every k and temperature.
 
     `run` is a run folder, a checkpoint, an exported file, a timm model, or `random`. `data` is as
-    in `pretrain`; None means the run's own images. `layer` chooses the output that is scored,
-    `size` the side of the views, `precision` that of the frozen network. `baseline` scores random
-    weights too, `cache` keeps features for the next time. `per_class` and `confusion` print more,
-    `json` names a file for the result. Raises UserError.
+    in `pretrain`; None means the run's own images. Without `k` it is as the run's settings state,
+    or fitted to the images of a class (protocols.knn.suited). `layer` chooses the output that is
+    scored, `size` the side of the views and `resize` the short side that they are the centre of,
+    `precision` that of the frozen network. `baseline` scores random weights too, `cache` keeps
+    features for the next time. `per_class` and `confusion` print more, `json` names a file for the
+    result. Raises UserError.
     """
-    if not k or min(k) < 1:
+    if k and min(k) < 1:
         raise UserError(f"k = {list(k)}: neighbours are counted from 1")
     if not temperature or min(temperature) <= 0:
         raise UserError(f"temperature = {list(temperature)}: it must be positive")
     options = Options(
-        data=data, layer=layer, device=device, precision=precision, size=size, seed=seed,
-        baseline=baseline, cache=cache, per_class=per_class, confusion=confusion, json=json,
+        data=data, layer=layer, device=device, precision=precision, size=size,
+        resize=resize, seed=seed, baseline=baseline, cache=cache, per_class=per_class,
+        confusion=confusion, json=json,
     )  # fmt: skip
     trial = Session(run, options, leave_one_out=True)
     split = trial.split
-    subjects, most = [*trial.subjects(), *trial.pixels()], len(split.train_numbers)
-    for subject in subjects:
+    stated, words = _neighbours(k, trial)
+    most = len(split.train_numbers)
+    for subject in [*trial.subjects(), *trial.pixels()]:
         train = trial.table(subject, split.train)
         test = train if split.leave_one_out else trial.table(subject, split.test)
         known = np.isin(split.train_numbers, train.good)
@@ -79,7 +84,7 @@ def evaluate_knn(
             bank,
             torch.from_numpy(labels),
             queries,
-            [min(one, most) for one in k],
+            [min(one, most) for one in stated],
             temperature,
             len(split.classes),
             own_rows,
@@ -88,12 +93,22 @@ def evaluate_knn(
         for count, tau, predicted in grid:
             setting = {"k": count, "temperature": tau}
             trial.add(subject, predicted.numpy(), truth, setting)
-    shown = ", ".join(str(min(one, most)) for one in k)
+    shown = words or ", ".join(str(min(one, most)) for one in stated)
     protocol = (
         f"kNN, k {shown}, temperature {', '.join(f'{t:g}' for t in temperature)}, "
         f"{trial.opened.subject.layer} features; {CENTRE.describe(trial.opened.subject.spec)}"
     )
     return trial.finish("knn", protocol)
+
+
+def _neighbours(asked: Sequence[int], trial: Session) -> tuple[Sequence[int], str]:
+    """How many vote: as asked, as the run's settings state, or what suits; that in words."""
+    split, settings = trial.split, trial.opened.settings
+    stated = None if settings is None else settings.monitor.k
+    if asked or stated is not None:
+        return asked or (stated,), ""  # type: ignore[return-value]
+    one, words = suited(split.train_labels, int(split.leave_one_out))
+    return (one,), words
 
 
 def evaluate_linear(
@@ -108,6 +123,7 @@ def evaluate_linear(
     device: str = Shared.device,
     precision: Precision = Shared.precision,
     size: int | None = Shared.size,
+    resize: int | None = Shared.resize,
     seed: int = Shared.seed,
     baseline: bool = Shared.baseline,
     cache: bool = Shared.cache,
@@ -132,11 +148,11 @@ def evaluate_linear(
     if epochs < 1 or lr <= 0:
         raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
     options = Options(
-        data=data, layer=layer, device=device, precision=precision, size=size, seed=seed,
-        baseline=baseline, cache=cache, per_class=per_class, confusion=confusion, json=json,
+        data=data, layer=layer, device=device, precision=precision, size=size,
+        resize=resize, seed=seed, baseline=baseline, cache=cache, per_class=per_class,
+        confusion=confusion, json=json,
     )  # fmt: skip
     trial = Session(run, options)
-    trial.split.check_classes()
     first = trial.opened.subject
     stream = chance.library_seed(trial.options.seed, 3, Slot.EVALUATION)
     views = Transform(stream) if train_views == "crops" else CENTRE
@@ -182,6 +198,7 @@ def evaluate_finetune(
     device: str = Shared.device,
     precision: Precision = Shared.precision,
     size: int | None = Shared.size,
+    resize: int | None = Shared.resize,
     seed: int = Shared.seed,
     baseline: bool = Shared.baseline,
     per_class: bool = Shared.per_class,
@@ -200,11 +217,11 @@ def evaluate_finetune(
     if precision == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     options = Options(
-        data=data, device=device, precision=precision, size=size, seed=seed,
-        baseline=baseline, cache=False, per_class=per_class, confusion=confusion, json=json,
+        data=data, device=device, precision=precision, size=size, resize=resize,
+        seed=seed, baseline=baseline, cache=False, per_class=per_class, confusion=confusion,
+        json=json,
     )  # fmt: skip
     trial = Session(run, options)
-    trial.split.check_classes()
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
     words = plan.describe(trial.opened.subject, len(trial.split.train_numbers))
     for share in percent:

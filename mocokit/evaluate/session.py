@@ -26,12 +26,13 @@ from mocokit.files import cache_folder
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import Layer, Precision, Shared
-from mocokit.protocols.labelled import LabelledSplit, labelled_split
+from mocokit.protocols.labelled import LabelledSplit, check_classes, labelled_split
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.table import CENTRE, Table, Transform, features_of
 from mocokit.run.open import kept_index
 from mocokit.settings.schema import Settings
+from mocokit.settings.sizes import scored_anew
 from mocokit.weights.resolve import Opened, is_ours, open_model
 from mocokit.weights.subject import FrozenModel, Pixels
 
@@ -74,6 +75,7 @@ class Session:
             layer=options.layer,
             precision=options.precision,
             size=options.size,
+            resize=options.resize,
             seed=options.seed,
         )
         settings = self.opened.settings
@@ -91,7 +93,9 @@ class Session:
             *self.splits, seed=options.seed, leave_one_out=leave_one_out
         )
         self.results: list[Result] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = self.split.remarks()
+        if settings is not None and (options.size or options.resize) is None:
+            self.notes += scored_anew(settings)
         self.calibrated = False
         self._logged = time.monotonic()
         self._untrained: dict[bool, FrozenModel] = {}
@@ -142,7 +146,9 @@ class Session:
         )
         if source is self.split.train:
             numbers = self.split.train_numbers
-            unread = len(numbers) - int(np.isin(numbers, table.good).sum())
+            known = np.isin(numbers, table.good)
+            unread = len(numbers) - int(known.sum())
+            check_classes(self.split.train_labels[known], f"{source.name} that can be read")
             note = f"{_images(unread, 'training')} could not be read: left out"
             if unread and note not in self.notes:
                 self.notes.append(note)
@@ -191,7 +197,7 @@ class Session:
             kind=kind,
             run=self.run,
             data=str(self.options.data or self.split.train.name),
-            protocol=f"{protocol}; {split}; {where}",
+            protocol="; ".join(filter(None, (self.opened.unfinished, protocol, split, where))),
             results=tuple(self.results),
             classes=self.split.classes,
             notes=tuple(self.notes),

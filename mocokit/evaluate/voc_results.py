@@ -50,11 +50,17 @@ class DetectionReport:
     def _network(self) -> str:
         return self.opened.subject.architecture.split()[0]
 
+    @property
+    def _stage(self) -> str:
+        """Whose weights these are, where their run had steps to go."""
+        return f"{self.opened.unfinished}, " if self.opened.unfinished else ""
+
     def start(self, console: Console) -> None:
         """What will run, what is wrong with the annotations, and what differs from the paper."""
         say, plan, data = console.say, self.plan, self.data
         say(
-            f"{self.run}: Faster R-CNN {self._network}-C4, {len(data.train.classes)} classes",
+            f"{self.run}: {self._stage}Faster R-CNN {self._network}-C4, "
+            f"{len(data.train.classes)} classes",
             "bold",
         )
         say(
@@ -104,7 +110,7 @@ class DetectionReport:
             spread = " / ".join(map(str, published.VOC_DEVIATIONS))
             source = published.VOC_SOURCE[self.split]
             notes.append(f"published: {source}; its authors expect deviations of {spread}")
-        title = f"{self.run}: detection, {results[0]['metric']}"
+        title = f"{self.run}: {self._stage}detection, {results[0]['metric']}"
         console.table(title, ["trial", *COLUMNS], rows)
         console.say(protocol)
         for note in notes:
@@ -143,7 +149,8 @@ class DetectionReport:
         ]
         seeds = ", ".join(str(one["seed"]) for one in results)
         return "; ".join([
-            f"Faster R-CNN {self._network}-C4, all layers fine-tuned on {self.data.split}",
+            f"{self._stage}Faster R-CNN {self._network}-C4, all layers fine-tuned on "
+            f"{self.data.split}",
             f"{plan.steps:,} steps of {plan.batch_size} images, lr {plan.lr:g}",
             f"batch norm over the whole step, made precise over {plan.precise_bn} batches",
             which,

@@ -11,13 +11,15 @@ KNN_GAIN = 0.005  # half a point: below, no longer run is worth its time
 RANK_GAIN = 0.03  # of the rank
 NOISE = 3.0  # deviations of a single score that a gain must exceed
 
+SILENT = "no advice on the length of the run"
+
 Point = tuple[float, float]
 
 
-def advise(lines: Sequence[Mapping[str, Any]]) -> str | None:
+def advise(lines: Sequence[Mapping[str, Any]]) -> str:
     """The advice that metrics.jsonl gives, by its kNN scores if there are enough, else by RankMe.
 
-    None where neither was scored often enough.
+    Where neither was scored often enough, why there is none.
     """
     knn = curve(lines, "knn_backbone")
     if len(knn) >= LEAST_POINTS:
@@ -27,7 +29,20 @@ def advise(lines: Sequence[Mapping[str, Any]]) -> str | None:
         least = RANK_GAIN * max(value for _, value in rank)
         weak = " (without labels only the rank speaks, which is a weaker sign)"
         return _sentence(rank, "RankMe", least, lambda value: f"{value:.1f}") + weak
-    return None
+    return _silent(knn or rank, "kNN" if knn else "RankMe")
+
+
+def _silent(points: list[Point], what: str) -> str:
+    last = points[-1][0] if points else 0
+    remedy = (
+        f"set monitor.every_epochs={last // LEAST_POINTS:.0f} or less"
+        if last >= LEAST_POINTS
+        else f"train for {LEAST_POINTS} epochs or more"
+    )
+    times = f"{len(points)} time{'s' * (len(points) != 1)}"
+    return (
+        f"{SILENT}: {what} was measured {times}, and a curve takes {LEAST_POINTS} points; {remedy}"
+    )
 
 
 def curve(lines: Sequence[Mapping[str, Any]], name: str) -> list[Point]:

@@ -16,7 +16,9 @@ from mocokit.nets.batchnorm import calibrate
 from mocokit.nets.heads import Encoder
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.features import BATCH, compute_features, evaluation_batches
-from mocokit.protocols.knn import knn_accuracy
+from mocokit.protocols.knn import knn_accuracy, suited
+from mocokit.protocols.labelled import lacking_classes
+from mocokit.protocols.table import CENTRE
 from mocokit.views.params import ViewSpec
 
 PIXEL_LIMIT = 64  # pixels a side; above, raw pixels are no baseline worth their memory
@@ -46,7 +48,7 @@ class KnnMonitor:
     """kNN with the training images as bank; `run` yields (name, accuracy).
 
     The queries are the validation images where there are any, else a tenth of the labelled training
-    images, drawn from chance and left out of the bank.
+    images, drawn from chance and left out of the bank. `k` None is what suits the bank.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class KnnMonitor:
         spec: ViewSpec,
         device: torch.device,
         *,
-        k: int,
+        k: int | None,
         temperature: float,
         bank: int,
         seed: int,
@@ -79,17 +81,30 @@ class KnnMonitor:
             self.queries, self.query_numbers = train, np.sort(order[:held])
             kept, self.split = order[held:], "a held-out tenth of the labelled images"
         self.train, self.bank_numbers = train, np.sort(kept[:bank])
+        bank_labels = train.labels[self.bank_numbers]
+        # Why a score would mean nothing, of all images or of those in the bank.
+        self.lacks = lacking_classes(train.labels, train.name)
+        self.lacks = self.lacks or lacking_classes(bank_labels, f"the bank from {train.name}")
+        self._suited = suited(bank_labels)
         # Those that could be read, once a score has been taken.
         self._counts = len(self.bank_numbers), len(self.query_numbers)
+
+    @property
+    def scored_images(self) -> int:
+        """Queries of the last score."""
+        return self._counts[1]
 
     @property
     def protocol(self) -> str:
         """How the numbers of the last score came about, in words."""
         bank, queries = self._counts
+        k = self._suited[1] if self.k is None else min(self.k, bank)
+        one = len(np.unique(self.queries.labels[self.query_numbers])) < 2  # type: ignore[index]
         return (
-            f"kNN, k {min(self.k, bank)}, temperature {self.temperature:g}, "
+            f"kNN, k {k}, temperature {self.temperature:g}, "
             f"{bank:,} training images as bank, {queries:,} queries ({self.split}), "
-            "centre crop, final weights"
+            f"{CENTRE.describe(self.spec)}, final weights"
+            + ("; all queries are of one class" if one else "")
         )
 
     def run(self, encoder: Encoder) -> Iterator[tuple[str, float]]:
@@ -135,10 +150,11 @@ class KnnMonitor:
         query_labels = torch.from_numpy(self.queries.labels[query_index])  # type: ignore[index]
         if not banks or not queries:
             return  # nothing can be read: there is no score
+        k = self._suited[0] if self.k is None else self.k
         for name, bank, query in zip(names, banks, queries, strict=True):
             if centre:
                 bank, query = bank - bank.mean(0), query - bank.mean(0)
             yield (
                 name,
-                knn_accuracy(bank, labels, query, query_labels, self.k, self.temperature),
+                knn_accuracy(bank, labels, query, query_labels, k, self.temperature),
             )

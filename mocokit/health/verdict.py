@@ -5,6 +5,7 @@ A pure function of the lines of metrics.jsonl. Every threshold stands here with 
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +23,24 @@ LEAK_SHARE = 0.75
 LEAK_ERRORS = 3.0  # standard errors by which the two must differ
 # MoCo v1, section 4.1 (ImageNet): 0 fails, 0.9 loses 4 points of 59.0, 0.99 loses 1.
 LEAST_MOMENTUM = 0.5
-# In a warm-up the loss stands above chance for a while (in the demo for 150 steps); in a healthy
-# run it was not seen there afterwards.
-PATIENCE = 500  # steps with a full queue, before a loss at the level of chance means something
+# Healthy runs were seen above chance for up to 150 steps with a full queue, all in a warm-up
+# of the learning rate, and not afterwards.
+PATIENCE = 225  # steps with both behind it, before a loss at the level of chance means something
+# A loss this far above chance cannot come from unit vectors at a temperature of 0.2, and was not
+# seen at 0.07 (1.2 times chance at most). Where the level is unknown, only an absurd loss is told.
+FAR_SHARE, FAR_LEAST = 2.0, 10.0
+ABSURD, LARGEST = 1000.0, 1e6  # times the first loss, or 1; of any method
+# Equal scores differ by more than two standard errors in one of 44 cases.
+SCORE_ERRORS = 2.0
 DATA_BOUND = 0.1  # share of the time; the guide's figure too
 SETTLED = 3  # lines after the first, before a share of the time means something
 OWN_KEYS = 0.05  # share of queries that meet their image's older key; ImageNet has 0.1 %
 RECENT = 20  # lines that speak for the present
 
 Kind = Literal[
-    "alike", "collapsed", "leak", "momentum", "guessing", "filling", "data-bound", "own keys"
-]
+    "alike", "untrained", "pixels", "diverged", "collapsed", "leak", "momentum", "guessing",
+    "filling", "data-bound", "own keys",
+]  # fmt: skip
 NOTICES = frozenset({"filling", "data-bound", "own keys"})  # these say nothing against the weights
 
 
@@ -67,16 +75,25 @@ class Verdict:
 
 def verdict(lines: Lines) -> Verdict | None:
     """The judgement of metrics.jsonl up to its last line; None before the first."""
-    steps = [line for line in lines if line.get("loss") is not None]
+    # JSON has null for a loss that is not finite.
+    steps = [
+        line if line["loss"] is not None else {**line, "loss": math.inf}
+        for line in lines
+        if "loss" in line
+    ]
     if not steps:
         return None
     measured: Health = next((line for line in reversed(lines) if "rankme_head" in line), {})
     health = {name: value for name, value in measured.items() if value is not None}
+    health |= _scores(lines)
     judges: tuple[Callable[[Lines, Health], Found], ...]
     if steps[-1].get("queue_filled", 1.0) < 1:
-        judges = (_alike, _momentum, _filling, _data_bound)
+        judges = (_alike, _untrained, _pixels, _diverged, _momentum, _filling, _data_bound)
     else:
-        judges = (_alike, _collapsed, _leak, _momentum, _guessing, _own_keys, _data_bound)
+        judges = (
+            *(_alike, _untrained, _pixels, _diverged, _collapsed, _leak, _momentum, _guessing),
+            *(_own_keys, _data_bound),
+        )
     findings = [found for judge in judges if (found := judge(steps, health)) is not None]
     if findings and findings[0][0] == "alike":  # which explains all but the machine's part
         findings = [found for found in findings if found[0] in ("alike", "data-bound")]
@@ -90,6 +107,81 @@ def _alike(steps: Lines, health: Health) -> Found:
     return "alike", (
         f"the images are all alike: their pixels deviate by {between:.2g} of a normalised level, "
         "so there is nothing to tell apart; look at views.png and at the data"
+    )
+
+
+def _scores(lines: Lines) -> dict[str, float]:
+    """The latest kNN score of each kind, and the number of images that it was taken on."""
+    names = ("knn_backbone", "knn_random_weights", "knn_raw_pixels", "scored_images")
+    found = {name: line[name] for line in lines for name in names if line.get(name) is not None}
+    protocols = [line["protocol"] for line in lines if "protocol" in line]
+    if "scored_images" not in found and protocols:  # 0.1 recorded it in words alone
+        words = re.search(r"([\d,]+) queries", protocols[-1])
+        found |= {"scored_images": float(words[1].replace(",", ""))} if words else {}
+    return found
+
+
+def _untrained(steps: Lines, health: Health) -> Found:
+    gain, error = _gain(health, "knn_random_weights")
+    if gain is None or gain > error:
+        return None
+    word = "worse" if gain < -error else "no better"
+    images = f" ({_told_apart(health, error)})" if word == "no better" else ""
+    return "untrained", (
+        f"{word} than random weights so far: kNN {health['knn_backbone']:.1%}, random weights "
+        f"{health['knn_random_weights']:.1%}{images}; train longer, or look at views.png and at "
+        "the data"
+    )
+
+
+def _pixels(steps: Lines, health: Health) -> Found:
+    gain, error = _gain(health, "knn_raw_pixels")
+    if gain is None or gain > 0:
+        return None
+    word = "better" if gain < -error else "as good so far"
+    return "pixels", (
+        f"raw pixels are {word}: {health['knn_raw_pixels']:.1%}, where the trained backbone has "
+        f"{health['knn_backbone']:.1%}; too short a run, or views that destroy what matters"
+    )
+
+
+def _gain(health: Health, baseline: str) -> tuple[float | None, float]:
+    """By how much the trained backbone exceeds a baseline, and what chance alone would explain.
+
+    The error is that of two binomial shares of the same number of images, with a success and a
+    failure added to each, so that few images or scores of 0 and 1 do not feign certainty (Agresti
+    and Caffo 2000). Both are scored on the same images, which makes it too large, if anything.
+    """
+    if not {"knn_backbone", baseline} <= health.keys():
+        return None, 0.0
+    scores, images = (health["knn_backbone"], health[baseline]), health.get("scored_images")
+    if min(scores) >= 1:  # so easy a task tells nothing of the weights
+        return None, 0.0
+    if not images:
+        return scores[0] - scores[1], 0.0
+    trained, other = ((images * score + 1) / (images + 2) for score in scores)
+    variance = (trained * (1 - trained) + other * (1 - other)) / (images + 2)
+    return trained - other, SCORE_ERRORS * math.sqrt(variance)
+
+
+def _told_apart(health: Health, error: float) -> str:
+    if not health.get("scored_images"):
+        return "the number of images is not recorded"
+    return f"{health['scored_images']:,.0f} images tell no less than {100 * error:.1f} points apart"
+
+
+def _diverged(steps: Lines, health: Health) -> Found:
+    level, loss = steps[-1].get("chance_loss"), max(_present(steps), steps[-1]["loss"])
+    if level is not None:
+        limit, where = level + max(FAR_SHARE * level, FAR_LEAST), f"guessing costs {level:.2f}"
+    else:
+        first = next((line["loss"] for line in steps if math.isfinite(line["loss"])), 0.0)
+        limit, where = min(ABSURD * max(abs(first), 1.0), LARGEST), f"it began at {first:.3g}"
+    if loss <= limit:
+        return None
+    return "diverged", (
+        f"the loss has diverged: {loss:.3g}, where {where}; start again with a lower optim.lr, or "
+        "with engine.precision=float32"
     )
 
 
@@ -141,15 +233,15 @@ def _momentum(steps: Lines, health: Health) -> Found:
 
 
 def _guessing(steps: Lines, health: Health) -> Found:
-    full = next((line["step"] for line in steps if line.get("queue_filled", 1.0) >= 1), None)
-    level = steps[-1].get("chance_loss")
-    if full is None or level is None or steps[-1]["step"] - full < PATIENCE:
+    level, under_way = steps[-1].get("chance_loss"), _under_way(steps)
+    if level is None or steps[-1]["step"] - under_way[0]["step"] < PATIENCE:
         return None
     if "bank_seen" in steps[-1]:
         # A healthy memory bank costs more than chance for epochs: entries seen lately resemble
         # every query, while an image's own is an epoch old.
         return None
-    loss = _recent(steps, "loss", 0.0)
+    middle = (under_way[0]["step"] + steps[-1]["step"]) / 2
+    loss = _recent([line for line in under_way if line["step"] > middle], "loss", 0.0)
     if loss < level:
         return None
     return "guessing", (
@@ -188,8 +280,16 @@ def _own_keys(steps: Lines, health: Health) -> Found:
 
 
 def _well(steps: Lines, health: Health) -> str:
-    loss, level = _recent(steps, "loss", math.nan), steps[-1].get("chance_loss")
-    parts = [f"loss {loss:.2f}" + (f" (chance {level:.2f})" if level is not None else "")]
+    level = steps[-1].get("chance_loss")
+    parts = [
+        f"loss {_present(steps):.2f}" + (f" (chance {level:.2f})" if level is not None else "")
+    ]
+    if "knn_random_weights" in health and "knn_backbone" in health:
+        pixels = health.get("knn_raw_pixels")
+        parts.append(
+            f"kNN {health['knn_backbone']:.1%} (random weights {health['knn_random_weights']:.1%}"
+            + (f", raw pixels {pixels:.1%})" if pixels is not None else ")")
+        )
     if "rankme_head" in health:
         parts.append(
             f"effective rank {health['rankme_head']:.0f} of {health['rankme_head_of']:.0f}"
@@ -200,6 +300,22 @@ def _well(steps: Lines, health: Health) -> str:
     elif "leak_unchecked" in health:
         parts.append(f"statistics leak not checked: {health['leak_unchecked']}")
     return ", ".join(parts)
+
+
+def _under_way(steps: Lines) -> Lines:
+    """The lines with a full queue, from the highest learning rate on; at least the last one."""
+    rates = [line.get("lr") or 0.0 for line in steps]
+    peak = rates.index(max(rates))
+    return [line for line in steps[peak:] if _full(line)] or steps[-1:]
+
+
+def _full(line: Mapping[str, Any]) -> bool:
+    return bool(line.get("queue_filled", 1.0) >= 1)
+
+
+def _present(steps: Lines) -> float:
+    """The loss of late; against a queue of random vectors it says nothing, if there is another."""
+    return _recent([line for line in steps if _full(line)] or steps, "loss", math.nan)
 
 
 def _recent(steps: Lines, name: str, otherwise: float) -> float:

@@ -12,7 +12,7 @@ from mocokit.data.batch import Batch
 from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
 from mocokit.engine.stop import raise_if_interrupted
-from mocokit.views.params import ViewSpec, canvas_bound, draw_table
+from mocokit.views.params import ViewSpec, draw_table, scoring_bound
 from mocokit.views.views import evaluation_views, make_views
 
 BATCH = 256
@@ -33,7 +33,7 @@ def evaluation_batches(
     which replace the evaluation views.
     """
     random = probe_spec(spec)
-    bound = canvas_bound(spec if crops is None else random)
+    bound = scoring_bound(spec if crops is None else random)
     for batch in read_batches(source, indices, BATCH, bound, workers):
         raise_if_interrupted()
         if len(batch.index):

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from mocokit.chance import Slot
 from mocokit.data.source import Source
 from mocokit.errors import UserError
+from mocokit.files import show
 from mocokit.protocols.split import hold_out, stratified
 
 TEST_SHARE = 0.2  # of the labelled images, held out if there are no validation images
@@ -36,10 +37,13 @@ class LabelledSplit:
     def test_labels(self) -> NDArray[np.int64]:
         return _labels(self.test)[self.test_numbers]
 
-    def check_classes(self) -> None:
-        """Raises UserError if the training images have fewer than two classes."""
-        if len(np.unique(self.train_labels)) < 2:
-            raise UserError("a classifier needs training images of at least two classes")
+    def remarks(self) -> list[str]:
+        """What a reader must know beside the score."""
+        tested = np.unique(self.test_labels)
+        if len(tested) > 1:
+            return []
+        only = show(self.classes[int(tested[0])])
+        return [f"all {len(self.test_numbers):,} test images are of one class, {only}"]
 
     def with_share(self, share: float, seed: int) -> "LabelledSplit":
         """The same test images, with a stratified share of the training images."""
@@ -53,19 +57,36 @@ class LabelledSplit:
         )
 
 
+def check_classes(labels: NDArray[np.int64], name: str) -> None:
+    """Raises UserError if labelled images are of fewer than two classes."""
+    if reason := lacking_classes(labels, name):
+        raise UserError(f"{reason}; give images of at least two classes, each in its own folder")
+
+
+def lacking_classes(labels: NDArray[np.int64], name: str) -> str:
+    """Why images with these labels cannot be a bank or train a classifier; "" if they can."""
+    labels = labels[labels >= 0]  # the others have no class
+    if len(labels) and labels.min() < labels.max():
+        return ""
+    what = f"the {len(labels):,} labelled images of {name} are of one class"
+    return f"{what}, so a score would mean nothing"
+
+
 def labelled_split(
     train: Source, validation: Source | None, *, seed: int, leave_one_out: bool = False
 ) -> LabelledSplit:
     """Train on the training images, and test on the validation images if they have labels.
 
     Otherwise each training image is classified by all others (`leave_one_out`), or a stratified
-    fifth of the training images is held out for the test. Raises UserError if labels are missing.
+    fifth of the training images is held out for the test. Raises UserError if labels are missing
+    or all the same.
     """
     if train.labels is None:
         raise UserError(
             f"{train.name} has no labels, so it cannot be scored; give a folder "
             "with a subfolder per class, one with train/ and val/, or an .npz with train_labels"
         )
+    check_classes(train.labels, train.name)
     everything = np.flatnonzero(train.labels >= 0)  # the others have no class
     classes = _classes(train, validation)
     if validation is not None and validation.labels is not None and len(validation):

@@ -27,7 +27,7 @@ from mocokit.protocols.defaults import Linear
 from mocokit.protocols.features import probe_spec
 from mocokit.protocols.labelled import LabelledSplit
 from mocokit.protocols.table import CENTRE, Table
-from mocokit.views.params import ViewSpec, canvas_bound, draw_table
+from mocokit.views.params import ViewSpec, draw_table, scoring_bound
 from mocokit.views.views import make_views
 from mocokit.weights.subject import FrozenModel
 
@@ -146,7 +146,7 @@ def training_views(
     numbers = split.train_numbers[order[np.arange(len(split.train_numbers))]]
     labels = split.train.labels
     assert labels is not None
-    bound = canvas_bound(spec)
+    bound = scoring_bound(spec)
     for batch in read_batches(split.train, numbers, batch_size, bound, workers):
         if len(batch.index):
             sizes = batch.heights, batch.widths

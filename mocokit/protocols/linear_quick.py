@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss
-from mocokit.protocols.labelled import LabelledSplit
+from mocokit.protocols.labelled import LabelledSplit, check_classes
 from mocokit.protocols.linear_paper import Fitted
 from mocokit.protocols.split import hold_out, stratified
 from mocokit.protocols.table import CENTRE, Table, Transform
@@ -92,10 +92,10 @@ def fit_quick(
     """
     if device.type == "mps":
         device = torch.device("cpu")  # MPS has no doubles
-    split.check_classes()
     penalties = penalties or PENALTIES
     good = np.isin(split.train_numbers, table.good)
     numbers, labels = split.train_numbers[good], split.train_labels[good]
+    check_classes(labels, split.train.name)
     classes = len(split.classes)
     everything = Data(table.take(numbers), torch.from_numpy(labels), classes, device)
     moments = compute_moments(everything)

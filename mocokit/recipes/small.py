@@ -8,7 +8,7 @@ from mocokit.settings.schema import Settings
 
 SMALL_VIEWS = {
     "views.size": 32,
-    "views.resize": 32,
+    "monitor.centre": 1.0,
     "views.mean": (0.4914, 0.4822, 0.4465),
     "views.std": (0.2023, 0.1994, 0.2010),
 }
@@ -43,6 +43,7 @@ def mocov2_cifar10() -> Settings:
         "optim.lr": 0.06,
         "optim.lr_batch": 512,
         "optim.weight_decay": 5e-4,
+        "monitor.k": 200,
         "optim.first_epoch": 1,  # the notebook counts from 1, so the last epoch's rate is 0
         "train.batch_size": 512,
     }
@@ -112,6 +113,7 @@ def memorybank_cifar10() -> Settings:
         "net.stem": "small",
         "method.loss": "info_nce",
         "method.bank_negatives": None,
+        "monitor.k": 200,
         "method.temperature": 0.1,
         **SMALL_VIEWS,
         "views.order": ("crop", "grayscale", "jitter"),
@@ -166,7 +168,7 @@ def demo() -> Settings:
         "method.momentum": 0.99,
         "method.momentum_batch": 64,
         "views.size": 32,
-        "views.resize": 32,
+        "monitor.centre": 1.0,
         "views.crop_area": (0.4, 1.0),
         "views.jitter_probability": 1.0,
         "views.brightness": 0.6,
@@ -189,5 +191,6 @@ def demo() -> Settings:
         "engine.threads": 1,  # so small a net gains little from a second, and loses if it is taken
         "log.every_steps": 25,
         "monitor.every_epochs": 0,
+        "monitor.k": 200,
     }
     return derive(mocov2(), "demo", changes)

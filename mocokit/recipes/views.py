@@ -14,7 +14,7 @@ def simclr_views(strength: float = 1.0) -> Changes:
     """
     return {
         "views.size": 224,
-        "views.resize": 256,
+        "monitor.centre": 0.875,
         "views.order": ("crop", "flip", "jitter", "grayscale", "blur"),
         "views.crop_area": (0.08, 1.0),
         "views.crop_ratio": _RATIO,
@@ -37,7 +37,7 @@ def simclr_views(strength: float = 1.0) -> Changes:
 SIMCLR_CIFAR_VIEWS: Changes = {
     **simclr_views(0.5),
     "views.size": 32,
-    "views.resize": 32,
+    "monitor.centre": 1.0,
     "views.order": ("crop", "flip", "jitter", "grayscale"),
     "views.blur_probability": 0.0,
 }
@@ -46,7 +46,7 @@ SIMCLR_CIFAR_VIEWS: Changes = {
 # main_moco.py's, with CONFIG.md's --crop-min=.2): the second view alone is solarised.
 MOCOV3_VIEWS: Changes = {
     "views.size": 224,
-    "views.resize": 256,
+    "monitor.centre": 0.875,
     "views.order": ("crop", "jitter", "grayscale", "blur", "solarize", "flip"),
     "views.crop_area": (0.2, 1.0),
     "views.crop_ratio": _RATIO,
@@ -82,7 +82,7 @@ INFOMIN_VIEWS: Changes = {
 # its evaluation views are those of every run: short side 256, centre 224.
 PROBE_VIEWS: Changes = {
     "views.size": 224,
-    "views.resize": 256,
+    "monitor.centre": 0.875,
     "views.order": ("crop", "flip"),
     "views.crop_area": (0.08, 1.0),
     "views.crop_ratio": _RATIO,

@@ -64,6 +64,8 @@ def settle(settings: Settings, device: torch.device, stored: Settings | None) ->
             fresh = path == "engine.cuda_graphs"
             before = "auto" if stored is None or fresh else get(stored, path)
             changes[path] = default() if before == "auto" else before  # 0.1 stored fewer settings
+    if stored is not None and settings.views.canvas is None:
+        changes["views.canvas"] = stored.views.canvas  # of 0.1, which no recipe states
     return replace(settings, changes)
 
 
@@ -113,10 +115,12 @@ def build_parts(settings: Settings, effect: Resolved, device: torch.device) -> P
 def view_specs(settings: Settings) -> dict[str, ViewSpec]:
     """How each of the method's views is made, by name: `views`, with the role's own changes."""
     roles = method_class(settings.method).roles(settings.method)
+    plain = replace(settings, {"monitor.resize": None})
     if len({role.name for role in roles}) < len(roles):
         raise UserError(f"method {settings.method.name} gives two of its views the same name")
     return {
-        role.name: view_spec(replace(settings, {f"views.{k}": v for k, v in role.changes.items()}))
+        # A role's size may exceed the scoring view's, of which a role has none.
+        role.name: view_spec(replace(plain, {f"views.{k}": v for k, v in role.changes.items()}))
         for role in roles
     }
 
@@ -205,9 +209,23 @@ def build_due(settings: Settings, effect: Resolved, world: World) -> Due:
 
 
 def build_monitor(settings: Settings, splits: Splits, device: torch.device) -> KnnMonitor | None:
-    """The kNN monitor, if the training images have labels."""
+    """The kNN monitor, if the training images have labels of several classes."""
     if splits.train.labels is None:
         return None
+    monitor = _monitor(settings, splits, device)
+    return None if monitor.lacks else monitor
+
+
+def unscored(settings: Settings, splits: Splits, device: torch.device) -> list[str]:
+    """Why a run has no kNN scores, as a notice; none where it has."""
+    if splits.train.labels is None:
+        reason = f"{splits.train.name} has no labels"
+    else:
+        reason = _monitor(settings, splits, device).lacks
+    return [f"no kNN scores are taken: {reason}"] if reason else []
+
+
+def _monitor(settings: Settings, splits: Splits, device: torch.device) -> KnnMonitor:
     return KnnMonitor(
         splits.train,
         splits.validation,

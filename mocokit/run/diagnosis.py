@@ -67,6 +67,7 @@ def _diagnose(
             found |= health.run(method.encoder, views)
             if monitor is not None:
                 found |= dict(monitor.run(method.encoder))
+                found["scored_images"] = monitor.scored_images
     except Stopped:
         return {}
     return found

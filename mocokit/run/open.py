@@ -48,6 +48,7 @@ from mocokit.settings import from_yaml, sizes
 from mocokit.settings.schema import Settings
 from mocokit.transfer import Upload
 from mocokit.views.sheet import contact_sheet
+from mocokit.weights.encoder import view_spec
 
 SHEET_IMAGES = 8
 
@@ -122,7 +123,8 @@ class RunRequest(NamedTuple):
         changed = [f"since the run began, {found[1]}"] if found and found[1] else []
         if found and (before := identity.read(folder.identity)):
             changed.append(replaced(before, self.splits.train))
-        notices = [*self.splits.train.notes, *filter(None, [lost, *changed]), *notices]
+        told = [*filter(None, [lost, *changed]), *notices, *sizes.scored_anew(settings)]
+        notices = [*self.splits.train.notes, *told]
         return RunPlan(folder, settings, index.fingerprint, notices, False), conflicts
 
 
@@ -191,7 +193,7 @@ def open_run(
     splits = splits._replace(train=found[0]).numbered_by(found[0].classes)
     effect = sizes.resolve(settings, len(splits.train))
     prepare(device, int(settings.engine.threads), settings.engine.deterministic)
-    for notice in notices:
+    for notice in [*notices, *build.unscored(settings, splits, device)]:
         console.note(notice)
     parts = build.build_parts(settings, effect, device)
     if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
@@ -358,10 +360,12 @@ def _identity(run: RunState, state: dict[str, Any] | None) -> Identity:
 def _write_sheet(run: RunState) -> None:
     """A run does not stop for its contact sheet: what cannot be written is said."""
     canvases, _ = read_spread(run.splits.train, SHEET_IMAGES, run.bound)
-    seed, path = run.settings.seed, run.folder.sheet
+    if not canvases:
+        return
+    seed, path, scored = run.settings.seed, run.folder.sheet, view_spec(run.settings)
+    shown = list(canvases.values()), list(canvases)
     try:
-        if canvases:
-            contact_sheet(run.parts.specs, list(canvases.values()), list(canvases), seed, path)
+        contact_sheet(run.parts.specs, *shown, seed, path, scored=scored)
     except OSError as error:
         run.console.note(f"{show(path)} could not be written ({reason_of(error)})")
 

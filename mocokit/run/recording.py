@@ -14,7 +14,7 @@ from mocokit.engine.record import Meter, Metrics, Progress, read_metrics, rounde
 from mocokit.engine.runtime import decided_by_rank_zero, default_threads, peak_memory
 from mocokit.errors import MocokitError
 from mocokit.files import shell_word, show, writing
-from mocokit.health.advice import advise
+from mocokit.health.advice import SILENT, advise
 from mocokit.health.verdict import verdict
 from mocokit.methods.method import Method, Output
 from mocokit.run import build, readme
@@ -196,13 +196,13 @@ def finish(run: RunState) -> dict[str, Any]:
             "knn_raw_pixels": monitor.raw_pixels(),
         }
         result |= {name: score for name, score in baselines.items() if score is not None}
-        result["protocol"] = monitor.protocol
+        result |= {"scored_images": monitor.scored_images, "protocol": monitor.protocol}
     lines = [*read_metrics(run.folder.metrics), result]
     found = verdict(lines)
     if found is not None:
         result["verdict"] = found.text
-    if (found is None or found.healthy) and (advice := advise(lines)):
-        result["advice"] = advice  # of a sick run no more is wanted
+    sick = found is not None and not found.healthy
+    result["advice"] = f"{SILENT} while it is not healthy" if sick else advise(lines)
     result["finished"] = True
     run.check_folder()
     readme.write(run, result)

@@ -239,6 +239,8 @@ def _sentence(
 
 def _hint(path: str, known: list[str], method: type[MethodSettings]) -> str:
     """After "does not exist": which method has it, or what is near."""
+    if path in legacy.MOVED:
+        return f" any more; {legacy.MOVED[path]}"
     section, _, name = path.partition(".")
     owners = [other for other, found in BUILT_IN.items() if name in found.model_fields]
     if section == "method" and owners and name not in method.model_fields:

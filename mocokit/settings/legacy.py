@@ -14,12 +14,25 @@ METHOD_0_1 = frozenset({
 })  # fmt: skip
 
 
+# Recipes of 0.1 that score the whole short side; all others scored 224 of 256 pixels.
+WHOLE_0_1 = frozenset({
+    "demo", "mocov2_cifar10", "mocov2_cifar10_symmetric", "endtoend_cifar10", "simclr_cifar10",
+    "memorybank_cifar10", "memorybank_softmax_cifar10",
+})  # fmt: skip
+# What a user may still name; the sentence says what to name instead.
+MOVED = {
+    "views.resize": "monitor.resize is the short side of the scoring view, and follows views.size "
+    "where it is not set",
+}
+
+
 def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as an earlier version wrote them, in today's names.
 
     What meant nothing for its method is left out. A file that a person wrote keeps what it states,
     save for a null.
     """
+    tree = _scoring(tree)
     method = tree.get("method")
     name = method.get("name", "moco") if isinstance(method, Mapping) else None
     if not isinstance(method, Mapping) or not isinstance(name, str) or name not in BUILT_IN:
@@ -32,6 +45,23 @@ def upgrade(tree: Mapping[str, Any]) -> dict[str, Any]:
         if name in known or name not in METHOD_0_1 or not (complete or value is None)
     }
     return {**tree, "method": kept}
+
+
+def _scoring(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`views.resize` was both the size of the scoring view and a bound of training canvases.
+
+    The canvases stay as they were, since what a run computes depends on them. The scoring view
+    follows `views.size` now, in the recipe's proportion, or as a whole where the two were equal.
+    """
+    views, monitor = tree.get("views"), tree.get("monitor", {})
+    if not isinstance(views, Mapping) or "resize" not in views:
+        return tree
+    resize, size = views["resize"], views.get("size", 224)
+    views = {"canvas": resize, **{name: views[name] for name in views if name != "resize"}}
+    tree = {**tree, "views": views}
+    if (tree.get("recipe") in WHOLE_0_1 or resize == size) and isinstance(monitor, Mapping):
+        tree["monitor"] = {"centre": 1.0, **monitor}
+    return tree
 
 
 def means_nothing(path: str, value: Any, method: type[MethodSettings]) -> bool:

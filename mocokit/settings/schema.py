@@ -22,6 +22,7 @@ from mocokit.settings.section import (
     setting,
 )
 
+LARGEST_SIDE = 2**14  # pixels; a photo enlarged beyond it fills the memory
 ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "randaugment"]
 
 
@@ -75,7 +76,12 @@ class Views(Section):
     flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
     mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
     std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")
-    resize: int = setting(256, "evaluation: short side before the centre crop of `size`", ge=8)
+    canvas: int | None = setting(
+        None,
+        "short side in pixels that decoded images keep at least; null: what the crops can use (a "
+        "run of 0.1 has the size of its evaluation view here)",
+        ge=8,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -95,8 +101,6 @@ class Views(Section):
             raise ValueError("crop_area cannot exceed 1, the whole image")
         if min(self.std) <= 0:
             raise ValueError("std must be positive")
-        if self.resize < self.size:
-            raise ValueError("resize cannot be smaller than size, the centre crop")
         return self
 
 
@@ -191,9 +195,21 @@ class Monitor(Section):
         10, "epochs between kNN scores and health checks; 0: only at the end", ge=0
     )
     images: int = incidental(4096, "training images that health is measured on, at most", ge=2)
-    k: int = incidental(200, "neighbours that vote", ge=1)
+    k: Positive | None = incidental(
+        None, "neighbours that vote; null: 200, or half of a class's images in the bank if fewer"
+    )
     temperature: float = incidental(0.1, "a neighbour's weight is exp(cosine / temperature)", gt=0)
     bank: int = incidental(100_000, "training images in the bank, at most", ge=1)
+    resize: int | None = incidental(
+        None,
+        "scoring view: short side in pixels before the centre crop of views.size; null: views.size "
+        "over `centre`",
+        ge=8,
+        le=LARGEST_SIDE,
+    )
+    centre: float = incidental(
+        0.875, "scoring view: side of the centre crop over the short side", ge=0.1, le=1
+    )
 
 
 class Settings(Section):
@@ -220,4 +236,9 @@ class Settings(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.method.check_net(predictor=self.net.predictor)
+        if self.monitor.resize is not None and self.monitor.resize < self.views.size:
+            raise ValueError(
+                f"monitor.resize {self.monitor.resize} cannot be smaller than views.size "
+                f"{self.views.size}, the centre crop"
+            )
         return self

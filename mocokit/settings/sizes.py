@@ -13,6 +13,7 @@ from mocokit.settings.edit import flatten, replace
 from mocokit.settings.schema import Settings
 
 SMALLEST = 64  # images; below, two groups of 32 cannot be filled
+STRONG_BLUR = 2 * 2.0 / 224  # of the view's side: twice the papers' largest sigma
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,23 @@ def resolve(settings: Settings, images: int) -> Resolved:
         lr=optim.lr * factor,
         key_momentum=settings.method.key_momentum(batch),
     )
+
+
+def scoring_side(settings: Settings) -> int:
+    """The short side in pixels of the scoring view, of which `views.size` is the centre."""
+    return settings.monitor.resize or round(settings.views.size / settings.monitor.centre)
+
+
+def scored_anew(settings: Settings) -> list[str]:
+    """Of a run of 0.1 whose scores no longer have the view that they had then: a notice."""
+    before, now = settings.views.canvas, scoring_side(settings)
+    if before is None or before == now:
+        return []
+    return [
+        f"earlier versions scored images with the short side at {before} pixels (views.canvas); "
+        f"scores are now taken at {now}, of which views.size {settings.views.size} is the centre "
+        "(monitor.resize)"
+    ]
 
 
 def count_groups(settings: Settings, batch: int) -> int:
@@ -96,6 +114,7 @@ def fit(
         # What a user states is what runs. A method of another's may quote it at no batch.
         if value in stated and quoted_at not in stated and quoted_at in flatten(settings):
             changes[quoted_at] = batch
+    notices += _blur(settings, stated)
     fitted = replace(settings, changes)
     if fitted.method.name == "moco" and count_groups(fitted, batch) < 2:
         notices.append(
@@ -137,6 +156,21 @@ def _method(
 ) -> dict[str, Any]:
     changes = settings.method.fit(images, batch, settings.net.dim, stated, notices)
     return {f"method.{name}": value for name, value in changes.items()}
+
+
+def _blur(settings: Settings, stated: Collection[str]) -> list[str]:
+    """The papers' blur is for 224 pixels; of a small view it leaves nothing fine."""
+    views = settings.views
+    low, high = views.blur_sigma
+    shares = views.blur_probability
+    used = "blur" in views.order and (max(shares) if isinstance(shares, tuple) else shares) > 0
+    if not used or "views.blur_sigma" in stated or high / views.size <= STRONG_BLUR:
+        return []
+    fair = [round(side * views.size / 224, 2) for side in (low, high)]
+    return [
+        f"blur of up to {high:g} pixels is strong for views of {views.size} (the papers blur 224 "
+        f"so); in proportion it is --set views.blur_sigma=[{fair[0]:g},{fair[1]:g}]"
+    ]
 
 
 def _warmup(settings: Settings, stated: Collection[str], notices: list[str]) -> dict[str, float]:

@@ -51,7 +51,8 @@ class ViewSpec:
     flip_probability: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resize: int
+    canvas: int | None
+    resize: int  # of the scoring view: its short side, before the centre crop of `size`
 
     @property
     def bytes(self) -> int:
@@ -221,14 +222,37 @@ def _place(
 
 
 def canvas_bound(spec: ViewSpec) -> int:
+    """Training: the short side in pixels that canvases keep, from the crops or as `canvas` says.
+
+    How an image is scored has no part in it: that must not change what a run computes.
+    """
+    return max(spec.canvas or 0, _crop_bound(spec))
+
+
+def scoring_bound(spec: ViewSpec) -> int:
+    """Scoring: the short side in pixels that canvases keep, whatever `canvas` an old run had.
+
+    With at least the pixels of the crops, a photo is not shrunk by its decoder close to `resize`:
+    antialiasing is left to the view, as in the papers.
+    """
+    return max(spec.resize, _crop_bound(spec))
+
+
+def _crop_bound(spec: ViewSpec) -> int:
     """The short side in pixels beyond which no crop has more than `size` pixels to give.
 
     The smallest crop of a square image is the narrowest of the smallest area, or, where all ratios
-    are of one side of 1, the widest that fits; and the evaluation view wants `resize`.
+    are of one side of 1, the widest that fits.
     """
     low, high = spec.crop_ratio
     drawn = spec.size / math.sqrt(spec.crop_area[0] * min(low, 1 / high))
-    return max(spec.resize, math.ceil(drawn), math.ceil(spec.size * max(low, 1 / high)))
+    return max(math.ceil(drawn), math.ceil(spec.size * max(low, 1 / high)))
+
+
+def seen_share(spec: ViewSpec, height: float, width: float) -> float:
+    """The share of an image's area that the scoring view shows."""
+    short, long = sorted((height, width))
+    return (spec.size / spec.resize) ** 2 * short / long
 
 
 def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
@@ -239,7 +263,7 @@ def describe(spec: ViewSpec) -> list[tuple[str, str, str]]:
         *((names.get(operation, operation), *rows[operation]) for operation in spec.order),
         ("normalise", "1", f"mean {_listed(spec.mean)}, deviation {_listed(spec.std)}"),
         (
-            "evaluation view",
+            "scoring view",
             "1",
             f"short side resized to {spec.resize}, {spec.interpolation}, antialiased; "
             f"centre crop {spec.size} x {spec.size}; normalised",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from mocokit.views.params import (
     BRIGHTNESS,
@@ -18,8 +19,9 @@ from mocokit.views.params import (
     Table,
     ViewSpec,
     draw_table,
+    seen_share,
 )
-from mocokit.views.views import make_views
+from mocokit.views.views import evaluation_views, make_views
 
 _MOST = 8
 _CELL = (128, 256)  # smallest and largest side of a picture on the sheet
@@ -38,19 +40,23 @@ def contact_sheet(
     seed: int,
     path: str | Path,
     columns: int = 2,
+    scored: ViewSpec | None = None,
 ) -> None:
     """Write each image beside its views in epoch 0, at most 8 images.
 
     specs: how each view is made, by name; canvases: (H, W, 3) each; index: their stable numbers;
-    `columns` images are side by side. The boxes of the crops are outlined on the image.
+    `columns` images are side by side. The boxes of the crops are outlined on the image. `scored`
+    adds the view of which scores are taken.
     """
     if not canvases:
         raise ValueError("a contact sheet needs at least one image")
     canvases, index = canvases[:_MOST], index[:_MOST]
     drawn = [_draw(spec, canvases, index, seed, view) for view, spec in enumerate(specs.values())]
     size = max(spec.size for spec in specs.values())
-    sheet = _Sheet.blank(size, len(canvases), columns, len(specs))
-    sheet.header(f"{_named(specs)}, epoch 0, seed {seed}", list(specs))
+    last = [] if scored is None else [("scored", _INK)]
+    sheet = _Sheet.blank(size, len(canvases), columns, len(specs) + len(last))
+    colours = [(name, _colour(view)) for view, name in enumerate(specs)]
+    sheet.header(f"{_named(specs)}, epoch 0, seed {seed}", [*colours, *last])
     for place, canvas in enumerate(canvases):
         boxes = [table.boxes[place] for table, _ in drawn]
         original = _outlined(canvas, boxes, sheet.cell)
@@ -59,6 +65,9 @@ def contact_sheet(
         for view, (spec, (table, pictures)) in enumerate(zip(specs.values(), drawn, strict=True)):
             picture, text = _fit(pictures[place], sheet.cell), _caption(spec, table, place)
             sheet.put(place, 1 + view, picture, text, _colour(view))
+        if scored is not None:
+            picture = _fit(_scored(scored, canvas), sheet.cell)
+            sheet.put(place, 1 + len(specs), picture, _seen(scored, height, width), _INK)
     sheet.image.save(path)
 
 
@@ -79,9 +88,27 @@ def _draw(
     heights, widths = np.array([canvas.shape[:2] for canvas in canvases], np.int64).T
     flat = torch.from_numpy(np.concatenate([canvas.reshape(-1) for canvas in canvases]))
     table = draw_table(spec, seed, 0, index, view, heights, widths)
-    views = make_views(spec, table, flat, heights, widths, "cpu")
+    return table, _levels(spec, make_views(spec, table, flat, heights, widths, "cpu"))
+
+
+def _scored(spec: ViewSpec, canvas: Levels) -> Levels:
+    """(size, size, 3): what a score sees of an image."""
+    height, width = (np.array([side], np.int64) for side in canvas.shape[:2])
+    flat = torch.from_numpy(canvas.reshape(-1))
+    seen: Levels = _levels(spec, evaluation_views(spec, flat, height, width, "cpu"))[0]
+    return seen
+
+
+def _seen(spec: ViewSpec, height: int, width: int) -> list[str]:
+    """Its caption."""
+    share = seen_share(spec, height, width)
+    return [f"centre {spec.size} of {spec.resize}", f"{share:.0%} of the image"]
+
+
+def _levels(spec: ViewSpec, views: Tensor) -> Levels:
+    """Views (N, 3, S, S) as pixels (N, S, S, 3)."""
     levels = views.permute(0, 2, 3, 1) * torch.tensor(spec.std) + torch.tensor(spec.mean)
-    return table, (levels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return (levels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _caption(spec: ViewSpec, table: Table, row: int) -> list[str]:
@@ -154,12 +181,12 @@ class _Sheet:
         down = 2 * _TITLE + lines * (cell + 2 * _LINE + _GAP)
         return cls(Image.new("RGB", (across, down), _PAPER), cell, columns, views)
 
-    def header(self, title: str, names: Sequence[str]) -> None:
-        """The title, and over each block what its pictures are."""
+    def header(self, title: str, names: Sequence[tuple[str, str]]) -> None:
+        """The title, and over each block what its pictures are: (name, colour) of each view."""
         draw = ImageDraw.Draw(self.image)
         draw.text((_GAP, 8), title, fill=_INK, font=ImageFont.load_default(_FONT + 3))
         for block in range(self.columns):
-            over = [("image", _INK), *((name, _colour(view)) for view, name in enumerate(names))]
+            over = [("image", _INK), *names]
             for cell, (name, colour) in enumerate(over):
                 left, _ = self._corner(block, cell)
                 font = ImageFont.load_default(_FONT + 1)

@@ -10,11 +10,13 @@ from mocokit.nets.batchnorm import use_groups
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.nets.modes import evaluating
 from mocokit.settings.schema import Settings
+from mocokit.settings.sizes import scoring_side
 from mocokit.views.params import ViewSpec
 
 
 def view_spec(settings: Settings) -> ViewSpec:
-    return ViewSpec(**settings.views.model_dump())
+    """How the settings' views are made, and how images are scored."""
+    return ViewSpec(**settings.views.model_dump(), resize=scoring_side(settings))
 
 
 def build_encoder(settings: Settings) -> Encoder:

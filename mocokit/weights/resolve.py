@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from mocokit import recipes, settings as settings_
 from mocokit.chance import Slot
+from mocokit.data.index import load_index
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone, check_model
-from mocokit.settings.schema import Settings
+from mocokit.settings import sizes
+from mocokit.settings.schema import LARGEST_SIDE, Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.layouts import SUFFIXES, read_resnet
@@ -39,6 +41,7 @@ class Opened:
     untrained: Callable[[], FrozenModel] | None
     settings: Settings | None  # of the run that it came from
     folder: RunFolder | None  # that run's folder
+    unfinished: str = ""  # "checkpoint of step 4 of 160" where its run had steps to go
 
 
 def is_ours(run: str | Path) -> bool:
@@ -63,14 +66,16 @@ def open_model(
     layer: Layer = "backbone",
     precision: str = "float32",
     size: int | None = None,
+    resize: int | None = None,
     seed: int = 0,
 ) -> Opened:
     """The model that `run` names, in eval mode on the device. Raises UserError if it names nothing.
 
     A path that exists comes first, then `random` or `random:MODEL`, then a timm model, whose
-    weights timm downloads. `size` replaces the side of the evaluation view.
+    weights timm downloads. `size` replaces the side of the scoring view, `resize` the short side
+    that it is the centre of.
     """
-    place = partial(_subject, device=device, precision=precision, size=size)
+    place = partial(_subject, device=device, precision=precision, size=size, resize=resize)
     path = Path(run).expanduser()
     if path.exists():
         return _open_path(path, place, layer, seed)
@@ -97,11 +102,9 @@ def _subject(
     device: torch.device,
     precision: str,
     size: int | None,
+    resize: int | None,
 ) -> FrozenModel:
-    if size is not None:
-        if size < 8:
-            raise UserError(f"size {size} is too small for an image; set at least 8")
-        spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
+    spec = _scored(spec, size, resize)
     network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network = network.eval().requires_grad_(False)
     if size is not None:
@@ -118,6 +121,24 @@ def _subject(
     return FrozenModel(name, network, width, spec, architecture, layer, precision, kind)
 
 
+def _scored(spec: ViewSpec, size: int | None, resize: int | None) -> ViewSpec:
+    """With another size and short side of the scoring view. Raises UserError."""
+    if size is not None:
+        if size < 8:
+            raise UserError(f"size {size} is too small for an image; set at least 8")
+        spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
+    if resize is None:
+        return spec
+    if resize > LARGEST_SIDE:
+        raise UserError(f"resize {resize} is too large; set at most {LARGEST_SIDE}")
+    if resize < spec.size:
+        raise UserError(
+            f"resize {resize} is smaller than the centre crop of {spec.size} pixels; set at least "
+            "that, or a smaller size"
+        )
+    return dataclasses.replace(spec, resize=resize)
+
+
 def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
     if path.suffix in SUFFIXES and path.is_file():
         return _open_foreign(path, place, layer, seed)
@@ -128,7 +149,8 @@ def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed
         raise UserError(
             f"{path} is no run folder: it has no config.yaml; give a run folder or a file"
         )
-    settings, state = read(_head_file(path) if layer == "head" else path)
+    settings, state, step = _read(_head_file(path) if layer == "head" else path)
+    unfinished = _unfinished(settings, step, folder)
     net = settings.net
     architecture = f"{net.backbone} stem={net.stem} head={net.head}"
     spec = view_spec(settings)
@@ -146,11 +168,26 @@ def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed
     else:
         encoder.backbone.load_state_dict(state)
     called = "trained backbone" if layer == "backbone" else "trained, head's output"
+    called += f", {unfinished}" if unfinished else ""
 
     def untrained() -> FrozenModel:
         return of(build_encoder(settings.model_copy(update={"seed": seed})), "random weights")
 
-    return Opened(of(encoder, called), untrained, settings, folder)
+    return Opened(of(encoder, called), untrained, settings, folder, unfinished)
+
+
+def _unfinished(settings: Settings, step: int | None, folder: RunFolder | None) -> str:
+    """ "checkpoint of step 4 of 160", or "" for weights after the last step."""
+    if step is None:
+        return ""
+    try:
+        if folder is None:
+            raise UserError("the number of its images is not known")
+        images = load_index(folder.index).length
+    except UserError:
+        return f"checkpoint of step {step:,}"
+    total = sizes.resolve(settings, images).total_steps
+    return f"checkpoint of step {step:,} of {total:,}" if step < total else ""
 
 
 def _head_file(path: Path) -> Path:
@@ -281,7 +318,12 @@ def load(path: str | Path) -> nn.Module:
 
 def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
     """The settings and the weights of the backbone that `load` loads. Raises UserError."""
-    path = Path(path)
+    settings, state, _ = _read(Path(path))
+    return settings, state
+
+
+def _read(path: Path) -> tuple[Settings, dict[str, Tensor], int | None]:
+    """As `read`, and the step of a checkpoint."""
     if path.is_dir():
         if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
             what = f"the run in {path} ended before its first checkpoint, so it has no weights yet"
@@ -294,7 +336,7 @@ def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
     return _read_safe(path) if path.suffix == ".safetensors" else _read_run(path)
 
 
-def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor]]:
+def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor], None]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -305,12 +347,12 @@ def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor]]:
         raise UserError(f"{path} is damaged: {error}") from None
     if "mocokit" not in metadata:
         raise UserError(f"{path} was not written by mocokit: its metadata holds no settings")
-    return settings_.from_yaml(metadata["mocokit"], str(path)), state
+    return settings_.from_yaml(metadata["mocokit"], str(path)), state, None
 
 
-def _read_run(path: Path) -> tuple[Settings, dict[str, Tensor]]:
+def _read_run(path: Path) -> tuple[Settings, dict[str, Tensor], int]:
     state = checkpoint.load(path)
     prefix = "encoder.backbone."
     method = cast(dict[str, Tensor], state["method"])
     weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
-    return settings_.from_yaml(state["settings"], str(path)), weights
+    return settings_.from_yaml(state["settings"], str(path)), weights, int(state["step"])
