@@ -17,6 +17,7 @@ from mocokit.protocols import linear_paper, linear_quick
 from mocokit.protocols.labelled import labelled_split
 from mocokit.protocols.linear_quick import Data, compute_moments, fit_quick, ridge, solve
 from mocokit.protocols.table import Table, features_of
+from mocokit.protocols.training import TrainingViews
 from mocokit.views.params import ViewSpec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
@@ -226,9 +227,7 @@ def test_training_views_are_random_crops_and_flips_and_orders_differ():
     assert random.flip_probability == 0.5 and random.crop_ratio == (3 / 4, 4 / 3)
 
     def epoch(number, seed=0):
-        views, labels = zip(
-            *linear_paper.training_views(random, split, CPU, seed, number, 16, 0), strict=True
-        )
+        views, labels = zip(*TrainingViews(random, split, CPU, seed, number, 16, 0), strict=True)
         return torch.cat(views), torch.cat(labels)
 
     (a, first), (b, second) = epoch(0), epoch(1)

@@ -11,6 +11,7 @@ from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.results import Evaluation
 from mocokit.evaluate.session import PIXELS, Options, Session
+from mocokit.evaluate.stopping import stoppable
 from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.defaults import (
     FineTune,
@@ -26,6 +27,7 @@ from mocokit.protocols.knn import knn_grid_of
 from mocokit.protocols.table import CENTRE, Transform
 
 
+@stoppable
 def evaluate_knn(
     run: str | Path,
     data: str | Path | None = None,
@@ -96,6 +98,7 @@ def evaluate_knn(
     return trial.finish("knn", protocol)
 
 
+@stoppable
 def evaluate_linear(
     run: str | Path,
     data: str | Path | None = None,
@@ -161,6 +164,7 @@ def evaluate_linear(
                     lr=lr,
                     workers=trial.workers,
                     progress=trial.epoch_progress(subject),
+                    states=trial.states,
                 )
         except NonFiniteLoss as error:
             if subject is first:
@@ -171,6 +175,7 @@ def evaluate_linear(
     return trial.finish(f"linear ({protocol})", words)
 
 
+@stoppable
 def evaluate_finetune(
     run: str | Path,
     data: str | Path | None = None,
@@ -218,6 +223,7 @@ def evaluate_finetune(
                 seed=trial.options.seed,
                 workers=trial.workers,
                 progress=trial.epoch_progress(subject, f" {share:g} %"),
+                states=trial.states,
             )
             setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)
