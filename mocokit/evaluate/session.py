@@ -138,6 +138,7 @@ class Session:
             progress=lambda done, total: self._log(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
+            log=lambda text: self.console.say(text, "yellow"),
         )
         if source is self.split.train:
             numbers = self.split.train_numbers
