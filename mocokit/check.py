@@ -1,11 +1,13 @@
 """Look before you spend: what a data set holds, and what the network will see of it."""
 
+import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mocokit.data.batch import read_spread
 from mocokit.data.examine import Examined, examine
@@ -15,10 +17,10 @@ from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import check_result, reason_of, show, write_result
 from mocokit.run import build, command
 from mocokit.settings import sizes
-from mocokit.views.sheet import contact_sheet
+from mocokit.views.sheet import contact_sheet, is_sheet
 
 QUICK = 200  # images that a quick look decodes
 SHOWN = 10  # groups of equal images that are named
@@ -40,6 +42,8 @@ def check(
     of them, with every parameter drawn.
     """
     console, path = Console(), Path(out)
+    check_result(path, "--out", is_sheet)
+    kind = _format_of(path)
     where = None if data is None else str(data)
     asked, stated = command.asked(recipe, where, settings or {}, allowed=allow_import)
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
@@ -70,12 +74,27 @@ def check(
     for notice in notices:
         console.say(f"note: {notice}", "yellow")
     canvases, _ = read_spread(splits.train, images, bound)
+    sheet = io.BytesIO()
     try:
-        contact_sheet(specs, list(canvases.values()), list(canvases), asked.seed, path)
+        contact_sheet(specs, list(canvases.values()), list(canvases), asked.seed, sheet, kind=kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}); choose another --out") from None
-    console.say(f"views of {asked.recipe}: {path}")
+        why = f"cannot write {show(path)} ({reason_of(error)})"
+        raise UserError(f"{why}; choose another --out") from None
+    write_result(path, sheet.getvalue(), "--out", is_sheet)
+    console.say(f"views of {asked.recipe}: {show(path)}")
     return path
+
+
+def _format_of(path: Path) -> str:
+    """Pillow's name of the format that the path's ending asks for; PNG of a path without one."""
+    if not path.suffix or path.is_relative_to("/dev"):
+        return "PNG"
+    try:
+        return Image.registered_extensions()[path.suffix.lower()]
+    except KeyError:
+        raise UserError(
+            f"--out {show(path)}: {show(path.suffix)} names no picture format; use .png"
+        ) from None
 
 
 def _tell_counts(console: Console, split: str, source: Source) -> None:

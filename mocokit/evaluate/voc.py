@@ -27,6 +27,7 @@ from mocokit.engine.runtime import (
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
+from mocokit.evaluate.results import check_writable
 from mocokit.evaluate.voc_results import Detected, DetectionReport
 from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
@@ -66,6 +67,8 @@ def evaluate_voc(
         raise UserError("trials are counted from 1; every and pictures from 0")
     if split not in get_args(Split):
         raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
+    if json is not None:
+        check_writable(json)
     sizes = {"steps": steps, "batch_size": batch_size}
     sizes |= {"iterations": iterations, "ims_per_step": ims_per_step}
     stated = renamed({name: value for name, value in sizes.items() if value is not None})

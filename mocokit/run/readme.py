@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mocokit.engine.folder import RunFolder
-from mocokit.engine.record import clock, read_metrics
-from mocokit.files import write_text
+from mocokit.engine.record import clock
+from mocokit.files import append_line, json_lines, write_text
 from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
@@ -85,17 +85,18 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
     """Add a line to evaluations.jsonl and update the run's README. Raises OSError."""
-    with open(folder.evaluations, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-    readme = folder.readme.read_text(encoding="utf-8") if folder.readme.is_file() else ""
-    before = readme.split(f"\n{HEADING}\n")[0].rstrip("\n")
+    append_line(folder.evaluations, json.dumps(record))
+    before = ""
+    if folder.readme.is_file():
+        before = folder.readme.read_text(encoding="utf-8", errors="replace")
+    before = before.split(f"\n{HEADING}\n")[0].rstrip("\n")
     write_text(folder.readme, f"{before}\n{section(folder)}")
 
 
 def section(folder: RunFolder) -> str:
     """The README's section of evaluations; empty if there are none."""
     lines = []
-    for record in read_metrics(folder.evaluations):
+    for record in json_lines(folder.evaluations)[0]:
         columns, rows = _table(record)
         lines += [
             f"### {record['kind']} on {record['data']}, {record['date'][:10]}",

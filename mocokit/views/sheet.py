@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from mocokit.views.params import (
     BRIGHTNESS,
@@ -21,6 +23,7 @@ from mocokit.views.params import (
 )
 from mocokit.views.views import make_views
 
+SIGNATURE = b"mocokit contact sheet"  # by which a later sheet knows that it may take its place
 _MOST = 8
 _CELL = (128, 256)  # smallest and largest side of a picture on the sheet
 _GAP, _TITLE, _LINE, _FONT = 12, 30, 15, 12
@@ -36,13 +39,15 @@ def contact_sheet(
     canvases: Sequence[Levels],
     index: Sequence[int],
     seed: int,
-    path: str | Path,
+    path: str | Path | IO[bytes],
     columns: int = 2,
+    kind: str | None = None,
 ) -> None:
     """Write each image beside its views in epoch 0, at most 8 images.
 
     specs: how each view is made, by name; canvases: (H, W, 3) each; index: their stable numbers;
-    `columns` images are side by side. The boxes of the crops are outlined on the image.
+    `columns` images are side by side. `kind` is Pillow's name of the file's format, by default the
+    one of the path's ending. The boxes of the crops are outlined on the image.
     """
     if not canvases:
         raise ValueError("a contact sheet needs at least one image")
@@ -59,7 +64,18 @@ def contact_sheet(
         for view, (spec, (table, pictures)) in enumerate(zip(specs.values(), drawn, strict=True)):
             picture, text = _fit(pictures[place], sheet.cell), _caption(spec, table, place)
             sheet.put(place, 1 + view, picture, text, _colour(view))
-    sheet.image.save(path)
+    sheet.image.save(path, kind, pnginfo=_signed(), comment=SIGNATURE)
+
+
+def is_sheet(content: bytes) -> bool:
+    """Whether this is a contact sheet, as a PNG or a JPEG."""
+    return content[:3] in (b"\x89PN", b"\xff\xd8\xff") and SIGNATURE in content[:1000]
+
+
+def _signed() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", SIGNATURE.decode())
+    return info
 
 
 def _named(specs: Mapping[str, ViewSpec]) -> str:
