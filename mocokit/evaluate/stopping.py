@@ -28,7 +28,7 @@ def stoppable(evaluate: Callable[Arguments, Returned]) -> Callable[Arguments, Re
                 with stop.interruptible():
                     return evaluate(*args, **named)
             except Stopped as stopped:
-                kept = str(stopped) or "nothing was left to keep"
+                kept = str(stopped) or "finished features and probes are kept"
                 raise Interrupted(
                     f"stopped ({kept}); resume with the same command", stop.exit_code or PREEMPTED
                 ) from None

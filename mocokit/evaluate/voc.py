@@ -74,17 +74,19 @@ def evaluate_voc(
     stated = renamed({name: value for name, value in sizes.items() if value is not None})
     plan = plan_for(split, **stated, settings=settings)
     console, started = Console(), time.perf_counter()
-    place = choose_device(device)
-    resolved = _precision(precision, place)
-    opened = open_model(run, place, seed=seed)
-    boxes = open_boxes(data, split, tuple(classes), console.counting)
-    names = boxes.train.classes
-    Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
-    random = opened.untrained is None  # then each trial draws its own weights
-    identity = _identity(opened, boxes, plan, resolved)
-    home = opened.folder.path if opened.folder else ROOT
-    folder = Path(out).expanduser() if out is not None else home / _name(identity)
-    prepare(place, _claim(folder, identity), deterministic=False)
+    with StopSignals() as stop, stop.before_the_first_step():
+        place = choose_device(device)
+        resolved = _precision(precision, place)
+        opened = open_model(run, place, seed=seed)
+        boxes = open_boxes(data, split, tuple(classes), console.counting)
+        names = boxes.train.classes
+        # A network that cannot be a detector is a UserError, before anything is written.
+        Detector(opened.subject.network, len(names), plan)
+        random = opened.untrained is None  # then each trial draws its own weights
+        identity = _identity(opened, boxes, plan, resolved)
+        home = opened.folder.path if opened.folder else ROOT
+        folder = Path(out).expanduser() if out is not None else home / _name(identity)
+        prepare(place, _claim(folder, identity), deterministic=False)
 
     def trainer(trial_seed: int) -> Trainer:
         again = random and trial_seed != seed
