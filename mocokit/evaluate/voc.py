@@ -63,10 +63,7 @@ def evaluate_voc(
 
     `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
-    if trials < 1 or every < 0 or pictures < 0:
-        raise UserError("trials are counted from 1; every and pictures from 0")
-    if split not in get_args(Split):
-        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
+    _check(split, trials, every, pictures)
     if json is not None:
         check_writable(json)
     sizes = {"steps": steps, "batch_size": batch_size}
@@ -116,6 +113,13 @@ def evaluate_voc(
                     f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
                 ) from None
     return report.finish(results, time.perf_counter() - started, console, json)
+
+
+def _check(split: str, trials: int, every: int, pictures: int) -> None:
+    if trials < 1 or every < 0 or pictures < 0:
+        raise UserError("trials are counted from 1; every and pictures from 0")
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
 
 
 def _precision(asked: str, device: torch.device) -> str:
