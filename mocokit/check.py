@@ -1,11 +1,13 @@
 """Look before you spend: what a data set holds, and what the network will see of it."""
 
+import io
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mocokit.data.batch import read_spread
 from mocokit.data.examine import Examined, examine
@@ -15,11 +17,11 @@ from mocokit.data.sources.packed import lacking
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import check_result, reason_of, show, write_result
 from mocokit.run import build, command
 from mocokit.settings import sizes
 from mocokit.views.params import ViewSpec, seen_share
-from mocokit.views.sheet import contact_sheet
+from mocokit.views.sheet import contact_sheet, is_sheet
 from mocokit.weights.encoder import view_spec
 
 QUICK = 200  # images that a quick look decodes
@@ -42,6 +44,8 @@ def check(
     of them, with every parameter drawn, and beside the view of which scores are taken.
     """
     console, path = Console(), Path(out)
+    check_result(path, "--out", is_sheet)
+    kind = _format_of(path)
     where = None if data is None else str(data)
     asked, stated = command.asked(recipe, where, settings or {}, allowed=allow_import)
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root, console.counting)
@@ -74,12 +78,15 @@ def check(
     canvases, _ = read_spread(splits.train, images, bound)
     if canvases:
         console.say(_seen(scored, [canvas.shape[:2] for canvas in canvases.values()]))
+    sheet = io.BytesIO()
     try:
         shown = list(canvases.values()), list(canvases)
-        contact_sheet(specs, *shown, asked.seed, path, scored=scored)
+        contact_sheet(specs, *shown, asked.seed, sheet, scored=scored, kind=kind)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot write {path} ({error}); choose another --out") from None
-    console.say(f"views of {asked.recipe}: {path}")
+        why = f"cannot write {show(path)} ({reason_of(error)})"
+        raise UserError(f"{why}; choose another --out") from None
+    write_result(path, sheet.getvalue(), "--out", is_sheet)
+    console.say(f"views of {asked.recipe}: {show(path)}")
     return path
 
 
@@ -90,6 +97,18 @@ def _seen(spec: ViewSpec, sizes: Iterable[tuple[int, ...]]) -> str:
         f"scores see {share:.0%} of a photo's area: its short side resized to {spec.resize} "
         f"pixels, of which {spec.size} x {spec.size} in the centre (monitor.resize)"
     )
+
+
+def _format_of(path: Path) -> str:
+    """Pillow's name of the format that the path's ending asks for; PNG of a path without one."""
+    if not path.suffix or path.is_relative_to("/dev"):
+        return "PNG"
+    try:
+        return Image.registered_extensions()[path.suffix.lower()]
+    except KeyError:
+        raise UserError(
+            f"--out {show(path)}: {show(path.suffix)} names no picture format; use .png"
+        ) from None
 
 
 def _tell_counts(console: Console, split: str, source: Source) -> None:

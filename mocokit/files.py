@@ -8,7 +8,8 @@ import shlex
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,7 @@ from mocokit.errors import MocokitError, UserError
 # What Markdown reads as markup, with GitHub's links and formulas. Inside a word "_" is text.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~#&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_READER_SECONDS = 10.0  # that a pipe's reader has to come
 _LARGEST = 2**25 - 2**16  # bytes; glibc's own limit is 32 MiB with what it adds to a block
 
 
@@ -143,6 +145,116 @@ def read_regular(path: str | Path, limit: int = 2**30) -> bytes:
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"larger than {limit / 2**20:,.0f} MiB, refused")
         return file.readall()
+
+
+def check_result(path: str | Path, option: str, ours: Callable[[bytes], bool]) -> None:
+    """Raises UserError where `write_result` would not write: asked before hours of work."""
+    try:
+        why = _refusal(_followed(path), path, ours)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        why = reason_of(error)
+    if why:
+        raise UserError(f"cannot write {show(path)} ({why}); choose another place with {option}")
+
+
+def write_result(
+    path: str | Path, content: bytes, option: str, ours: Callable[[bytes], bool]
+) -> None:
+    """Write a file that the user asked for with `option`, and destroy nothing of the user's.
+
+    A device, a pipe and an open file, such as /dev/stdout, are written into. A link stays, and its
+    target is written. A file takes a new one's place whole, if it is empty or `ours` knows its
+    content as an earlier result. Raises UserError for any other file, and MocokitError where the
+    system refuses to write.
+    """
+    check_result(path, option, ours)
+    place = _followed(path)
+    number = _open_file(place)
+    with writing(path, remedy=f"choose another place with {option}"):
+        if number is not None:
+            for stream in (sys.stdout, sys.stderr):  # what was printed before comes first
+                stream.flush()
+            _write_all(number, content)
+        elif os.path.exists(place) and not os.path.isfile(place):
+            number = _open_pipe(place)
+            try:
+                _write_all(number, content)
+            finally:
+                os.close(number)
+        else:
+            write_bytes(Path(place), content)
+
+
+def _refusal(place: str, asked: str | Path, ours: Callable[[bytes], bool]) -> str:
+    """Why a file cannot be written; empty if it can."""
+    if (number := _open_file(place)) is not None:
+        os.fstat(number)
+        return "" if _is_writable(number) else "it is open to be read alone"
+    folder = os.path.dirname(place) or "."
+    try:
+        kind = os.stat(place).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if place != os.path.abspath(os.path.expanduser(os.fspath(asked))):
+            return f"it is a link to {show(place)}, which does not exist"
+        if not os.path.isdir(folder):
+            return f"there is no folder {show(folder)}"
+        return "" if os.access(folder, os.W_OK | os.X_OK) else "you may not write there"
+    for test, name in ((stat.S_ISDIR, "folder"), (stat.S_ISBLK, "disk"), (stat.S_ISSOCK, "socket")):
+        if test(kind):
+            return f"it is a {name}"
+    regular = stat.S_ISREG(kind)
+    if not all(os.access(one, os.W_OK) for one in ([place, folder] if regular else [place])):
+        return "you may not write there"
+    if regular and os.path.getsize(place) and not ours(read_regular(place)):
+        return "there is another file, which would be lost"
+    return ""
+
+
+def _followed(path: str | Path) -> str:
+    """What a path's links lead to; an open file is left at its name, which is a link too."""
+    place = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    for _ in range(40):
+        if _open_file(place) is not None or not os.path.islink(place):
+            return place
+        place = os.path.normpath(os.path.join(os.path.dirname(place), os.readlink(place)))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+
+
+def _open_file(place: str) -> int | None:
+    """The number of the open file that a path such as /dev/stdout or /dev/fd/63 names."""
+    if place in (names := ("/dev/stdin", "/dev/stdout", "/dev/stderr")):
+        return names.index(place)
+    match = re.fullmatch(rf"(?:/dev|/proc/(?:self|{os.getpid()}))/fd/(\d{{1,9}})", place)
+    return int(match[1]) if match else None
+
+
+def _is_writable(number: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, which has no such paths
+        return True
+    return fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _open_pipe(place: str) -> int:
+    """A device, or a pipe that somebody reads; for a reader it waits a little."""
+    for _ in range(int(_READER_SECONDS * 10)):
+        try:
+            number = os.open(place, os.O_WRONLY | _AT_ONCE | getattr(os, "O_NOCTTY", 0))
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(0.1)
+        else:
+            os.set_blocking(number, True)
+            return number
+    raise OSError(errno.ENXIO, "nobody reads it")
+
+
+def _write_all(number: int, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[os.write(number, left) :]
 
 
 @contextmanager

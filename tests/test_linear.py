@@ -17,6 +17,7 @@ from mocokit.protocols import linear_paper, linear_quick
 from mocokit.protocols.labelled import labelled_split
 from mocokit.protocols.linear_quick import Data, compute_moments, fit_quick, ridge, solve
 from mocokit.protocols.table import Table, features_of
+from mocokit.protocols.training import TrainingViews
 from mocokit.weights.encoder import view_spec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
@@ -150,6 +151,32 @@ def test_of_much_data_a_part_chooses(monkeypatch):
     assert seen == [18, 300] and fitted.details["train_loss"] < 0.5
 
 
+def test_of_equally_good_penalties_the_strongest_is_chosen():
+    """Classes far apart: every penalty is right about every image held out."""
+    labels = torch.arange(200) % 2
+    apart = 100.0 * labels[:, None] + torch.randn(
+        200, 4, generator=torch.Generator().manual_seed(0)
+    )
+    some = Data(apart, labels, 2, CPU)
+    for penalties in (linear_quick.PENALTIES, linear_quick.PENALTIES[::-1]):
+        chosen, shares = linear_quick._choose(some, compute_moments(some), penalties, 0)
+        assert set(shares) == {1.0} and chosen == max(penalties)
+
+
+@pytest.mark.parametrize(
+    ("lr", "mean_square", "tried"),
+    [
+        (30.0, 0.01, 10),  # a third, where even more would be stable
+        (30.0, 76.0, 0.1),  # 4 (1 + .9) / 76
+        (0.3, 0.01, 0.1),
+        (30.0, 0.0, 10),
+    ],
+)
+def test_the_rate_to_try_is_stable_and_lower(lr, mean_square, tried):
+    """SGD with momentum m is stable below 2 (1 + m) / L, and L is at most half the energy."""
+    assert f"try --lr {tried:g}, or" in linear_paper._remedy(lr, mean_square)
+
+
 def test_quick_needs_two_classes():
     split = labelled_split(source(40, 0, classes=1), source(10, 1, classes=1), seed=0)
     with pytest.raises(UserError, match="two classes"):
@@ -224,9 +251,7 @@ def test_training_views_are_random_crops_and_flips_and_orders_differ():
     assert random.flip_probability == 0.5 and random.crop_ratio == (3 / 4, 4 / 3)
 
     def epoch(number, seed=0):
-        views, labels = zip(
-            *linear_paper.training_views(random, split, CPU, seed, number, 16, 0), strict=True
-        )
+        views, labels = zip(*TrainingViews(random, split, CPU, seed, number, 16, 0), strict=True)
         return torch.cat(views), torch.cat(labels)
 
     (a, first), (b, second) = epoch(0), epoch(1)

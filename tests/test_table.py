@@ -2,29 +2,41 @@
 
 import dataclasses
 import os
+import signal
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from mocokit import recipes
+from mocokit.data import decode
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
+from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import MocokitError, UserError
+from mocokit.files import locked
 from mocokit.nets.backbones import build_backbone
 from mocokit.pack import pack
-from mocokit.protocols import table as table_
+from mocokit.protocols import features as features_, table as table_, table_file
 from mocokit.protocols.table import CENTRE, Transform, features_of, key_of, prune
+from mocokit.protocols.table_file import TableFile, header
 from mocokit.weights.encoder import view_spec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr(table_, "BATCH", 16)
-    monkeypatch.setattr("mocokit.protocols.features.BATCH", 16)
+    patch_batches(monkeypatch)
+
+
+def patch_batches(patch):
+    for module in (table_, table_file, features_):
+        patch.setattr(module, "BATCH", 16)
 
 
 def spec():
@@ -64,40 +76,191 @@ def test_features_are_the_networks_and_computed_once(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("written", [0, 1, 17, 40, 64, 69])
-def test_what_a_kill_left_is_gone_on_with(tmp_path, monkeypatch, written):
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_what_a_kill_left_is_gone_on_with(tmp_path, monkeypatch, kept):
     judged, images = subject(), source()
     whole = features_of(judged, images).rows
-    path = tmp_path / f"{key_of(judged, images)}.partial"
-    head = table_._header((70, 64))
-    path.write_bytes(head + whole.tobytes()[: written * 256 + (100 if written else 0)])
-    seen = counting(judged)
-    resumed = features_of(judged, images, folder=tmp_path)
+    plain, written = TableFile.write, []
+
+    def killed(self, block, rows):
+        if len(written) == kept:
+            raise Killed
+        written.append(block)
+        plain(self, block, rows)
+
+    monkeypatch.setattr(TableFile, "write", killed)
+    with pytest.raises(Killed):
+        features_of(judged, images, folder=tmp_path)
+    monkeypatch.setattr(TableFile, "write", plain)
+    seen, notes = counting(judged), []
+    resumed = features_of(judged, images, folder=tmp_path, log=notes.append)
     np.testing.assert_array_equal(resumed.rows, whole)
-    assert sum(seen) == 70 - written // 16 * 16
+    assert sum(seen) == 70 - kept * 16 and notes == []
 
 
-def test_an_interrupted_table_is_no_table(tmp_path):
-    judged, images = subject(), source()
-
+def test_a_stopped_table_says_what_is_kept(tmp_path):
     def stop(done, total):
         if done >= 32:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt):
+    judged, images = subject(), source()
+    with (
+        StopSignals() as signals,
+        signals.interruptible(),
+        pytest.raises(Stopped, match="features of toy: 32 of 70 images are kept"),
+    ):
         features_of(judged, images, folder=tmp_path, progress=stop)
-    assert not list(tmp_path.glob("*.npy")) and len(list(tmp_path.glob("*.partial"))) == 1
     seen = counting(judged)
     features_of(judged, images, folder=tmp_path)
     assert sum(seen) == 70 - 32
 
 
-def test_foreign_leftovers_are_not_trusted(tmp_path):
+HEAD, ROWS = len(header((70, 64))), 70 * 64 * 4
+PARTS = {"header": (0, HEAD), "rows": (HEAD, HEAD + ROWS), "sums": (HEAD + ROWS, HEAD + ROWS + 40)}
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(PARTS)), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_every_damaged_byte_is_found_and_costs_its_batch(damaged_folder, part, at, change):
+    """And is told; what is made anew is the same to the bit."""
+    judged, images, folder, whole = damaged_folder
+    (path,) = folder.glob("*.npy")
+    first, last = PARTS[part]
+    place = first + int(at * (last - first))
+    content = bytearray(path.read_bytes())
+    content[place] ^= change
+    path.write_bytes(content)
+    seen, notes = counting(judged), []
+    again = features_of(judged, images, folder=folder, log=notes.append)
+    np.testing.assert_array_equal(again.rows, whole)
+    assert len(notes) == 1 and "damaged" in notes[0]
+    block = {"rows": (place - HEAD) // 4096, "sums": (place - HEAD - ROWS) // 8}.get(part)
+    assert sum(seen) == (70 if block is None else 6 if block == 4 else 16)
+
+
+@pytest.fixture(scope="module")
+def damaged_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch_batches(patch)
+        judged, images = subject(), source()
+        whole = features_of(judged, images, folder=folder).rows.copy()
+    return judged, images, folder, whole
+
+
+@pytest.mark.parametrize(
+    "how", ["empty", "cut", "longer", "text", "shape", "type", "other", "link"]
+)
+def test_what_is_no_table_is_made_anew(tmp_path, how):
+    """Another shape or type in the header, too, and another table under this name."""
     judged, images = subject(), source()
-    path = tmp_path / f"{key_of(judged, images)}.partial"
-    path.write_bytes(table_._header((70, 32)) + bytes(5000))
-    rows = features_of(judged, images, folder=tmp_path).rows
-    np.testing.assert_array_equal(rows, features_of(judged, images).rows)
+    whole = features_of(judged, images, folder=tmp_path).rows.copy()
+    (path,) = tmp_path.glob("*.npy")
+    content = path.read_bytes()
+    if how == "other":
+        other = features_of(judged, source(seed=1), folder=tmp_path)
+        content = next(one for one in tmp_path.glob("*.npy") if one != path).read_bytes()
+        assert not np.array_equal(other.rows, whole)
+    elif how == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    if how != "link":
+        changed = {
+            "empty": b"",
+            "cut": content[:500],
+            "longer": content + b"x",
+            "text": b"no table",
+            "shape": header((64, 70)) + content[HEAD:],
+            "type": content.replace(b"<f4", b"<i4"),
+            "other": content,
+        }[how]
+        path.write_bytes(changed)
+    notes = []
+    again = features_of(judged, images, folder=tmp_path, log=notes.append)
+    np.testing.assert_array_equal(again.rows, whole)
+    assert len(notes) == 1 and "damaged" in notes[0] and "again" in notes[0]
+    seen = counting(judged)
+    features_of(judged, images, folder=tmp_path, log=notes.append)
+    assert len(notes) == 1 and seen == []
+    if how == "link":
+        assert not path.is_symlink() and (tmp_path / "elsewhere").read_bytes() == content
+
+
+@pytest.mark.parametrize("why", [PermissionError, TimeoutError, FileNotFoundError, OSError])
+def test_what_could_not_be_read_for_a_while_is_tried_again(tmp_path, monkeypatch, why):
+    """Rights, a disk that was away; a file that is broken stays unread, at the cost of a try."""
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number:02d}.png")
+    (tmp_path / "03.png").write_bytes(b"nothing")
+    images, judged, plain = open_data(tmp_path).train, subject(), decode.read_regular
+    whole = features_of(judged, images).rows
+    away = {f"{number:02d}.png" for number in (1, 2, *range(16, 32))}
+
+    def read(path, *rest):
+        if os.path.basename(os.fsdecode(path)) in away:
+            raise why(5, "the disk is away")
+        return plain(path, *rest)
+
+    monkeypatch.setattr(decode, "read_regular", read)
+    found = features_of(judged, images, folder=tmp_path / "cache")
+    assert len(found.good) == 40 - 1 - 18
+    away -= {"02.png"}
+    found = features_of(judged, images, folder=tmp_path / "cache")
+    assert len(found.good) == 40 - 1 - 17
+    away.clear()
+    seen = counting(judged)
+    found = features_of(judged, images, folder=tmp_path / "cache")
+    np.testing.assert_array_equal(found.rows, whole)
+    assert sum(seen) == 15 + 16 and np.isnan(found.rows[3]).all()
+    seen.clear()
+    features_of(judged, images, folder=tmp_path / "cache")
+    assert seen == []
+
+
+def test_use_refreshes_the_age_of_a_table(tmp_path):
+    judged, images = subject(), source()
+    features_of(judged, images, folder=tmp_path)
+    (path,) = tmp_path.glob("*.npy")
+    os.utime(path, (1, 1))
+    features_of(judged, images, folder=tmp_path)
+    assert path.stat().st_mtime > 10**9
+
+
+def test_two_processes_compute_a_table_once(tmp_path):
+    """The second waits for the lock, and then finds the table."""
+    judged, images, seen = subject(), source(), []
+
+    def second():
+        other = subject()
+        seen.append(counting(other))
+        begun.set()
+        features_of(other, images, folder=tmp_path)
+
+    begun, thread = threading.Event(), threading.Thread(target=second)
+
+    def progress(done, total):
+        if not thread.ident:
+            thread.start()
+            begun.wait(60)
+            time.sleep(0.3)
+
+    features_of(judged, images, folder=tmp_path, progress=progress)
+    thread.join(60)
+    assert seen == [[]]
+
+
+def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch):
+    def full(self, place, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TableFile, "_put", full)
+    with pytest.raises(MocokitError, match=r"No space left on device\); it needs.*MOCOKIT_CACHE"):
+        features_of(subject(), source(), folder=tmp_path)
 
 
 def test_the_key_holds_all_that_decides_the_numbers():
@@ -165,8 +328,12 @@ def test_the_oldest_tables_go_first(tmp_path):
         path = tmp_path / f"{number}.npy"
         path.write_bytes(bytes(2**20))
         os.utime(path, (number, number))
-    prune(tmp_path, tmp_path / "0.npy", limit_gib=2.5 / 1024)
-    assert sorted(path.name for path in tmp_path.glob("*.npy")) == ["0.npy", "3.npy"]
+    (tmp_path / "old.partial").write_bytes(bytes(2**20))  # of 0.1
+    os.utime(tmp_path / "old.partial", (0, 0))
+    with locked(tmp_path / "1.lock"):  # what another process is using stays
+        prune(tmp_path, tmp_path / "0.npy", limit_gib=2.5 / 1024)
+    there = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    assert there == {"0.npy", "1.npy", "3.npy"}
 
 
 def photo(path, level):

@@ -11,6 +11,7 @@ import typer
 from mocokit import settings as settings_
 from mocokit.cli import evaluate, launch, show as show_, slurm, streams
 from mocokit.errors import MocokitError, UserError
+from mocokit.files import write_result
 from mocokit.run import command
 from mocokit.settings import sizes
 
@@ -249,12 +250,14 @@ def write_slurm(
         words, name=name, nodes=nodes, gpus=gpus, cpus=cpus, time=time, log=f"{name}-%j.log",
         options=sbatch or [],
     )  # fmt: skip
-    try:
-        with open(file, "w", encoding="utf-8") as written:
-            written.write(text)
-    except OSError as error:
-        raise UserError(f"cannot write {file} ({error.strerror}); name another --file") from None
+    content = text.encode("utf-8", "surrogateescape")
+    write_result(file, content, "--file", _is_batch_file)
     typer.echo(f"{file}: {nodes * gpus} GPUs. Submit it with: sbatch {file}")
+
+
+def _is_batch_file(content: bytes) -> bool:
+    """Whether `mocokit slurm` wrote it."""
+    return content.startswith(b"#!/bin/bash\n#SBATCH") and b" -m mocokit pretrain " in content
 
 
 @app.command("recipes")

@@ -1,11 +1,13 @@
 """One trial of detection in its folder: training, checkpoints, resuming, test and result."""
 
+import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL.Image import Image
 from torch import Tensor
 
 from mocokit.detection import pictures
@@ -17,7 +19,8 @@ from mocokit.engine.folder import RunFolder, locked
 from mocokit.engine.record import Console, Meter, Metrics, StatusLine, clock, read_metrics
 from mocokit.engine.runtime import peak_memory
 from mocokit.engine.stop import StopSignals
-from mocokit.files import write_text
+from mocokit.errors import UserError
+from mocokit.files import read_regular, reason_of, show, write_bytes, write_text, writing
 from mocokit.protocols.voc_ap import Precisions
 
 SAVE_SECONDS = 600.0  # between checkpoints; the time of a checkpoint changes no number
@@ -53,15 +56,11 @@ class DetectionTrial:
 
         `make` returns the trainer before its first step. Raises Interrupted once it is saved.
         """
-        if self.result_path.is_file():
-            found: dict[str, Any] = json.loads(self.result_path.read_text(encoding="utf-8"))
-            return renamed(found, OLD_NAMES)
+        if (found := self._finished()) is not None:
+            return found
         with locked(self.folder):
             trainer = make()
-            state = checkpoint.load_newest(self.folder.checkpoints, log=self.console.note)
-            if state is not None:
-                trainer.load(state)
-                self.console.say(f"{self.folder.path.name}: resumes after step {trainer.step}")
+            self._resume(trainer)
             metrics = Metrics(self.folder.metrics, trainer.step)
             self._status = StatusLine(self.console.terminal)
             try:
@@ -71,8 +70,40 @@ class DetectionTrial:
                 self._status.close()
                 self._status = None
                 metrics.close()
-            write_text(self.result_path, json.dumps(result, indent=1) + "\n")
+            with writing(self.result_path, remedy="make room, and repeat the same command"):
+                write_text(self.result_path, json.dumps(result, indent=1) + "\n")
         return result
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The result of an earlier call; a damaged one is made again, from the last checkpoint."""
+        path = self.result_path
+        try:
+            found = json.loads(read_regular(path))
+            if {"seed", "metric", "metrics", "classes", *COLUMNS} <= found.keys():
+                return renamed(found, OLD_NAMES)
+            reason = "it is no result"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            reason = reason_of(error)
+        self.console.say(f"note: {show(path)} is damaged ({reason}): tested again", "yellow")
+        return None
+
+    def _resume(self, trainer: Trainer) -> None:
+        """Go to the newest checkpoint. If none can be read, they are set aside, and it is told."""
+        folder, name = self.folder.checkpoints, self.folder.path.name
+        try:
+            state = checkpoint.load_newest(folder, log=self.console.say)
+        except UserError as error:
+            with writing(folder, remedy="name another folder with --out"):
+                for step in checkpoint.steps(folder):
+                    path = folder / checkpoint.name_of(step)
+                    path.replace(path.with_name(f"{path.name}.damaged"))
+            self.console.say(f"note: {error}; set aside, and {name} begins anew", "yellow")
+            return
+        if state is not None:
+            trainer.load(state)
+            self.console.say(f"{name}: resumes after step {trainer.step}")
 
     def _train(self, trainer: Trainer, metrics: Metrics) -> None:
         meter, first, began = Meter(), trainer.step, time.monotonic()
@@ -121,8 +152,8 @@ class DetectionTrial:
         return self.every > 0 and step % self.every == 0 and step < trainer.plan.steps
 
     def _test_if_due(self, trainer: Trainer, metrics: Metrics) -> None:
-        tested = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
-        if not self._test_is_due(trainer) or any(line["step"] == trainer.step for line in tested):
+        done = {line.get("step") for line in self._curve()}
+        if not self._test_is_due(trainer) or trainer.step in done:
             return
         scores = self._test(trainer)[1]
         metrics.write({"step": trainer.step, **scores})
@@ -148,10 +179,9 @@ class DetectionTrial:
         metric, first = next(iter(scores.items()))
         if self.pictures:
             sheet = pictures.sheet(self.test_data, tested, self.pictures)
-            sheet.save(self.folder.path / "predictions.png")
             bars = pictures.bars(first, f"{self.test_data.name}, {metric}")
-            bars.save(self.folder.path / "classes.png")
-        curve = [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
+            self._draw({"predictions.png": sheet, "classes.png": bars})
+        curve = self._curve()
         return {
             "seed": trainer.seed,
             "metric": metric,
@@ -172,3 +202,18 @@ class DetectionTrial:
             "test_seconds": round(time.perf_counter() - started, 1),
             "peak_memory_gib": round(peak_memory(trainer.device), 2),
         }
+
+    def _curve(self) -> list[dict[str, Any]]:
+        """The tests on the way."""
+        return [line for line in read_metrics(self.folder.metrics) if "AP50" in line]
+
+    def _draw(self, drawn: Mapping[str, Image]) -> None:
+        """Write pictures. A result is valid without them: a failure is a note."""
+        for name, picture in drawn.items():
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            try:
+                write_bytes(self.folder.path / name, content.getvalue())
+            except OSError as error:
+                where = show(self.folder.path / name)
+                self.console.say(f"note: cannot write {where} ({reason_of(error)})", "yellow")

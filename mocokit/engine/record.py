@@ -40,7 +40,8 @@ class Metrics:
         self, path: Path, step: int = 0, missing: Sequence[Mapping[str, Any]] = ()
     ) -> None:
         found, self.damaged = read_steps(path)
-        kept = [line for line in found if 0 < line["step"] <= step and not line.get("finished")]
+        early = (line for line in found if step > 0 and line["step"] <= step)
+        kept = [line for line in early if not line.get("finished")]
         kept += [dict(line) for line in missing if line not in kept]
         self._path, self._file = path, -1
         with writing(path, room=1, remedy=_RESUME):

@@ -11,6 +11,7 @@ from mocokit.chance import Slot
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.results import Evaluation
 from mocokit.evaluate.session import PIXELS, Options, Session
+from mocokit.evaluate.stopping import stoppable
 from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.defaults import (
     FineTune,
@@ -26,6 +27,7 @@ from mocokit.protocols.knn import knn_grid_of, suited
 from mocokit.protocols.table import CENTRE, Transform
 
 
+@stoppable
 def evaluate_knn(
     run: str | Path,
     data: str | Path | None = None,
@@ -111,6 +113,7 @@ def _neighbours(asked: Sequence[int], trial: Session) -> tuple[Sequence[int], st
     return (one,), words
 
 
+@stoppable
 def evaluate_linear(
     run: str | Path,
     data: str | Path | None = None,
@@ -177,6 +180,7 @@ def evaluate_linear(
                     lr=lr,
                     workers=trial.workers,
                     progress=trial.epoch_progress(subject),
+                    states=trial.states,
                 )
         except NonFiniteLoss as error:
             if subject is first:
@@ -187,6 +191,7 @@ def evaluate_linear(
     return trial.finish(f"linear ({protocol})", words)
 
 
+@stoppable
 def evaluate_finetune(
     run: str | Path,
     data: str | Path | None = None,
@@ -235,6 +240,7 @@ def evaluate_finetune(
                 seed=trial.options.seed,
                 workers=trial.workers,
                 progress=trial.epoch_progress(subject, f" {share:g} %"),
+                states=trial.states,
             )
             setting = {"labels": f"{share:g} %", "images_used": details["images"]}
             trial.add(subject, predicted.numpy(), truth, setting, details)

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.hardware import cpu_name
 from mocokit.engine.record import Console, clock
 from mocokit.errors import UserError
-from mocokit.files import write_text
+from mocokit.files import check_result, json_lines, reason_of, show, write_result
 from mocokit.protocols.scores import Scores
 from mocokit.run import readme
 from mocokit.run.readme import label_of
@@ -118,40 +117,65 @@ def publish(
 def keep(
     record: Mapping[str, Any], console: Console, folder: RunFolder | None, path: str | Path | None
 ) -> None:
-    """Write a result to `path` if there is one, and append it to the run's report."""
+    """Append a result to the run's report, and write it to `path` if there is one.
+
+    The run comes first, so that a failure of the copy loses nothing. Raises UserError and
+    MocokitError where `path` cannot be written.
+    """
+    record = writable(record)
+    if folder is not None:
+        _add(record, console, folder)
     if path is not None:
-        try:
-            write_text(Path(path).expanduser(), json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            why = f"cannot write {path} ({error.strerror})"
-            raise UserError(f"{why}; choose another place with --json") from None
-        console.say(f"written: {path}")
-    if folder is None:
-        if path is None:
-            console.say("no run folder keeps this; --json FILE writes it down")
-    else:
-        try:
-            readme.append(folder, record)
-            console.say(f"added to {folder.readme} and {folder.evaluations.name}")
-        except OSError as error:  # for example another user's run; the result is valid all the same
-            reason = f"cannot add this to {folder.path} ({error.strerror})"
-            console.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
+        content = json.dumps(record, indent=1).encode() + b"\n"
+        write_result(path, content, "--json", is_result)
+        console.say(f"written: {show(path)}")
+    elif folder is None:
+        console.say("no run folder keeps this; --json FILE writes it down")
     took, memory = clock(record["seconds"]), record["peak_memory_gib"]
     console.say(f"{took} on {record['hardware']}, at most {memory:.1f} GiB")
 
 
-def check_writable(path: str | Path) -> None:
-    """Raises UserError where a file could not be written: asked before hours of work."""
-    place = Path(path).expanduser()
-    if place.is_dir():
-        why = "it is a folder"
-    elif not place.parent.is_dir():
-        why = f"there is no folder {place.parent}"
-    elif not os.access(place if place.exists() else place.parent, os.W_OK):
-        why = "you may not write there"
-    else:
+def _add(record: Mapping[str, Any], console: Console, folder: RunFolder) -> None:
+    """Add a result to a run's report. A result is valid without it: a failure is a note."""
+    try:
+        readme.append(folder, record)
+        lines, damaged = json_lines(folder.evaluations)
+        if lines[-1:] != [record]:
+            raise OSError(f"{folder.evaluations.name} does not hold what was written")
+    except (OSError, UserError) as error:  # for example another user's run
+        reason = f"cannot add this to {show(folder.path)} ({reason_of(error)})"
+        console.say(f"note: {reason}; --json FILE writes it elsewhere", "yellow")
         return
-    raise UserError(f"cannot write {path} ({why}); choose another place with --json")
+    console.say(f"added to {show(folder.readme)} and {folder.evaluations.name}")
+    if damaged:
+        many = f"{damaged} damaged line{'s' * (damaged != 1)}"
+        console.say(f"note: {show(folder.evaluations)} has {many}, left out of README.md", "yellow")
+
+
+def writable(value: Any) -> Any:
+    """The same for a file in UTF-8.
+
+    Bytes of a path that are no UTF-8 become Python's escapes, such as \\udce9 for the byte e9.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {writable(name): writable(one) for name, one in value.items()}
+    return [*map(writable, value)] if isinstance(value, list | tuple) else value
+
+
+def is_result(content: bytes) -> bool:
+    """Whether this is the JSON of an evaluation."""
+    try:
+        found = json.loads(content)
+        return isinstance(found["kind"], str) and "mocokit" in found["versions"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises UserError where a result could not be written: asked before hours of work."""
+    check_result(path, "--json", is_result)
 
 
 def _label(result: Result) -> str:

@@ -22,6 +22,7 @@ from mocokit.engine.runtime import (
 )
 from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
+from mocokit.evaluate.stopping import at_once
 from mocokit.files import cache_folder
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
@@ -29,6 +30,7 @@ from mocokit.protocols.defaults import Layer, Precision, Shared
 from mocokit.protocols.labelled import LabelledSplit, check_classes, labelled_split
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
+from mocokit.protocols.states import States
 from mocokit.protocols.table import CENTRE, Table, Transform, features_of
 from mocokit.run.open import kept_index
 from mocokit.settings.schema import Settings
@@ -58,6 +60,7 @@ class Options(Shared):
 class Session:
     """What an evaluation works with, and its results so far."""
 
+    @at_once
     def __init__(self, run: str | Path, options: Options, leave_one_out: bool = False) -> None:
         self.run, self.options = str(run), options
         if options.json is not None:
@@ -99,6 +102,7 @@ class Session:
         self.calibrated = False
         self._logged = time.monotonic()
         self._untrained: dict[bool, FrozenModel] = {}
+        self.states = States.at_home(self.console.say)
 
     def subjects(self, calibrate: bool = True) -> list[FrozenModel]:
         """The subject, and its random weights if they are wanted."""
@@ -143,6 +147,7 @@ class Session:
             progress=lambda done, total: self._log(
                 f"features of {subject.name}: {done:,} of {total:,} images"
             ),
+            log=lambda text: self.console.say(text, "yellow"),
         )
         if source is self.split.train:
             numbers = self.split.train_numbers
@@ -215,6 +220,7 @@ class Session:
             per_class=options.per_class,
             confusion=options.confusion,
         )
+        self.states.forget()
         return evaluation
 
 

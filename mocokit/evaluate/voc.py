@@ -27,6 +27,7 @@ from mocokit.engine.runtime import (
 )
 from mocokit.engine.stop import StopSignals
 from mocokit.errors import UserError
+from mocokit.evaluate.results import check_writable
 from mocokit.evaluate.voc_results import Detected, DetectionReport
 from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
@@ -62,26 +63,27 @@ def evaluate_voc(
 
     `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
-    if trials < 1 or every < 0 or pictures < 0:
-        raise UserError("trials are counted from 1; every and pictures from 0")
-    if split not in get_args(Split):
-        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
+    _check(split, trials, every, pictures)
+    if json is not None:
+        check_writable(json)
     sizes = {"steps": steps, "batch_size": batch_size}
     sizes |= {"iterations": iterations, "ims_per_step": ims_per_step}
     stated = renamed({name: value for name, value in sizes.items() if value is not None})
     plan = plan_for(split, **stated, settings=settings)
     console, started = Console(), time.perf_counter()
-    place = choose_device(device)
-    resolved = _precision(precision, place)
-    opened = open_model(run, place, seed=seed)
-    boxes = open_boxes(data, split, tuple(classes), console.counting)
-    names = boxes.train.classes
-    Detector(opened.subject.network, len(names), plan)  # or a UserError, before anything is written
-    random = opened.untrained is None  # then each trial draws its own weights
-    identity = _identity(opened, boxes, plan, resolved)
-    home = opened.folder.path if opened.folder else ROOT
-    folder = Path(out).expanduser() if out is not None else home / _name(identity)
-    prepare(place, _claim(folder, identity), deterministic=False)
+    with StopSignals() as stop, stop.before_the_first_step():
+        place = choose_device(device)
+        resolved = _precision(precision, place)
+        opened = open_model(run, place, seed=seed)
+        boxes = open_boxes(data, split, tuple(classes), console.counting)
+        names = boxes.train.classes
+        # A network that cannot be a detector is a UserError, before anything is written.
+        Detector(opened.subject.network, len(names), plan)
+        random = opened.untrained is None  # then each trial draws its own weights
+        identity = _identity(opened, boxes, plan, resolved)
+        home = opened.folder.path if opened.folder else ROOT
+        folder = Path(out).expanduser() if out is not None else home / _name(identity)
+        prepare(place, _claim(folder, identity), deterministic=False)
 
     def trainer(trial_seed: int) -> Trainer:
         again = random and trial_seed != seed
@@ -111,6 +113,13 @@ def evaluate_voc(
                     f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
                 ) from None
     return report.finish(results, time.perf_counter() - started, console, json)
+
+
+def _check(split: str, trials: int, every: int, pictures: int) -> None:
+    if trials < 1 or every < 0 or pictures < 0:
+        raise UserError("trials are counted from 1; every and pictures from 0")
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
 
 
 def _precision(asked: str, device: torch.device) -> str:

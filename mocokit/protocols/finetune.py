@@ -4,6 +4,7 @@ A copy of the subject is trained. The subject is not changed.
 """
 
 import copy
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from torch.nn import functional as F
 
 from mocokit import chance
 from mocokit.chance import Slot
-from mocokit.engine.finite import FiniteWatch
+from mocokit.engine.finite import FiniteWatch, check_weights
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import FineTune
 from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.labelled import LabelledSplit
-from mocokit.protocols.linear_paper import EpochProgress, training_views
+from mocokit.protocols.linear_paper import EpochProgress
+from mocokit.protocols.states import EndOf, State, States
 from mocokit.protocols.table import CENTRE
+from mocokit.protocols.training import Epoch, TrainingViews
 from mocokit.weights.subject import FrozenModel
 
 LEAST_STEPS = 400  # few labels make short epochs, so there are more of them, up to this many steps
@@ -94,58 +97,138 @@ def fine_tune(
     seed: int,
     workers: int = 0,
     progress: EpochProgress = lambda done, total, loss: None,
+    states: States | None = None,
 ) -> tuple[Tensor, NDArray[Any], dict[str, Any]]:
     """(predictions, labels, details) for all test images that can be read.
 
-    Raises NonFiniteLoss, with a remedy, if training diverges.
+    It resumes from where an earlier attempt left its state in `states`. Raises NonFiniteLoss, with
+    a remedy, if training diverges; Stopped, once its state is saved, after a signal; MocokitError
+    where the state cannot be saved then.
     """
-    device, images = subject.device, len(split.train_numbers)
-    model = Classifier(copy.deepcopy(subject.network), subject.width, len(split.classes))
-    model = model.to(device).train().requires_grad_(True)
-    optimizer = torch.optim.SGD(
-        parameter_groups(model, plan.lr, plan.layer_decay),
-        momentum=plan.momentum,
-        nesterov=plan.momentum > 0,
-        weight_decay=plan.weight_decay,
-    )
-    batch, epochs = min(plan.batch_size, images), plan.epochs_for(images)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    spec, watch = probe_spec(subject.spec), FiniteWatch(device)
-    total_steps, step, loss = epochs * -(-images // batch), 0, math.nan
-    stream = chance.library_seed(seed, 2, Slot.EVALUATION)
-    for epoch in range(epochs):
-        total, seen = torch.zeros((), device=device), 0
-        for views, labels in training_views(spec, split, device, seed, epoch, batch, workers):
-            seed_libraries(stream, step)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * step / total_steps))
-            step += 1
-            if len(labels) < 2:
-                continue  # batch norm cannot train on a single image
-            with subject.autocast():
-                scores = model(views)
-            value = F.cross_entropy(scores, labels)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(value)
-            optimizer.step()
-            watch.note(step, value)
-            total += value.detach() * len(labels)
-            seen += len(labels)
-        _check(watch, epoch, plan.lr)
-        loss = float(total) / max(seen, 1)
-        progress(epoch + 1, epochs, loss)
-    predicted, truth = _predict(model, subject, split, workers)
-    return predicted, truth, {"images": images, "epochs": epochs, "train_loss": loss, "seed": seed}
+    images = len(split.train_numbers)
+    epochs = plan.epochs_for(images)
+    values = {"probe": "finetune", "seed": seed, "epochs": epochs, **dataclasses.asdict(plan)}
+    name = f"{subject.name} with {images:,} labelled images"
+    with (states or States()).of(name, subject, split, values) as state:
+        found = state.found or {}
+        if "predicted" not in found:
+            tuning = _Tuning(subject, split, plan, seed, workers, state)
+            tuning.train(progress)
+            found = tuning.tested()
+        return found["predicted"], found["truth"].numpy(), found["details"]
 
 
-def _check(watch: FiniteWatch, epoch: int, lr: float) -> None:
-    try:
-        watch.check()
-    except NonFiniteLoss:
-        raise NonFiniteLoss(
-            f"fine-tuning diverged in epoch {epoch + 1}: its loss is not finite; "
-            f"try --lr {lr / 10:g}, or --layer-decay 0.7, which spares the lower layers"
-        ) from None
+class _Tuning:
+    """A copy of a subject in training, with everything that its next step needs."""
+
+    def __init__(
+        self,
+        subject: FrozenModel,
+        split: LabelledSplit,
+        plan: Plan,
+        seed: int,
+        workers: int,
+        state: State,
+    ) -> None:
+        self.subject, self.split, self.plan = subject, split, plan
+        self.seed, self.workers, self.state = seed, workers, state
+        self.device, images = subject.device, len(split.train_numbers)
+        model = Classifier(copy.deepcopy(subject.network), subject.width, len(split.classes))
+        self.model = model.to(self.device).train().requires_grad_(True)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.model, plan.lr, plan.layer_decay),
+            momentum=plan.momentum,
+            nesterov=plan.momentum > 0,
+            weight_decay=plan.weight_decay,
+        )
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.batch, self.epochs = min(plan.batch_size, images), plan.epochs_for(images)
+        self.watch = FiniteWatch(self.device)
+        self.epoch, self.step, self.loss = Epoch.first(self.device), 0, math.nan
+        if (found := state.found) is not None:
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.epoch.load(found["epoch"])
+            self.step, self.loss = found["optimizer_step"], found["loss"]
+
+    def content(self) -> dict[str, Any]:
+        """Raises NonFiniteLoss rather than let a broken network be saved."""
+        self._check()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch.state(),
+            "optimizer_step": self.step,
+            "loss": self.loss,
+        }
+
+    def train(self, progress: EpochProgress) -> None:
+        while self.epoch.number < self.epochs:
+            self._train_epoch()
+            progress(self.epoch.number, self.epochs, self.loss)
+
+    def _train_epoch(self) -> None:
+        stream = chance.library_seed(self.seed, 2, Slot.EVALUATION)
+        batches = TrainingViews(
+            probe_spec(self.subject.spec),
+            self.split,
+            self.device,
+            self.seed,
+            self.epoch.number,
+            self.batch,
+            self.workers,
+            self.epoch.batches,
+        )
+        total = self.epochs * len(batches)
+        for views, labels in batches:
+            seed_libraries(stream, self.step)
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * self.step / total))
+            self.step += 1
+            if len(labels) > 1:  # batch norm cannot train on a single image
+                self._update(views, labels)
+            self.epoch.batches = batches.done
+            if batches.done < len(batches):
+                self._reached(len(batches), "step")
+        self._check()
+        self.loss = self.epoch.end()
+        self._reached(len(batches), "epoch" if self.epoch.number < self.epochs else "end")
+
+    def _update(self, views: Tensor, labels: Tensor) -> None:
+        with self.subject.autocast():
+            scores = self.model(views)
+        value = F.cross_entropy(scores, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(value)
+        self.optimizer.step()
+        self.watch.note(self.step, value)
+        self.epoch.add(value, len(labels))
+
+    def _reached(self, batches: int, end_of: EndOf) -> None:
+        step, words = self.epoch.place(batches, self.epochs)
+        self.state.reached(step, words, self.content, end_of)
+
+    def _check(self) -> None:
+        try:
+            self.watch.check()
+            check_weights(self.model, self.step)
+        except NonFiniteLoss:
+            rate = self.plan.lr / 10
+            raise NonFiniteLoss(
+                f"fine-tuning diverged in epoch {self.epoch.number + 1}: its loss or its weights "
+                f"are not finite; try --lr {rate:g}, or --layer-decay 0.7, which spares the lower "
+                "layers"
+            ) from None
+
+    def tested(self) -> dict[str, Any]:
+        """The predictions, which are kept in place of the network if every image could be read."""
+        predicted, truth = _predict(self.model, self.subject, self.split, self.workers)
+        details: dict[str, Any] = {"images": len(self.split.train_numbers), "epochs": self.epochs}
+        details |= {"train_loss": self.loss, "seed": self.seed}
+        result = {"predicted": predicted, "truth": torch.from_numpy(truth), "details": details}
+        if len(truth) == len(self.split.test_numbers):
+            self.state.finish(result)
+        return result
 
 
 def parameter_groups(model: Classifier, lr: float, decay: float) -> list[dict[str, Any]]:

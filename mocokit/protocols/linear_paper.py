@@ -7,7 +7,7 @@ best epoch on the test set; here the last epoch is reported.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,15 @@ from torch.nn import functional as F
 
 from mocokit import chance
 from mocokit.chance import Slot
-from mocokit.data.loader import read_batches
-from mocokit.engine.finite import FiniteWatch
+from mocokit.engine.finite import FiniteWatch, check_weights
 from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import Linear
 from mocokit.protocols.features import probe_spec
 from mocokit.protocols.labelled import LabelledSplit
+from mocokit.protocols.states import EndOf, State, States
 from mocokit.protocols.table import CENTRE, Table
-from mocokit.views.params import ViewSpec, draw_table, scoring_bound
-from mocokit.views.views import make_views
+from mocokit.protocols.training import Epoch, TrainingViews
 from mocokit.weights.subject import FrozenModel
 
 LR, MOMENTUM, EPOCHS, BATCH = Linear.lr, 0.9, Linear.epochs, 256
@@ -76,44 +75,117 @@ def fit_paper(
     lr: float = LR,
     workers: int = 0,
     progress: EpochProgress = lambda done, total, loss: None,
+    states: States | None = None,
 ) -> Fitted:
-    """Train the layer. Raises NonFiniteLoss, with a remedy, if it diverges.
+    """Train the layer, from where an earlier attempt left its state in `states`.
 
-    The weights and running statistics of the subject are bit for bit the same afterwards.
+    The weights and running statistics of the subject are bit for bit the same afterwards. Raises
+    NonFiniteLoss, with a remedy, if it diverges; Stopped, once its state is saved, after a signal;
+    MocokitError where the state cannot be saved then.
     """
-    before, device, classes = subject.weights, subject.device, len(split.classes)
-    layer = _first_layer(subject.width, classes, seed).to(device)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0)
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
-    spec = probe_spec(subject.spec)
-    watch, losses, mean_square = FiniteWatch(device), list[float](), 0.0
-    for epoch in range(epochs):
-        rate = lr * 0.1 ** sum(epoch >= round(share * epochs) for share in DROPS)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        total, seen = torch.zeros((), device=device), 0
-        batches = training_views(spec, split, device, seed, epoch, BATCH, workers)
-        for step, (views, labels) in enumerate(batches):
-            with evaluating(subject.network):
-                features = subject.features(views)
-            if epoch == 0 and step == 0:
-                mean_square = float(features.square().sum(1).mean())
-            value = F.cross_entropy(layer(features), labels)
-            optimizer.zero_grad(set_to_none=True)
+    values = {"probe": "linear paper", "seed": seed, "epochs": epochs, "lr": lr, "batch": BATCH}
+    with (states or States()).of(subject.name, subject, split, values) as state:
+        return _Fit(subject, split, seed, epochs, lr, workers, state).run(progress)
+
+
+class _Fit:
+    """A layer in training, with everything that its next step needs."""
+
+    def __init__(
+        self,
+        subject: FrozenModel,
+        split: LabelledSplit,
+        seed: int,
+        epochs: int,
+        lr: float,
+        workers: int,
+        state: State,
+    ) -> None:
+        self.subject, self.split, self.seed, self.workers = subject, split, seed, workers
+        self.epochs, self.lr, self.state = epochs, lr, state
+        self.device = subject.device
+        self.layer = _first_layer(subject.width, len(split.classes), seed).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.layer.parameters(), lr=lr, momentum=MOMENTUM, weight_decay=0.0
+        )
+        assert sum(len(group["params"]) for group in self.optimizer.param_groups) == 2
+        self.watch, self.losses, self.mean_square = FiniteWatch(self.device), list[float](), 0.0
+        self.epoch = Epoch.first(self.device)
+        if (found := state.found) is not None:
+            self.layer.load_state_dict(found["layer"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            self.losses, self.mean_square = list(found["losses"]), found["mean_square"]
+            self.epoch.load(found["epoch"])
+
+    def content(self) -> dict[str, Any]:
+        """Raises NonFiniteLoss rather than let a broken layer be saved."""
+        self._check()
+        return {
+            "layer": self.layer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses,
+            "mean_square": self.mean_square,
+            "epoch": self.epoch.state(),
+        }
+
+    def run(self, progress: EpochProgress) -> Fitted:
+        before = self.subject.weights
+        while self.epoch.number < self.epochs:
+            self._train_epoch(progress)
+        if self.subject.weights != before:
+            raise RuntimeError("the frozen network changed during a linear probe")
+        details = {"epochs": self.epochs, "lr": self.lr, "batch_size": BATCH, "seed": self.seed}
+        details |= {"train_loss": self.losses[-1], "square_length": self.mean_square}
+        notes = _doubts(self.losses, len(self.split.classes), self.lr, self.mean_square)
+        return Fitted(self.layer.weight.detach(), self.layer.bias.detach(), details, notes)
+
+    def _train_epoch(self, progress: EpochProgress) -> None:
+        epoch, at = self.epoch, self.epoch.number
+        drops = sum(at >= round(share * self.epochs) for share in DROPS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * 0.1**drops
+        batches = TrainingViews(
+            probe_spec(self.subject.spec),
+            self.split,
+            self.device,
+            self.seed,
+            at,
+            BATCH,
+            self.workers,
+            epoch.batches,
+        )
+        for views, labels in batches:
+            with evaluating(self.subject.network):
+                features = self.subject.features(views)
+            if at == 0 and epoch.seen == 0:
+                self.mean_square = float(features.square().sum(1).mean())
+            value = F.cross_entropy(self.layer(features), labels)
+            self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(value)
-            optimizer.step()
-            watch.note(epoch * 10**6 + step, value)
-            total += value.detach() * len(labels)
-            seen += len(labels)
-        _check(watch, epoch, lr, mean_square)
-        losses.append(float(total) / max(seen, 1))
-        progress(epoch + 1, epochs, losses[-1])
-    if subject.weights != before:
-        raise RuntimeError("the frozen network changed during a linear probe")
-    details = {"epochs": epochs, "lr": lr, "batch_size": BATCH, "seed": seed}
-    details |= {"train_loss": losses[-1], "square_length": mean_square}
-    notes = _doubts(losses, classes, lr, mean_square)
-    return Fitted(layer.weight.detach(), layer.bias.detach(), details, notes)
+            self.optimizer.step()
+            self.watch.note(at * 10**6 + batches.done - 1, value)
+            epoch.add(value, len(labels))
+            epoch.batches = batches.done
+            if batches.done < len(batches):
+                self._reached(len(batches), "step")
+        self._check()
+        self.losses.append(epoch.end())
+        self._reached(len(batches), "epoch" if epoch.number < self.epochs else "end")
+        progress(epoch.number, self.epochs, self.losses[-1])
+
+    def _reached(self, batches: int, end_of: EndOf) -> None:
+        step, words = self.epoch.place(batches, self.epochs)
+        self.state.reached(step, words, self.content, end_of)
+
+    def _check(self) -> None:
+        try:
+            self.watch.check()
+            check_weights(self.layer, self.epoch.number)
+        except NonFiniteLoss:
+            raise NonFiniteLoss(
+                f"the linear probe diverged in epoch {self.epoch.number + 1}: its loss or its "
+                f"weights are not finite; {_remedy(self.lr, self.mean_square)}"
+            ) from None
 
 
 def test_features(split: LabelledSplit, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
@@ -129,40 +201,6 @@ def _first_layer(width: int, classes: int, seed: int) -> nn.Linear:
         layer.weight.normal_(0.0, INIT_STD, generator=generator)
         layer.bias.zero_()
     return layer
-
-
-def training_views(
-    spec: ViewSpec,
-    split: LabelledSplit,
-    device: torch.device,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    workers: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of random views of the training images, with their labels."""
-    stream = chance.library_seed(seed, 1, Slot.EVALUATION)
-    order = chance.Order(stream, epoch, len(split.train_numbers))
-    numbers = split.train_numbers[order[np.arange(len(split.train_numbers))]]
-    labels = split.train.labels
-    assert labels is not None
-    bound = scoring_bound(spec)
-    for batch in read_batches(split.train, numbers, batch_size, bound, workers):
-        if len(batch.index):
-            sizes = batch.heights, batch.widths
-            table = draw_table(spec, stream, epoch, batch.index, 0, *sizes)
-            views = make_views(spec, table, batch.pixels, *sizes, device)
-            yield views, torch.from_numpy(labels[batch.index]).to(device)
-
-
-def _check(watch: FiniteWatch, epoch: int, lr: float, mean_square: float) -> None:
-    try:
-        watch.check()
-    except NonFiniteLoss:
-        raise NonFiniteLoss(
-            f"the linear probe diverged in epoch {epoch + 1}: its loss is not finite; "
-            + _remedy(lr, mean_square)
-        ) from None
 
 
 def _doubts(losses: list[float], classes: int, lr: float, mean_square: float) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mocokit.chance import Slot
+from mocokit.engine.stop import raise_if_interrupted
 from mocokit.errors import NonFiniteLoss
 from mocokit.protocols.labelled import LabelledSplit, check_classes
 from mocokit.protocols.linear_paper import Fitted
@@ -197,6 +198,7 @@ def solve(
     losses = torch.full((len(penalties),), torch.inf, device=data.device)
     best_weight, best_bias, taken = weight, bias, 0
     for taken in range(1, steps + 1):
+        raise_if_interrupted()
         loss, slope, slope_bias = _gradient(data, moments, fast_weight, fast_bias)
         loss = loss + (penalty * fast_weight.square()).sum((1, 2)) / 2
         slope = slope + penalty * fast_weight

@@ -1,13 +1,15 @@
 """Features of a data set, computed once and kept in a table on disk, which is memory-mapped.
 
 The name of a table is a hash of everything that its numbers depend on: weights, images, view and
-precision. An unfinished table is a file that grows by whole batches. After a kill, the computation
-resumes at the same batches, so the finished table is bit for bit the same.
+precision. A file (`protocols/table_file.py`) has a checksum for each batch of rows. Batches that
+are missing, because of a kill, or damaged are computed again, as whole batches, so the finished
+table is bit for bit the same. Images that could not be read are tried again whenever the table is
+opened, because the reason may have passed.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mocokit import files
+from mocokit.data.loader import read_batches
 from mocokit.data.source import Source
-from mocokit.errors import MocokitError, UserError
-from mocokit.files import locked
+from mocokit.engine.stop import Stopped
+from mocokit.errors import UserError
+from mocokit.files import locked, writing
 from mocokit.nets.modes import evaluating
-from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches
-from mocokit.views.params import ViewSpec
+from mocokit.protocols.features import BATCH, CROP_AREA, evaluation_batches, probe_spec
+from mocokit.protocols.table_file import TableFile
+from mocokit.views.params import ViewSpec, scoring_bound
 from mocokit.weights.subject import FrozenModel
 
-FORMAT = 2
+FORMAT = 3  # 2 had no checksums
 LIMIT_GIB = 20.0  # size of all tables; beyond it, the least recently used are deleted
 Progress = Callable[[int, int], None]  # images done, total images
 
@@ -89,30 +95,35 @@ def features_of(
     workers: int = 0,
     folder: Path | None = None,
     progress: Progress = lambda done, total: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """The table of a source, from `folder` if it is there. Without a folder, nothing is kept."""
+    """The table of a source, from `folder` if it is there. Without a folder, nothing is kept.
+
+    `log` gets a sentence where something in the cache is damaged. Raises MocokitError where the
+    cache cannot be written.
+    """
+    computing = _Computing(subject, source, transform, workers, progress)
     if folder is None:
         rows = np.empty((len(source), subject.width), np.float32)
-        for first, part in _batches(subject, source, transform, 0, workers):
+        for first, part in computing.batches(np.arange(blocks_of(len(source)))):
             rows[first : first + len(part)] = part
-            progress(first + len(part), len(source))
         return _checked(rows, source)
     key = key_of(subject, source, transform)
     path = folder / f"{key}.npy"
-    try:
+    with writing(folder, remedy="set MOCOKIT_CACHE to a folder with free space, or use --no-cache"):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f"{key}.lock"):
-            if not path.is_file():
-                _compute(subject, source, transform, path, workers, progress)
-                prune(folder, path)
-        os.utime(path)
-        # Copy on write, because torch warns of arrays that are read-only. No code writes to it.
-        return _checked(np.load(path, mmap_mode="c", allow_pickle=False), source)
-    except OSError as error:
-        raise MocokitError(
-            f"cannot keep features in {folder} ({error.strerror or error}); set MOCOKIT_CACHE to "
-            "a folder with free space, or use --no-cache"
-        ) from None
+        lock = open(folder / f"{key}.lock", "a")  # noqa: SIM115
+    with lock:
+        with writing(folder, remedy="set MOCOKIT_CACHE to a disk with locks, or use --no-cache"):
+            files.lock(lock)
+        with TableFile.open(path, key, (len(source), subject.width)) as file:
+            missing = file.missing()
+            for note in file.notes:
+                log(f"note: {note}")
+            _complete(file, computing, missing)
+            rows = file.rows()
+        prune(folder, path)
+    return _checked(rows, source)
 
 
 def _checked(rows: NDArray[np.float32], source: Source) -> Table:
@@ -125,75 +136,103 @@ def _checked(rows: NDArray[np.float32], source: Source) -> Table:
     return table
 
 
-def _batches(
-    subject: FrozenModel, source: Source, transform: Transform, start: int, workers: int
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(first image, rows) for each batch."""
-    numbers = np.arange(start, len(source))
-    expected = start
-    with evaluating(subject.network):
-        for batch, views in evaluation_batches(
-            source, numbers, subject.spec, subject.device, workers, transform.crops
-        ):
-            first = start + (int(batch.index[0]) - start) // BATCH * BATCH
-            # Batches without a single readable image are not yielded.
-            while expected < first:
-                yield expected, np.full((BATCH, subject.width), np.nan, np.float32)
-                expected += BATCH
-            rows = np.full((min(BATCH, len(source) - first), subject.width), np.nan, np.float32)
-            rows[batch.index - first] = subject.features(views).cpu().numpy()
-            yield first, rows
-            expected = first + len(rows)
-    if expected < len(source):
-        yield expected, np.full((len(source) - expected, subject.width), np.nan, np.float32)
+@dataclass(frozen=True)
+class _Computing:
+    """How rows are made: whole batches of consecutive images."""
+
+    subject: FrozenModel
+    source: Source
+    transform: Transform
+    workers: int
+    progress: Progress
+
+    def batches(self, blocks: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first image, rows) for each of these batches, ascending; unreadable images are NaN."""
+        count, width = len(self.source), self.subject.width
+        numbers = np.concatenate([np.arange(0), *(_numbers(block, count) for block in blocks)])
+        waiting, done = blocks.tolist(), count - len(numbers)
+        with evaluating(self.subject.network):
+            for batch, views in evaluation_batches(
+                self.source,
+                numbers,
+                self.subject.spec,
+                self.subject.device,
+                self.workers,
+                self.transform.crops,
+            ):
+                block = int(batch.index[0]) // BATCH
+                # Batches without a single readable image are not yielded.
+                while waiting[0] < block:
+                    yield _unread(waiting.pop(0), count, width)
+                first, rows = _unread(waiting.pop(0), count, width)
+                rows[batch.index - first] = self.subject.features(views).cpu().numpy()
+                yield first, rows
+                done += len(rows)
+                self.progress(done, count)
+        for block in waiting:
+            yield _unread(block, count, width)
+
+    def readable(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of these images that can be read."""
+        bound = scoring_bound(probe_spec(self.subject.spec))
+        batches = read_batches(self.source, numbers, BATCH, bound, self.workers)
+        return np.concatenate([np.arange(0), *(batch.index for batch in batches)])
 
 
-def _compute(
-    subject: FrozenModel,
-    source: Source,
-    transform: Transform,
-    path: Path,
-    workers: int,
-    progress: Progress,
-) -> None:
-    """Write the table to a partial file, resuming an earlier attempt, and rename it."""
-    partial = path.with_suffix(".partial")
-    shape, row = (len(source), subject.width), 4 * subject.width
-    with open(partial, "a+b") as file:
-        file.seek(0)
-        start, head = 0, _header(shape)
-        if file.read(len(head)) == head:
-            written = (file.seek(0, os.SEEK_END) - len(head)) // row
-            start = min(written // BATCH * BATCH, len(source))
-        else:
-            file.truncate(0)
-            file.write(head)
-        file.truncate(len(head) + start * row)
-        file.seek(0, os.SEEK_END)
-        for first, rows in _batches(subject, source, transform, start, workers):
-            file.write(rows.tobytes())
-            file.flush()
-            progress(first + len(rows), len(source))
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _complete(file: TableFile, computing: _Computing, missing: NDArray[np.int64]) -> None:
+    """Compute the batches that a file lacks, and those whose unread images can now be read."""
+    unread = file.unread()
+    unread = unread[~np.isin(unread // BATCH, missing)]
+    if len(unread):
+        missing = np.union1d(missing, computing.readable(unread) // BATCH)
+    count = len(computing.source)
+    done = count - sum(len(_numbers(block, count)) for block in missing.tolist())
+    try:
+        for first, rows in computing.batches(missing):
+            file.write(first // BATCH, rows)
+            done += len(rows)
+    except Stopped:
+        name = computing.subject.name
+        raise Stopped(f"features of {name}: {done:,} of {count:,} images are kept") from None
+    if len(missing):
+        file.sync()
 
 
-def _header(shape: tuple[int, int]) -> bytes:
-    """The header of a .npy file of float32 rows."""
-    import io
+def blocks_of(count: int) -> int:
+    """The number of batches of so many images."""
+    return -(-count // BATCH)
 
-    buffer = io.BytesIO()
-    fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
+
+def _numbers(block: int, count: int) -> NDArray[np.int64]:
+    """The images of a batch."""
+    return np.arange(block * BATCH, min((block + 1) * BATCH, count))
+
+
+def _unread(block: int, count: int, width: int) -> tuple[int, NDArray[np.float32]]:
+    """The first image of a batch, and rows for images that cannot be read."""
+    numbers = _numbers(block, count)
+    return int(numbers[0]), np.full((len(numbers), width), np.nan, np.float32)
 
 
 def prune(folder: Path, kept: Path, limit_gib: float = LIMIT_GIB) -> None:
-    """Delete the least recently used tables, until the rest fit the limit."""
-    tables = sorted(folder.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
-    size = 0
-    for path in [kept, *(path for path in tables if path != kept)]:
-        size += path.stat().st_size
-        if size > limit_gib * 2**30 and path != kept:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".lock").unlink(missing_ok=True)
+    """Delete the least recently used tables, until the rest fit the limit.
+
+    A table that another process is using stays. What cannot be deleted stays.
+    """
+    every = [*folder.glob("*.npy"), *folder.glob("*.partial")]  # partial: unfinished ones of 0.1
+    ages = {path: _age(path) for path in every if path != kept}
+    size = kept.stat().st_size
+    for path in sorted(ages, key=lambda path: ages[path], reverse=True):
+        with suppress(OSError):
+            size += path.stat().st_size
+            if size > limit_gib * 2**30:
+                with locked(path.with_suffix(".lock"), wait=False):
+                    path.unlink()
+                    path.with_suffix(".lock").unlink()
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # deleted meanwhile
+        return 0.0

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mocokit.views.params import (
@@ -23,6 +25,7 @@ from mocokit.views.params import (
 )
 from mocokit.views.views import evaluation_views, make_views
 
+SIGNATURE = b"mocokit contact sheet"  # by which a later sheet knows that it may take its place
 _MOST = 8
 _CELL = (128, 256)  # smallest and largest side of a picture on the sheet
 _GAP, _TITLE, _LINE, _FONT = 12, 30, 15, 12
@@ -38,15 +41,17 @@ def contact_sheet(
     canvases: Sequence[Levels],
     index: Sequence[int],
     seed: int,
-    path: str | Path,
+    path: str | Path | IO[bytes],
     columns: int = 2,
     scored: ViewSpec | None = None,
+    kind: str | None = None,
 ) -> None:
     """Write each image beside its views in epoch 0, at most 8 images.
 
     specs: how each view is made, by name; canvases: (H, W, 3) each; index: their stable numbers;
     `columns` images are side by side. The boxes of the crops are outlined on the image. `scored`
-    adds the view of which scores are taken.
+    adds the view of which scores are taken. `kind` is Pillow's name of the file's format, by
+    default the one of the path's ending.
     """
     if not canvases:
         raise ValueError("a contact sheet needs at least one image")
@@ -68,7 +73,18 @@ def contact_sheet(
         if scored is not None:
             picture = _fit(_scored(scored, canvas), sheet.cell)
             sheet.put(place, 1 + len(specs), picture, _seen(scored, height, width), _INK)
-    sheet.image.save(path)
+    sheet.image.save(path, kind, pnginfo=_signed(), comment=SIGNATURE)
+
+
+def is_sheet(content: bytes) -> bool:
+    """Whether this is a contact sheet, as a PNG or a JPEG."""
+    return content[:3] in (b"\x89PN", b"\xff\xd8\xff") and SIGNATURE in content[:1000]
+
+
+def _signed() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Software", SIGNATURE.decode())
+    return info
 
 
 def _named(specs: Mapping[str, ViewSpec]) -> str:
