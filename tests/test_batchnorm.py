@@ -96,10 +96,12 @@ def test_number_of_groups_follows_from_the_batch_or_is_set():
     assert float(layer(inputs)[:5].detach().mean((0, 2, 3)).abs().max()) > 1e-3
 
 
-def test_eval_is_ordinary_batch_norm():
-    layer = filled(GroupedBatchNorm2d(3, 2))
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_eval_is_ordinary_batch_norm(eps):
+    layer = filled(GroupedBatchNorm2d(3, 2, eps=eps))
     layer(torch.randn(6, 3, 2, 2, dtype=torch.float64))
-    plain = nn.BatchNorm2d(3).double()
+    layer.running_var.mul_(1e-3)
+    plain = nn.BatchNorm2d(3, eps=eps).double()
     plain.load_state_dict(layer.state_dict())
     inputs = torch.randn(5, 3, 2, 2, dtype=torch.float64)
     before = layer.running_mean.clone()

@@ -94,9 +94,9 @@ def digest(value):
 
 
 def plain(module):
-    """A module's own attributes: flags and numbers as they are, functions and others by identity."""
+    """A module's own attributes: flags and numbers as they are, all others by identity."""
     for name, value in vars(module).items():
-        # Every step sets `groups` before its forward: they are of the next batch, not of the method.
+        # Every step sets `groups` before its forward: they are the next batch's.
         if name in TORCH | {"groups"} or isinstance(value, torch.Tensor):
             continue
         simple = isinstance(value, bool | int | float | str | tuple | type(None))
