@@ -194,8 +194,9 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
-@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, "sgd") for kind in RATES), ("smooth", "adamw"), ("smooth", "lars")]
+)
 def test_the_rate_of_a_step_is_in_effect_when_it_is_taken(small, tmp_path, monkeypatch, kind, name):
     changes, shares = RATES[kind]
     built = Built(small, {**changes, "optim.name": name}, tmp_path / "run")
@@ -316,6 +317,7 @@ class TestFloat16:
                     ),
                 )
                 changes = HALF | {"engine.precision": precision, "train.micro_batch": micro}
+                changes["train.epochs"] = 2
                 built = Built(small, changes, tmp_path / precision)
                 if precision == "float16":
                     built.run.parts.scaler.load_state_dict(
@@ -325,7 +327,7 @@ class TestFloat16:
                 norms[precision] = [line["grad_norm"] for line in lines(built)]
                 assert [step.loss_scale for step in seen.steps] == scales
                 if precision == "float16":
-                    assert scales == [64.0] * 5 + [128.0] * 5 + [256.0] * 5 + [512.0]
+                    assert scales == [64.0] * 5 + [128.0] * 3
         assert norms["float16"][:4] == pytest.approx(norms["float32"][:4], rel=0.1)
 
     def test_a_method_clips_what_is_unscaled(self, small, tmp_path, monkeypatch):
@@ -334,7 +336,7 @@ class TestFloat16:
 
         monkeypatch.setattr(methods, "_outside", {})
         methods.use("stubs:Clipping", Clipping)
-        changes = {"method.name": "stubs:Clipping"}
+        changes = {"method.name": "stubs:Clipping", "train.epochs": 1}
         built = Built(small, HALF | changes, tmp_path / "run")
         scaler, taken, step = built.run.parts.scaler, [], torch.optim.SGD.step
         scaler.load_state_dict(scaler.state_dict() | {"scale": 64.0})
@@ -346,7 +348,7 @@ class TestFloat16:
 
         monkeypatch.setattr(torch.optim.SGD, "step", see)
         built.trained()
-        assert taken == pytest.approx([0.01] * 16, rel=1e-3)
+        assert taken == pytest.approx([0.01] * 4, rel=1e-3)
         assert all(line["grad_norm"] > 0.02 for line in lines(built)), "recorded before it is cut"
 
     def test_resume_goes_on_with_the_scale(self, small, tmp_path, monkeypatch):
