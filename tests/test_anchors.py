@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.engine import checkpoint
+from mocokit.engine.due import Due
 from mocokit.engine.world import World
 from mocokit.errors import Interrupted
 from mocokit.methods import losses
@@ -268,6 +269,16 @@ def test_milestones_are_kept_for_good(small, tmp_path):
     built = Built(small, changes | {"save.every_steps": 3}, tmp_path / "run")
     built.trained()
     assert checkpoint.steps(built.run.folder.checkpoints) == [2 * PER_EPOCH, 4 * PER_EPOCH]
+
+
+def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
+    """As with several processes, of which one would be another."""
+    compared = []
+    monkeypatch.setattr("mocokit.train.compare_replicas", lambda *given: compared.append(given))
+    monkeypatch.setattr(Due, "compare", lambda self, step: step % self.compare_steps == 0)
+    built = Built(small, {"engine.compare_steps": 3}, tmp_path / "run")
+    method = built.trained()
+    assert compared == [(method, 3), (method, 6)]
 
 
 def test_a_collapsed_encoder_is_at_chance_not_at_100_percent():
