@@ -83,7 +83,7 @@ def test_the_loop_is_the_papers_algorithm_by_hand(small, tmp_path):
         set_groups(network, 1)
     sgd = torch.optim.SGD(encoder.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
     images = np.load(small)["train_images"]
-    momentum, found, norms, rates = 0.9 ** (BATCH / 256), [], [], []
+    momentum, found, norms, rates, follows = 0.9 ** (BATCH / 256), [], [], [], []
     for step in range(STEPS):
         query, key = (
             views_by_hand(built.specs[name], images, step, number, seed=3)[0]
@@ -108,11 +108,13 @@ def test_the_loop_is_the_papers_algorithm_by_hand(small, tmp_path):
         found.append(float(loss.detach()))
         norms.append(norm)
         rates.append(rate)
+        follows.append(rises)
     method = built.trained()
     recorded = lines(built)
     assert [line["loss"] for line in recorded] == pytest.approx(found, rel=1e-4)
     assert [line["grad_norm"] for line in recorded] == pytest.approx(norms, rel=1e-3)
     assert [line["lr"] for line in recorded] == pytest.approx(rates, rel=1e-5)
+    assert [line["key_momentum"] for line in recorded] == pytest.approx(follows, rel=1e-5)
     assert [line["epoch"] for line in recorded] == [0] * 4 + [1] * 4
     at = int(method.queue.pointer)
     assert at == STEPS * BATCH % 80
