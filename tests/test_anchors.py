@@ -26,6 +26,7 @@ from mocokit.errors import Interrupted
 from mocokit.methods import losses
 from mocokit.methods.method import Step
 from mocokit.methods.moco import MoCo
+from mocokit.methods.pieces import GroupPlan
 from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import set_groups
 from mocokit.run import build, open as open_
@@ -273,6 +274,32 @@ def test_milestones_are_kept_for_good(small, tmp_path):
     assert checkpoint.steps(built.run.folder.checkpoints) == [2 * PER_EPOCH, 4 * PER_EPOCH]
 
 
+def test_a_steps_numbers_are_of_its_seed_and_number():
+    """Key shuffles, views whose keys join the queue, and a bank's negatives are drawn so."""
+    for seed, number in ((0, 0), (0, 3), (7, 3)):
+        for slot in (Slot.KEY_SHUFFLE, Slot.ENQUEUE, Slot.BANK_NEGATIVES):
+            drawn = Step(seed, number, 40).draw(slot, 40)
+            by_hand = [float(chance.uniform(seed, number, n, 0, slot)) for n in range(40)]
+            assert drawn.tolist() == by_hand
+    plan = GroupPlan(40, 5, None)
+    order = plan.key_permutation(Step(7, 3, 40), True)
+    assert order.tolist() == np.argsort(chance.uniform(7, 3, np.arange(40), 0, 200)).tolist()
+    assert GroupPlan(40, 2, None).key_permutation(Step(7, 3, 40), True).tolist() == order.tolist()
+    assert plan.key_permutation(Step(7, 3, 40), False).tolist() == list(range(40))
+    alone = GroupPlan(40, 1, None)
+    assert alone.key_permutation(Step(7, 3, 40), True).tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_scored_images_are_drawn_from_all(small, tmp_path, seed):
+    """Not the first ones, which in a folder are of one class."""
+    changes = {"seed": seed, "monitor.bank": 30, "monitor.images": 30}
+    built = Built(small, changes, tmp_path / "run")
+    for numbers, slot in ((built.monitor.bank_numbers, 110), (built.health.numbers, 115)):
+        order = np.argsort(chance.uniform(seed, 0, np.arange(IMAGES), 0, slot), kind="stable")
+        assert numbers.tolist() == sorted(order[:30].tolist()) != list(range(30))
+
+
 def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
     """As with several processes, of which one would be another."""
     compared = []
@@ -285,8 +312,6 @@ def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
 
 def test_a_collapsed_encoder_is_at_chance_not_at_100_percent():
     """Its query is as near to every negative as to its key."""
-    from mocokit.methods.pieces import GroupPlan
-
     alike = F.normalize(torch.ones(16, 8))
     contrast = losses.Contrast(losses.InfoNCE(0.2), GroupPlan(16, 1, None))
     contrast(alike, alike, losses.Negatives(alike))

@@ -129,7 +129,6 @@ X = torch.arange(6)
         {"a": None},
         {},
     ],
-    ids=str,
 )
 def test_a_digest_knows_place_shape_type_and_bits(other):
     """Each of them from every other one."""

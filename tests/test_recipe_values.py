@@ -7,7 +7,9 @@ no source is our own choice, and stands here so that it is not changed unseen.
 import pytest
 
 from mocokit import recipes
-from mocokit.settings import flatten
+from mocokit.settings import flatten, replace
+from mocokit.settings.methods import BUILT_IN
+from mocokit.settings.schema import Settings
 from mocokit.settings.sizes import fit, resolve
 
 # Of every run, and of no paper.
@@ -172,6 +174,20 @@ VALUES = {
         "engine.threads": 1, "log.every_steps": 25, "monitor.every_epochs": 0,
     },
 }  # fmt: skip
+
+
+# What a method has that is stated nowhere; a config.yaml of a person's own may leave out the rest.
+DEFAULTS = {
+    "moco": MOCO_V2,
+    "simclr": end_to_end(MOCO_V2, symmetric=False),
+    "memorybank": bank(MOCO_V2, None),
+}
+
+
+@pytest.mark.parametrize("method", BUILT_IN)
+def test_every_default_is_mocov2s(method):
+    settings = replace(Settings(), {"method.name": method})
+    assert flatten(settings) == DEFAULTS[method] | {"recipe": "mocov2"}
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
