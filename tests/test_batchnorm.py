@@ -13,10 +13,12 @@ from mocokit.nets.batchnorm import (
     GroupedBatchNorm2d,
     calibrate,
     group_sizes,
+    local_statistics,
     one_statistics_update,
     set_groups,
     share_of_groups,
     use_groups,
+    use_whole,
 )
 
 
@@ -135,6 +137,18 @@ def test_parts_of_a_batch_move_the_statistics_once():
             statistics.part(groups)
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_local_statistics_are_the_worlds_again():
+    """Also where what one process does by itself fails; layers in groups stay as they are."""
+    module = nn.Sequential(GroupedBatchNorm2d(3, 2), GroupedBatchNorm2d(3, 2))
+    use_whole(module[:1])
+    with local_statistics(module):
+        assert [layer.whole for layer in module] == [False, False]
+    assert [layer.whole for layer in module] == [True, False]
+    with pytest.raises(ZeroDivisionError), local_statistics(module):
+        _ = 1 / 0
+    assert [layer.whole for layer in module] == [True, False]
 
 
 def test_statistics_without_parts_stay():
