@@ -241,6 +241,9 @@ def test_the_key_encoder_takes_over_the_calibrated_head(small, tmp_path, monkeyp
         method.encoder.backbone.parameters(), drawn.backbone.parameters(), strict=True
     ):
         assert torch.equal(mine, before)
+    before = dict(drawn.named_buffers())
+    for name, buffer in method.encoder.named_buffers():
+        assert torch.equal(buffer, before[name]), f"{name}: calibration is no step"
     set_groups(method.encoder.train(), 1)
     with torch.no_grad():
         outputs = method.encoder(seen.views[0][0][: BATCH // 4])

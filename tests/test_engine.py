@@ -93,6 +93,15 @@ class TestBadImages:
             "9\t'd.jpg'\tempty\tstep 8",
         ]
 
+    @pytest.mark.parametrize(("noted", "stored"), [(4, 2), (2, 4), (3, 3)])
+    def test_the_earliest_failure_counts(self, tmp_path, noted, stored):
+        """Of the file, which a killed run left, and of the checkpoint, whichever is earlier."""
+        bad = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        bad.note(((3, "a.jpg", "empty"),), noted)
+        again = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        again.load(torch.tensor([[3, stored], [8, 1]]))
+        assert again.first == {3: min(noted, stored), 8: 1}
+
     def test_too_many_end_the_run(self, tmp_path):
         bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
         bad.note(tuple((n, "x", "y") for n in range(20)), 0)

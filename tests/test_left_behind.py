@@ -181,8 +181,16 @@ def health(built, tmp_path):
 def leak(built, tmp_path):
     coming = upcoming(built.run, built.loader, 2)
     if isinstance(built.method.leak, KeyGroups):
-        found = contrast_by_grouping(built.method, coming, built.monitor.precision)
+        graphs = []
+        hook = built.method.register_forward_hook(
+            lambda method, given, output: graphs.append(output.loss.requires_grad)
+        )
+        try:
+            found = contrast_by_grouping(built.method, coming, built.monitor.precision)
+        finally:
+            hook.remove()
         assert found["contrasted_images"] == 64
+        assert graphs == [False] * 4, "nothing is differentiated"
 
 
 def diagnosed(built, tmp_path):
