@@ -24,7 +24,7 @@ from mocokit.engine.due import Due
 from mocokit.engine.world import World
 from mocokit.errors import Interrupted
 from mocokit.methods import losses
-from mocokit.methods.method import Step
+from mocokit.methods.method import KeyGroups, NoLeak, Step
 from mocokit.methods.moco import MoCo
 from mocokit.methods.pieces import GroupPlan
 from mocokit.methods.simclr import SimCLR
@@ -321,6 +321,26 @@ def test_scores_are_taken_in_the_precision_of_the_run(small, tmp_path, monkeypat
     assert dict(built.monitor.run(built.method.encoder))
     assert found == [torch.bfloat16] * 3
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_leak_of_one_batch_norm_is_checked_on_one_process(small, tmp_path, monkeypatch):
+    """Over several processes its share need not be whole groups: then the reason is told."""
+    for changes in ({}, {"method.batch_norm": "whole"}, {"method.groups": 1}):
+        method = Built(small, changes, tmp_path / "run").method
+        assert isinstance(method.leak, KeyGroups)
+        with monkeypatch.context() as patch:
+            patch.setattr("mocokit.methods.moco.rank_and_world", lambda: (0, 2))
+            assert isinstance(method.leak, NoLeak if method.whole else KeyGroups)
+
+
+def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):
+    built = Built(small, {}, tmp_path / "run")
+    assert "no checkpoint was due before" in built.run.last_good()
+    for step in (4, 8):
+        checkpoint.save(built.run.folder.checkpoints, step, built.run.state())
+    assert "checkpoint is " + str(tmp_path / "run/checkpoints/step-00000008.pt") in (
+        built.run.last_good()
+    )
 
 
 def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
