@@ -411,6 +411,33 @@ class TestFloat16:
                     assert scales == [64.0] * 5 + [128.0] * 3
         assert norms["float16"][:4] == pytest.approx(norms["float32"][:4], rel=0.1)
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"method.loss": "dclw", "method.symmetric": True},
+            {"method.name": "simclr"},
+            {"method.name": "memorybank"},
+            {"method.name": "memorybank", "method.loss": "nce", "method.bank_negatives": 9},
+        ],
+        ids=["moco", "moco-coupled", "simclr", "bank", "bank-nce"],
+    )
+    def test_pieces_take_the_scale_out_again(self, small, tmp_path, changes):
+        """A power of two, in float32: the gradients are the same numbers, and the whole step's."""
+        gradients = []
+        for micro, scale in ((None, 1.0), (8, 1.0), (8, 1024.0)):
+            built = Built(small, changes | {"train.micro_batch": micro}, tmp_path / "run")
+            batch = built.loader.batch_at(0)
+            views, index = built.run.views(0, batch), torch.from_numpy(batch.index)
+            step = Step(0, 0, BATCH, loss_scale=scale)
+            (built.method.train()(views, index, step).loss * scale).backward()
+            parts = [p.grad.flatten() / scale for p in built.method.trained()]
+            gradients.append(torch.cat(parts))
+        whole, pieces, scaled = gradients
+        assert float(whole.norm()) > 0.01
+        torch.testing.assert_close(pieces, scaled, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=1e-3)
+
     def test_a_method_clips_what_is_unscaled(self, small, tmp_path, monkeypatch):
         class Clipping(stubs.SimSiam):
             clip = 0.01
