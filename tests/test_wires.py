@@ -360,6 +360,13 @@ WIRES = [
         {16},
         {"net.predictor": True},
     ),
+    Wire(
+        "method.group_size",
+        16,
+        lambda b: {n.group_size for n in norms(b.method.encoder.head)},
+        {16},
+        {"net.head": "mlp_bn"},
+    ),
     *by_method("method.groups", 3, groups_of, (3, 3, {3})),
     *by_method("method.loss", "dcl", loss_of, (losses.DCL, 0.2)),
     *by_method("method.loss", "dclw", loss_of, (losses.DCLW, 0.2)),
