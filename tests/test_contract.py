@@ -92,6 +92,9 @@ def test_views_differ_as_their_roles_say():
     found = [(spec.size, spec.resize, spec.crop_area, spec.std) for spec in specs.values()]
     std = recipes.mocov2_cifar10().views.std
     assert found == [(32, 32, (0.3, 1.0), std)] * 2 + [(16, 16, (0.05, 0.3), std)] * 6
+    # The small views' smallest crop, 16 / sqrt(0.05 x 3/4), wants more than the large ones'.
+    assert build.largest_canvas(specs.values()) == 83
+    assert build.largest_canvas([specs["large 1"]]) == 68
 
 
 def trained(method, data, out, **given):

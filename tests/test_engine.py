@@ -93,6 +93,13 @@ class TestBadImages:
             "9\t'd.jpg'\tempty\tstep 8",
         ]
 
+    @pytest.mark.parametrize(
+        ("images", "share", "limit"),
+        [(100, 0.01, 10), (999, 0.01, 10), (2000, 0.01, 20), (100, 0.0, 10), (100, 1.0, 100)],
+    )
+    def test_the_limit_is_a_share_and_ten_at_least(self, tmp_path, images, share, limit):
+        assert BadImages(tmp_path / "bad_images.txt", images, share, 4).limit == limit
+
     @pytest.mark.parametrize(("noted", "stored"), [(4, 2), (2, 4), (3, 3)])
     def test_the_earliest_failure_counts(self, tmp_path, noted, stored):
         """Of the file, which a killed run left, and of the checkpoint, whichever is earlier."""

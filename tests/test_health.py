@@ -127,6 +127,18 @@ def test_the_other_groups_are_those_of_a_step_that_no_run_reaches():
     assert len({tuple(one) for _, one in orders}) == 4 and all(shuffle for shuffle, _ in orders)
 
 
+@pytest.mark.parametrize(("groups", "regrouped"), [(1, 2), (2, 2), (8, 8)])
+def test_keys_are_regrouped_in_two_groups_at_least(groups, regrouped):
+    """Whatever it trains with; afterwards all is as before."""
+    method = moco(shuffle=False)
+    method.count_groups, method.whole = lambda images: groups, True
+    count = method.count_groups
+    with pytest.raises(ZeroDivisionError), method.regrouped():
+        assert (method.count_groups(32), method.shuffle, method.whole) == (regrouped, True, False)
+        _ = 1 / 0
+    assert (method.count_groups, method.shuffle, method.whole) == (count, False, True)
+
+
 class Telling(torch.nn.Module):
     """An encoder that says nothing of an image but how its group was normalised: a pure leak."""
 
