@@ -169,3 +169,23 @@ def test_processes_tell_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert pair[0].first == pair[1].first == {4: 1, 9: 1}
     assert [line[0] for line in (tmp_path / "bad").read_text().splitlines()] == ["4", "9"]
     assert pair[1].known(3).tolist() == [] and pair[1].known(4).tolist() == [4, 9]
+
+
+def test_substitutes_are_drawn_anew_in_each_epoch(root: Path, tmp_path: Path) -> None:
+    """By seed, epoch, image and attempt; the loader here is not told of earlier failures."""
+    from mocokit import chance
+
+    source = Flaky(root, tmp_path / "a", {5: 10**6})
+    found = []
+    for seed in (1, 2):
+        options: Any = {"batch_size": BATCH, "epochs": EPOCHS, "last": "drop", "bound": None}
+        loader = Loader(source, seed=seed, workers=0, **options)
+        for epoch in range(EPOCHS):
+            order = chance.Order(seed, epoch, SIZE)[np.arange(SIZE)]
+            assert sorted(order) == list(range(SIZE))
+            step, place = divmod(int(np.flatnonzero(order == 5)[0]), BATCH)
+            batch = loader.batch_at(epoch * (SIZE // BATCH) + step)
+            number = chance.uniform(seed, epoch, 5, 0, chance.Slot.SUBSTITUTE)
+            assert batch.index[place] == (5 + 1 + int(number * (SIZE - 1))) % SIZE != 5
+            found.append(int(batch.index[place]))
+    assert len({*found}) > 3

@@ -13,10 +13,12 @@ from mocokit.nets.batchnorm import (
     GroupedBatchNorm2d,
     calibrate,
     group_sizes,
+    local_statistics,
     one_statistics_update,
     set_groups,
     share_of_groups,
     use_groups,
+    use_whole,
 )
 
 
@@ -96,10 +98,12 @@ def test_number_of_groups_follows_from_the_batch_or_is_set():
     assert float(layer(inputs)[:5].detach().mean((0, 2, 3)).abs().max()) > 1e-3
 
 
-def test_eval_is_ordinary_batch_norm():
-    layer = filled(GroupedBatchNorm2d(3, 2))
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_eval_is_ordinary_batch_norm(eps):
+    layer = filled(GroupedBatchNorm2d(3, 2, eps=eps))
     layer(torch.randn(6, 3, 2, 2, dtype=torch.float64))
-    plain = nn.BatchNorm2d(3).double()
+    layer.running_var.mul_(1e-3)
+    plain = nn.BatchNorm2d(3, eps=eps).double()
     plain.load_state_dict(layer.state_dict())
     inputs = torch.randn(5, 3, 2, 2, dtype=torch.float64)
     before = layer.running_mean.clone()
@@ -133,6 +137,18 @@ def test_parts_of_a_batch_move_the_statistics_once():
             statistics.part(groups)
     for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_local_statistics_are_the_worlds_again():
+    """Also where what one process does by itself fails; layers in groups stay as they are."""
+    module = nn.Sequential(GroupedBatchNorm2d(3, 2), GroupedBatchNorm2d(3, 2))
+    use_whole(module[:1])
+    with local_statistics(module):
+        assert [layer.whole for layer in module] == [False, False]
+    assert [layer.whole for layer in module] == [True, False]
+    with pytest.raises(ZeroDivisionError), local_statistics(module):
+        _ = 1 / 0
+    assert [layer.whole for layer in module] == [True, False]
 
 
 def test_statistics_without_parts_stay():

@@ -105,6 +105,41 @@ def test_a_disk_that_fills_up_while_writing_keeps_the_old_one_and_names_the_need
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
+X = torch.arange(6)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": X},
+        {"a": X, "b": X},
+        {"a": {"a": X}},
+        {"a": [X]},
+        {"a": X.view(2, 3)},
+        {"a": X.view(3, 2)},
+        {"a": X.int()},
+        {"a": X.double().view(torch.int64)},
+        {"a": X.view(torch.float64)},
+        {"a": X + 1},
+        {"a": X.flip(0)},
+        {"a": str(X)},
+        {"a": 1},
+        {"a": 1.0},
+        {"a": "1"},
+        {"a": None},
+        {},
+    ],
+)
+def test_a_digest_knows_place_shape_type_and_bits(other):
+    """Each of them from every other one."""
+    known = [{"a": X}, {"a": X.view(2, 3)}, {"a": [X, X]}, {"b": [X, X]}, {"a": 2}]
+    digests = [checkpoint.digest(state) for state in known]
+    assert len({*digests}) == len(known)
+    same = [state for state in known if str(state) == str(other)]
+    assert (checkpoint.digest(other) in digests) == bool(same)
+    assert checkpoint.digest({"a": X}) == checkpoint.digest({"a": X.clone()})
+
+
 class Trap:
     def __reduce__(self):
         return (os.system, ("touch pwned",))

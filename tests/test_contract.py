@@ -85,6 +85,18 @@ def test_a_method_declares_what_it_is_asked_for(method):
         assert int(queue.filled) == min(16 * queue.keys_per_image, len(queue.rows)), name
 
 
+def test_views_differ_as_their_roles_say():
+    """Each role's changes of `views.*`, and for the rest the settings."""
+    _, specs = built(stubs.MultiCrop)
+    assert [*specs] == ["large 1", "large 2", *(f"small {n}" for n in range(1, 7))]
+    found = [(spec.size, spec.resize, spec.crop_area, spec.std) for spec in specs.values()]
+    std = recipes.mocov2_cifar10().views.std
+    assert found == [(32, 32, (0.3, 1.0), std)] * 2 + [(16, 16, (0.05, 0.3), std)] * 6
+    # The small views' smallest crop, 16 / sqrt(0.05 x 3/4), wants more than the large ones'.
+    assert build.largest_canvas(specs.values()) == 83
+    assert build.largest_canvas([specs["large 1"]]) == 68
+
+
 def trained(method, data, out, **given):
     changes = QUICK | SMALL | STUBS[method] | {"train.batch_size": 32} | STUBS[method]
     return mocokit.pretrain("demo", data, out, epochs=1, settings=changes, method=method, **given)

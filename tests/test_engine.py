@@ -93,6 +93,22 @@ class TestBadImages:
             "9\t'd.jpg'\tempty\tstep 8",
         ]
 
+    @pytest.mark.parametrize(
+        ("images", "share", "limit"),
+        [(100, 0.01, 10), (999, 0.01, 10), (2000, 0.01, 20), (100, 0.0, 10), (100, 1.0, 100)],
+    )
+    def test_the_limit_is_a_share_and_ten_at_least(self, tmp_path, images, share, limit):
+        assert BadImages(tmp_path / "bad_images.txt", images, share, 4).limit == limit
+
+    @pytest.mark.parametrize(("noted", "stored"), [(4, 2), (2, 4), (3, 3)])
+    def test_the_earliest_failure_counts(self, tmp_path, noted, stored):
+        """Of the file, which a killed run left, and of the checkpoint, whichever is earlier."""
+        bad = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        bad.note(((3, "a.jpg", "empty"),), noted)
+        again = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        again.load(torch.tensor([[3, stored], [8, 1]]))
+        assert again.first == {3: min(noted, stored), 8: 1}
+
     def test_too_many_end_the_run(self, tmp_path):
         bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
         bad.note(tuple((n, "x", "y") for n in range(20)), 0)
@@ -137,6 +153,24 @@ class TestFolders:
             "optim.lr (0.002 there, 0.5 asked)",
         ]
 
+    def test_settings_are_written_whole_or_not_at_all(self, tmp_path, monkeypatch):
+        """A kill before the file takes its place leaves a folder in which a run may begin."""
+
+        class Killed(BaseException):
+            pass
+
+        def kill(*rest, **named):
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            for name in ("replace", "rename", "link"):
+                patch.setattr(os, name, kill)
+            self.make(tmp_path / "run")
+        folder = RunFolder(tmp_path / "run")
+        assert not folder.config.exists() and not folder.is_run and folder.is_begun
+        self.make(tmp_path / "run")
+        assert folder.is_run and not folder.is_begun
+
     def test_an_unwritable_folder_is_the_users_mistake(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="cannot write the run folder .* --out"):
@@ -176,6 +210,32 @@ class TestDue:
         assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [30, 60, 90, 100]
         due = self.due(save_minutes=1e-9)
         assert due.save_or_stop(3, False) == (True, False)
+
+    def test_the_clock_counts_from_the_last_save_of_any_kind(self, monkeypatch):
+        """A minute between saves: a planned one, or one that a signal asked for, is one too."""
+        now = [1000.0]
+        monkeypatch.setattr("mocokit.engine.due.time.monotonic", lambda: now[0])
+        due = self.due(save_minutes=1)  # one is planned at step 25
+        at = [(3, 59, False), (4, 60, True), (5, 110, False), (25, 115, True), (26, 125, False)]
+        at += [(27, 174, False), (28, 175, True), (29, 176, False)]
+        for step, seconds, save in at:
+            now[0] = 1000.0 + seconds
+            assert due.save_or_stop(step, False) == (save, False), (step, seconds)
+        now[0] = 1190.0
+        assert due.save_or_stop(30, True) == (True, True)
+        now[0] = 1249.0
+        assert due.save_or_stop(31, False) == (False, False)
+
+    def test_processes_compare_their_copies_every_few_steps(self):
+        due = self.due(compare_steps=30, world=2)
+        assert [s for s in range(1, 101) if due.compare(s)] == [30, 60, 90]
+        assert not any(self.due(compare_steps=30).compare(s) for s in range(1, 101))
+
+    def test_health_is_measured_after_the_first_epoch_with_scores_and_at_the_end(self):
+        due = self.due(monitor_epochs=3)
+        assert [s for s in range(1, 101) if due.health(s)] == [25, 75, 100]
+        due = self.due(monitor_epochs=0)
+        assert [s for s in range(1, 101) if due.health(s)] == [100]
 
     def test_milestones_are_saved_on_their_own(self):
         due = self.due(save_epochs=3, milestone_epochs=2)

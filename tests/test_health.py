@@ -13,6 +13,7 @@ from mocokit.health.verdict import verdict
 from mocokit.methods.losses import InfoNCE
 from mocokit.methods.method import Step
 from mocokit.methods.moco import MoCo
+from mocokit.methods.pieces import GroupPlan
 
 SMALL = {"engine.threads": 1, "log.every_steps": 1, "save.keep": 9}
 
@@ -101,6 +102,41 @@ def test_measuring_changes_nothing():
     contrast_by_grouping(method, steps, torch.no_grad)
     assert same(dict(method.state_dict()), before)
     assert method.shuffle is False and method.count_groups(32) == 8 and method.training
+
+
+def test_the_other_groups_are_those_of_a_step_that_no_run_reaches():
+    """Else a method that shuffles would be compared with itself."""
+    method, seen, orders = moco(shuffle=True).train(), [], []
+    forward, permutation = MoCo.forward, GroupPlan.key_permutation
+
+    def see(self, views, index, step):
+        seen.append(step)
+        return forward(self, views, index, step)
+
+    def order(self, step, shuffle):
+        orders.append((shuffle, permutation(self, step, shuffle).tolist()))
+        return permutation(self, step, shuffle)
+
+    steps = [((images_of(1), images_of(2)), torch.arange(32), Step(3, n, 32)) for n in (7, 8)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoCo, "forward", see)
+        patch.setattr(GroupPlan, "key_permutation", order)
+        contrast_by_grouping(method, steps, torch.no_grad)
+    assert [step.number for step in seen] == [7, 7 + 2**40, 8, 8 + 2**40]
+    assert {(step.seed, step.images) for step in seen} == {(3, 32)}
+    assert len({tuple(one) for _, one in orders}) == 4 and all(shuffle for shuffle, _ in orders)
+
+
+@pytest.mark.parametrize(("groups", "regrouped"), [(1, 2), (2, 2), (8, 8)])
+def test_keys_are_regrouped_in_two_groups_at_least(groups, regrouped):
+    """Whatever it trains with; afterwards all is as before."""
+    method = moco(shuffle=False)
+    method.count_groups, method.whole = lambda images: groups, True
+    count = method.count_groups
+    with pytest.raises(ZeroDivisionError), method.regrouped():
+        assert (method.count_groups(32), method.shuffle, method.whole) == (regrouped, True, False)
+        _ = 1 / 0
+    assert (method.count_groups, method.shuffle, method.whole) == (count, False, True)
 
 
 class Telling(torch.nn.Module):

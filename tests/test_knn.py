@@ -10,7 +10,7 @@ from PIL import Image
 from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
-from mocokit.health.knn_monitor import KnnMonitor
+from mocokit.health.knn_monitor import KnnMonitor, calibrated
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
 from mocokit.protocols import knn
@@ -83,6 +83,26 @@ def test_monitor_scores_backbone_head_pixels_and_random_weights():
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert "30 queries (validation images)" in ours.protocol
+
+
+def test_random_weights_have_the_banks_statistics(monkeypatch):
+    """In eval mode, with batch norm fitted to the images that vote: what is scored, by hand."""
+    train, network, views, seen = source(100, 0), encoder(), torch.randn(4, 3, 32, 32), []
+    ours = monitor(train, source(30, 1), bank=40)
+
+    def scores(self, network, names):
+        seen.append(network(views)[0])
+        return iter([(names[0], 0.5)])
+
+    monkeypatch.setattr(KnnMonitor, "_scores", scores)
+    assert ours.random_weights(network) == 0.5
+    device, backbone = torch.device("cpu"), encoder().backbone
+    with torch.no_grad():
+        raw = backbone.eval()(views)
+        calibrated(backbone.train(), train, spec(), device, ours.bank_numbers)
+        expected = backbone.eval()(views)
+    assert torch.equal(seen[0], expected) and not torch.allclose(raw, expected)
+    assert not seen[0].requires_grad and len(ours.bank_numbers) == 40
 
 
 def test_raw_pixels_are_centred():

@@ -61,7 +61,7 @@ def test_drops_are_shares_of_the_run(epochs):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_all_parameters_decay_alike(name):
     net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    optimizer = build_optimizer(name, [{"params": [*net.parameters()]}], 0.1, 0.9, 1e-2)
+    optimizer = build_optimizer(name, [{"params": [*net.parameters()]}], 0.1, 0.9, 3e-2)
     assert len(optimizer.param_groups) == 1
     assert len(optimizer.param_groups[0]["params"]) == 4
     before = [p.detach().clone() for p in net.parameters()]
@@ -69,9 +69,42 @@ def test_all_parameters_decay_alike(name):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     for p, old in zip(net.parameters(), before, strict=True):
-        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 1e-2))
+        torch.testing.assert_close(p.detach(), old * (1 - 0.1 * 3e-2))
     set_lr(optimizer, 0.5)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.6666666667, 6), (0.6666666666, 6), (0.667, 7)])
+def test_a_share_that_a_person_rounded_is_the_epoch_they_meant(share, first):
+    lr = schedule(recipes.mocov1(), train__epochs=9, optim__drops=(share,))
+    assert [lr(10 * epoch) < 0.01 for epoch in range(9)] == [epoch >= first for epoch in range(9)]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_groups_have_what_they_state_and_the_rest_from_the_settings(name):
+    parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(4)]
+    stated = [{}, {"lr_scale": 0.5}, {"fixed_lr": True, "lr_scale": 3.0}, {"weight_decay": 0.25}]
+    groups = [{"params": [p], **more} for p, more in zip(parameters, stated, strict=True)]
+    optimizer = build_optimizer(name, groups, 0.1, 0.8, 1e-3, 0.02)
+    assert type(optimizer).__name__.lower() == name
+    found = [
+        (group["lr"], group["weight_decay"], group.get("momentum"), group.get("trust"))
+        for group in optimizer.param_groups
+    ]
+    momentum, trust = (None if name == "adamw" else 0.8), (0.02 if name == "lars" else None)
+    assert found == [
+        (0.1, 1e-3, momentum, trust),
+        (0.05, 1e-3, momentum, trust),
+        (pytest.approx(0.3), 1e-3, momentum, trust),
+        (0.1, 0.25, momentum, trust),
+    ]
+    set_lr(optimizer, 0.01)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.005, 0.3, 0.01])
+    set_lr(optimizer, 0.02)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.02, 0.01, 0.3, 0.02]
+    )
 
 
 def test_sgd_is_the_textbooks_without_nesterov():

@@ -131,6 +131,32 @@ def test_last_partial_batch():
     assert resolve(keep, 1024).steps_per_epoch == 4
 
 
+@pytest.mark.parametrize(
+    ("groups", "batch", "last", "count"),
+    [(8, 256, 64, 2), (8, 256, 256, 8), (8, 256, 17, 1), (8, 256, 100, 3), (4, 24, 16, 3)],
+)
+def test_a_last_partial_batch_has_its_share_of_stated_groups(groups, batch, last, count):
+    settings = replace(Settings(), {"method.groups": groups, "train.batch_size": batch})
+    assert count_groups(settings, last) == count
+
+
+@pytest.mark.parametrize(
+    ("batch", "images", "fitted"),
+    [(100, 400, 100), (100, 399, 96), (256, 1024, 256), (256, 1023, 224), (48, 192, 48)],
+)
+def test_a_default_batch_may_be_a_quarter_of_the_images(batch, images, fitted):
+    """Exactly a quarter too, whether or not whole groups fill it."""
+    settings, notices = fit(replace(Settings(), {"train.batch_size": batch}), images)
+    assert settings.train.batch_size == fitted
+    assert any("batch size" in notice for notice in notices) == (fitted != batch)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(8, 4), (9, 4), (16, 8), (2, 1), (3, 1)])
+def test_stated_groups_have_two_images_at_least(batch, groups):
+    settings = replace(Settings(), {"method.groups": 8, "train.batch_size": batch})
+    assert count_groups(settings, batch) == groups
+
+
 def test_no_group_of_one_image():
     keep = {"data.last": "keep", "train.batch_size": 32}
     with pytest.raises(UserError, match="a last batch of one of the 129 images"):

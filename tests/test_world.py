@@ -190,14 +190,20 @@ def test_what_a_run_loads_does_not_keep_the_group_alive(toy_npz, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_failures_on_any_process_are_those_of_one_process(photos, tmp_path, monkeypatch, forks):
-    """Each of two processes meets images that cannot be read, and tells the other of them."""
+@pytest.mark.parametrize("every", [1, 4], ids=["log-1", "log-4"])
+def test_failures_on_any_process_are_those_of_one_process(
+    photos, tmp_path, monkeypatch, forks, every
+):
+    """Each of two processes meets images that cannot be read, and tells the other of them.
+
+    They do so where a line is recorded and at an epoch's end: five steps, which 4 does not divide.
+    """
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     for path in sorted(folder.rglob("*.jpg"))[::13]:  # 7 of 80
         path.write_bytes(path.read_bytes()[:40])
     sizes = {"train.batch_size": 16, "train.epochs": 3, "method.queue_size": 8}
-    settings = SETTINGS | sizes | {"data.workers": 1}
+    settings = SETTINGS | sizes | {"data.workers": 1, "log.every_steps": every}
     pretrain_recorded(folder, tmp_path / "one", settings, patch=monkeypatch.setattr)
     run_world(forks, 2, folder, tmp_path / "many", settings)
     alone, together = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "many"))
