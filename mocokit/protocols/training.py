@@ -12,7 +12,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.data.loader import read_batches
 from mocokit.protocols.labelled import LabelledSplit
-from mocokit.views.params import ViewSpec, scoring_bound, draw_table
+from mocokit.views.params import ViewSpec, draw_table, scoring_bound
 from mocokit.views.views import make_views
 
 
