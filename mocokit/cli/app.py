@@ -13,6 +13,8 @@ from mocokit.cli import evaluate, launch, show as show_, slurm
 from mocokit.errors import MocokitError, UserError
 from mocokit.run import command
 from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
+from mocokit.version import VERSION
 
 app = typer.Typer(
     add_completion=False,
@@ -118,7 +120,7 @@ def pretrain(
     if show or show_all:
         typer.echo(show_.pretrain(asked, stated, everything=show_all))
         return
-    if _launched(asked.engine.device, processes, nodes, rdzv, restarts):
+    if _launched(asked, processes, nodes, rdzv, restarts):
         return
     from mocokit.train import pretrain as run
 
@@ -126,11 +128,12 @@ def pretrain(
 
 
 def _launched(
-    device: str, processes: int | None, nodes: int, rdzv: str | None, restarts: int
+    asked: Settings, processes: int | None, nodes: int, rdzv: str | None, restarts: int
 ) -> bool:
     """Whether this command was run by processes that were started for it, to their end."""
     from mocokit.engine.world import announced
 
+    launch.watch_starter()
     launch.end_again()
     several = announced(os.environ) is not None
     if launch.REPORTS not in os.environ and several:
@@ -140,10 +143,13 @@ def _launched(
                 f"{', '.join(words)}: this is a process of several already, started by somebody "
                 "else, who decides on their number; leave it out"
             )
-    number = None if several else launch.count_processes(device, processes, nodes)
+    launch.check_place(nodes, rdzv)
+    number = None if several else launch.count_processes(asked.engine.device, processes, nodes)
     if number is None:
         return False
-    launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
+    same = {"mocokit": VERSION, "recipe": asked.recipe, "--restarts": str(restarts)}
+    same |= {path: str(value) for path, value in settings_.identity(asked).items()}
+    launch.launch(sys.argv[1:], number, nodes, rdzv, restarts, same)
     return True
 
 
