@@ -78,6 +78,14 @@ def pretrain(
         bool,
         typer.Option("--resume", help="resume the newest unfinished run like this one in runs/"),
     ] = False,
+    extend: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            min=1,
+            help="RECIPE is a finished run: train this much longer, in a new run folder",
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
     ] = None,
@@ -115,6 +123,10 @@ def pretrain(
         "engine.deterministic": deterministic,
     }
     changes = command.merge(flags, changes)
+    if extend is not None:
+        from mocokit.run.extend import lengthened
+
+        recipe, changes = lengthened(recipe, extend, changes)
     needs_data, allowed = not (show or show_all), allow_import or []
     asked, stated = command.asked(recipe, data, changes, needs_data, allowed)
     if show or show_all:

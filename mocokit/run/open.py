@@ -28,7 +28,7 @@ from mocokit.nets.batchnorm import (
     set_groups,
 )
 from mocokit.nets.heads import calibrate_head
-from mocokit.run import build
+from mocokit.run import build, extend
 from mocokit.run.resident import hold
 from mocokit.run.state import RunState
 from mocokit.settings import sizes
@@ -53,7 +53,7 @@ class RunPlan(NamedTuple):
 
     def images(self, train: Source) -> Index:
         """The index on this process. Raises UserError where it is another."""
-        index = kept_index(self.folder, train)
+        index = first_index(self.folder, self.settings, train)
         if index.fingerprint != self.fingerprint:
             raise UserError("a process sees other images than the first: give all of them the same")
         return index
@@ -62,6 +62,12 @@ class RunPlan(NamedTuple):
 def kept_index(folder: RunFolder, train: Source) -> Index:
     """The index that a run began with; the data's own if it was killed before it had one."""
     return load_index(folder.index) if folder.index.is_file() else train.index()
+
+
+def first_index(folder: RunFolder, settings: Settings, train: Source) -> Index:
+    """The index that a run began with, or begins with: its parent's where it lengthens one."""
+    parents = None if folder.index.is_file() else extend.parents_index(settings, train)
+    return kept_index(folder, train) if parents is None else parents
 
 
 class RunRequest(NamedTuple):
@@ -76,15 +82,22 @@ class RunRequest(NamedTuple):
     def start(self, folder: RunFolder) -> RunPlan:
         """A new run in this folder."""
         self.splits.check_classes()
-        settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
+        index = first_index(folder, self.settings, self.splits.train)
+        found = renumbered(self.splits.train, index)
+        if found is None:  # a new folder has an index only if its run lengthens another
+            raise UserError(
+                f"the images are not those of {self.settings.train.parent}, which is lengthened; "
+                "name their new location after it"
+            )
+        settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, None)
-        notices = [*self.splits.train.notes, *notices]
-        return RunPlan(folder, settings, self.splits.train.fingerprint, notices, True)
+        notices = [*self.splits.train.notes, *filter(None, [found[1]]), *notices]
+        return RunPlan(folder, settings, index.fingerprint, notices, True)
 
     def resume(self, folder: RunFolder) -> tuple[RunPlan, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
-        index = kept_index(folder, self.splits.train)
+        index = first_index(folder, self.settings, self.splits.train)
         found = renumbered(self.splits.train, index)
         settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, stored)
@@ -104,7 +117,7 @@ def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
         if conflicts:
             raise UserError(
                 f"{folder.path} holds another run; it differs in {', '.join(conflicts)}; "
-                "name another --out, or state the same settings"
+                f"name another --out, or state the same settings{_longer(asking.settings, folder)}"
             )
         return decision
     if not (resume or asking.restarted):
@@ -122,6 +135,14 @@ def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
         f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
         "settings; leave --resume out to start one"
     )
+
+
+def _longer(asked: Settings, folder: RunFolder) -> str:
+    """The remedy for more epochs than a finished run has."""
+    more = asked.train.epochs - folder.settings().train.epochs
+    if more <= 0 or folder.result() is None:
+        return ""
+    return f"; a finished run is lengthened by: mocokit pretrain --extend {more} {folder.path}"
 
 
 def _named_folder(out: str | Path, resume: bool) -> RunFolder:
@@ -160,6 +181,7 @@ def open_run(
     for notice in notices:
         console.note(notice)
     parts = build.build_parts(settings, effect, device)
+    extend.load_parent(settings, folder, parts.method)
     if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
         folder = decided_by_rank_zero(
             world, lambda: claim_folder(settings.recipe, splits.train.name)

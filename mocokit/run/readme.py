@@ -9,6 +9,7 @@ from typing import Any
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import clock, read_metrics
 from mocokit.files import write_text
+from mocokit.run import extend
 from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
@@ -47,6 +48,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         f"{run.splits.train.name}, {settings.train.epochs} epochs, "
         f"{run.effect.total_steps:,} steps.",
         "",
+        *([f"{longer}.", ""] if (longer := extend.told(settings)) else []),
         *(table if result else going),
         *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
         "",
