@@ -20,7 +20,7 @@ from torch.distributed.run import get_args_parser
 import mocokit
 from mocokit.cli import launch, meeting
 from mocokit.engine import checkpoint
-from mocokit.engine.world import ProcessLost, lost
+from mocokit.engine.world import ATTEMPT, ProcessLost, attempts, lost
 from mocokit.errors import Interrupted, MocokitError, UserError
 
 
@@ -190,6 +190,20 @@ def test_a_lost_process_is_told_in_a_sentence(text):
     assert isinstance(found, ProcessLost) and "gloo" not in str(found)
     assert lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert lost(torch.distributed.DistBackendError("NCCL error")) is not None
+
+
+def test_a_process_knows_that_its_starter_is_gone(monkeypatch):
+    assert not launch._orphaned()  # nobody started it
+    monkeypatch.setenv(launch.STARTER, str(os.getppid()))
+    assert not launch._orphaned()
+    monkeypatch.setenv(launch.STARTER, "1" if os.getppid() != 1 else "2")
+    assert launch._orphaned()
+
+
+def test_attempts_are_counted_alike_on_all_machines():
+    assert attempts({}) == attempts({"TORCHELASTIC_RESTART_COUNT": "0"}) == 0
+    assert attempts({"TORCHELASTIC_RESTART_COUNT": "2"}) == 2  # torchrun
+    assert attempts({"TORCHELASTIC_RESTART_COUNT": "0", ATTEMPT: "3"}) == 3
 
 
 class TestStopped:
@@ -392,6 +406,25 @@ def test_the_death_of_one_starter_of_two(toy_npz, tmp_path, end_of, number):
     assert "Traceback" not in text
     end(ended)
     assert ended.returncode == (-9 if number == signal.SIGKILL else 75)
+
+
+@pytest.mark.slow
+def test_all_machines_begin_again_after_a_failure_on_one(toy_npz, tmp_path):
+    """torch counts the restart where the killed process was, and not always elsewhere."""
+    out = tmp_path / "run"
+    place = f"127.0.0.1:{free_port()}"
+    words = [toy_npz, "--epochs", "400", "--out", out, "--nodes", "2", "--rdzv", place]
+    host = begin(*words, "--restarts", "1")
+    wait_for(lambda: not free(place), host)
+    other = begin(*words, "--restarts", "1")
+    wait_for(lambda: checkpoint.steps(out / "checkpoints"), host)
+    os.kill(processes_of(other)[0], signal.SIGKILL)
+    before = checkpoint.steps(out / "checkpoints")[-1]
+    wait_for(lambda: checkpoint.steps(out / "checkpoints")[-1] > before + 9, host)
+    host.terminate()
+    texts = [end(process) for process in (host, other)]
+    assert [host.returncode, other.returncode] == [75, 75], texts
+    assert sum(text.count("resumed after step") for text in texts) == 1
 
 
 def free(place):

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from mocokit.engine.stop import PREEMPTED
-from mocokit.engine.world import ProcessLost
+from mocokit.engine.world import ATTEMPT, ProcessLost, attempts
 from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import write_text
 
@@ -82,7 +82,8 @@ def launch(
         try:
             _start(arguments, processes, nodes, rdzv, restarts, dict(command or {}))
         finally:
-            del os.environ[REPORTS], os.environ[STARTER]
+            for name in (REPORTS, STARTER, ATTEMPT):
+                os.environ.pop(name, None)
 
 
 def _start(
@@ -186,18 +187,13 @@ def _signals() -> Iterator[None]:
             signal.signal(number, was)
 
 
-_parent: int | None = None  # in a started process: its parent while the starter lives
-
-
 def watch_starter() -> None:
     """In a process that `launch` started: if the starter dies, stop as if by SIGTERM.
 
     A thread looks every second. Where saving takes longer than PATIENCE, the process is killed, as
     the starter would do it.
     """
-    global _parent
     if STARTER in os.environ and REPORTS in os.environ:
-        _parent = os.getppid()
         threading.Thread(target=_end_with_starter, daemon=True).start()
 
 
@@ -210,14 +206,8 @@ def _end_with_starter() -> None:
 
 
 def _orphaned() -> bool:
-    """Whether this process was started by one that is gone."""
-    if _parent is None:
-        return False
-    try:
-        os.kill(int(os.environ[STARTER]), 0)
-    except ProcessLookupError:  # it ended before `watch_starter`
-        return True
-    return os.getppid() != _parent  # while nobody has asked for its end, its number still exists
+    """Whether the starter of this process is gone: then it has another parent."""
+    return os.name == "posix" and os.environ.get(STARTER, str(os.getppid())) != str(os.getppid())
 
 
 def report(error: MocokitError) -> bool:
@@ -228,7 +218,7 @@ def report(error: MocokitError) -> bool:
     if _orphaned():  # nobody is left to read it, or to clean up
         shutil.rmtree(folder, ignore_errors=True)
         return False
-    rank, attempt = (int(os.environ.get(n, "0")) for n in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    rank, attempt = int(os.environ.get("RANK", "0")), attempts(os.environ)
     content: dict[str, Any] = {"rank": rank, "attempt": attempt, "time": time.time()}
     content |= {"code": error.exit_code, "text": str(error), "lost": isinstance(error, ProcessLost)}
     path = Path(folder) / f"{attempt}-{rank}.json"
@@ -261,7 +251,7 @@ def stopped(folder: Path, processes: int) -> MocokitError | None:
 
 def end_again() -> None:
     """In a restarted process, raise an error that a new start cannot cure: a mistake or a stop."""
-    if REPORTS in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if REPORTS in os.environ and attempts(os.environ):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if error := stopped(Path(os.environ[REPORTS]), processes):
             raise error

@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from mocokit.cli import meeting
 from mocokit.cli.meeting import spoken
 from mocokit.engine.record import Console
+from mocokit.engine.world import ATTEMPT
 from mocokit.errors import MocokitError
 
 BACKEND = "mocokit"  # the name of our rendezvous among torch's
@@ -73,9 +74,16 @@ class _Rounds(DynamicRendezvousHandler):
             raise error
         try:
             with _at_most(meeting.WAIT + 10):  # torch lets a machine too many wait without end
-                return super().next_rendezvous()
+                found = super().next_rendezvous()
         except RendezvousGracefulExitError:
             raise RendezvousTimeoutError from None  # a machine too many, as the run ends
+        # A machine whose processes are restarted for another's failure does not count that itself.
+        everywhere = self.parameters.get("meeting").store
+        mine = str(everywhere.add("mocokit/rounds", 1))
+        number = found.store.compare_set("mocokit/round", "", mine)
+        is_first = everywhere.compare_set("mocokit/first", "", number) == number
+        os.environ[ATTEMPT] = "0" if is_first else number.decode()
+        return found
 
 
 def _handler(parameters: RendezvousParameters) -> _Rounds:

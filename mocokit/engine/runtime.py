@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
-from mocokit.engine.world import World, announced, lost
+from mocokit.engine.world import World, announced, attempts, lost
 from mocokit.errors import Interrupted, UserError
 from mocokit.files import keep_freed_memory
 
@@ -65,8 +65,7 @@ def _join_group(cuda: bool) -> None:
     patience = timedelta(hours=1)
     store, rank, size = next(rendezvous("env://", timeout=patience))
     # torchrun's store survives a restart, and still holds the addresses of the ended processes.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    run_store = PrefixStore(f"mocokit/{attempt}", store)
+    run_store = PrefixStore(f"mocokit/{attempts(os.environ)}", store)
     if cuda:
         claim_device(run_store)
     backend = "nccl" if cuda else "gloo"

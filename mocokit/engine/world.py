@@ -9,9 +9,19 @@ from typing import NamedTuple
 from mocokit.errors import MocokitError, UserError
 from mocokit.files import printable
 
+ATTEMPT = "MOCOKIT_ATTEMPT"  # set by `mocokit pretrain` for the processes that it starts
+
 
 class ProcessLost(MocokitError):
     """Another process of the run no longer answers."""
+
+
+def attempts(environment: Mapping[str, str]) -> int:
+    """0 in the processes that were started first; another number, the same in all, after restarts.
+
+    torchrun's count is that of one machine, and may differ between machines; ours does not.
+    """
+    return int(environment.get(ATTEMPT) or environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def lost(error: RuntimeError) -> ProcessLost | None:

@@ -6,6 +6,7 @@ another, so it repeats no order and no view of the parent. The parent is only re
 """
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mocokit.data.source import Source
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import UserError
-from mocokit.files import show
+from mocokit.files import printable, show
 from mocokit.methods.method import Method
 from mocokit.settings import get
 from mocokit.settings.schema import Settings
@@ -41,8 +42,8 @@ def lengthened(
     settings, result = folder.settings(), folder.result()
     if result is None:
         raise UserError(
-            f"{show(run)} is not finished, so it is resumed and not lengthened: mocokit pretrain "
-            f"{show(folder.config)} --out {show(run)}"
+            f"{show(run)} is not finished, so it is resumed and not lengthened: "
+            + printable(shlex.join(["mocokit", "pretrain", str(folder.config), "--out", run]))
         )
     _check(settings, changes)
     state = _last(folder)

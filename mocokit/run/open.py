@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,9 @@ from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, instruction_set, prepare
-from mocokit.engine.world import World
+from mocokit.engine.world import World, attempts
 from mocokit.errors import UserError
+from mocokit.files import printable
 from mocokit.nets.batchnorm import (
     group_sizes,
     local_statistics,
@@ -142,7 +144,8 @@ def _longer(asked: Settings, folder: RunFolder) -> str:
     more = asked.train.epochs - folder.settings().train.epochs
     if more <= 0 or folder.result() is None:
         return ""
-    return f"; a finished run is lengthened by: mocokit pretrain --extend {more} {folder.path}"
+    words = printable(shlex.join(["mocokit", "pretrain", "--extend", str(more), str(folder.path)]))
+    return f"; a finished run is lengthened by: {words}"
 
 
 def _named_folder(out: str | Path, resume: bool) -> RunFolder:
@@ -168,7 +171,7 @@ def open_run(
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     console = Console(world.writes)
     device = choose_device(asked.engine.device, world)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    restarted = attempts(os.environ) != 0
     asking = RunRequest(asked, stated, splits, device, restarted)
     decision = decided_by_rank_zero(world, lambda: decide(asking, out, resume))
     folder, settings, notices = decision.folder, decision.settings, decision.notices
