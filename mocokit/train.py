@@ -25,6 +25,7 @@ from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.methods.method import Method, Output, Step
 from mocokit.run import build, command, messages, recording
 from mocokit.run.diagnosis import diagnose
+from mocokit.run.extend import lengthened
 from mocokit.run.open import begun, calibrate_on_first_group, open_run
 from mocokit.run.state import RunState
 from mocokit.settings import methods
@@ -49,6 +50,7 @@ def pretrain(
     device: str | None = None,
     seed: int | None = None,
     resume: bool = False,
+    extend: int | None = None,
     settings: Mapping[str, Any] | None = None,
     method: type[Method] | None = None,
     allow_import: Collection[str] = (),
@@ -58,8 +60,9 @@ def pretrain(
     `recipe` is a recipe's name, a config.yaml, or the data itself; `data` names images, or is a
     Source of your own (docs/adding/source.md); `settings` holds {"a.b": value}; `method` is a class
     of your own (docs/adding/method.md), and `allow_import` names modules from which one that a
-    config.yaml names may come. Raises UserError for mistakes, Interrupted once a stopped
-    run is saved, and NonFiniteLoss.
+    config.yaml names may come. With `extend`, `recipe` is the folder of a finished run, and a new
+    run of so many epochs starts from its end. Raises UserError for mistakes, Interrupted once a
+    stopped run is saved, and NonFiniteLoss.
     """
     flags: dict[str, Any] = {
         "train.epochs": epochs,
@@ -71,6 +74,8 @@ def pretrain(
         flags["method.name"] = f"{method.__module__}:{method.__qualname__}"
         methods.use(flags["method.name"], method)
     changes = command.merge(flags, settings or {})
+    if extend is not None:
+        recipe, changes = lengthened(recipe, extend, changes)
     given = None if data is None or isinstance(data, str | Path) else as_splits(data)
     path = None if data is None or given is not None else str(data)
     source = None if given is None else given.train.name

@@ -15,7 +15,7 @@ from mocokit import cli
 FLAGS = {
     "--processes", "--nodes", "--rdzv", "--restarts", "--deterministic",
     "--out", "--epochs", "--batch-size", "--device", "--seed", "--set", "--resume", "--show",
-    "--show-all", "--help", "--allow-import",
+    "--show-all", "--help", "--allow-import", "--extend",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from mocokit.protocols import defaults
 
 NAMES = {
     "mocokit.train.pretrain": (
-        "recipe data out epochs batch_size device seed resume settings method allow_import"
+        "recipe data out epochs batch_size device seed resume extend settings method allow_import"
     ),
     "mocokit.weights.resolve.load": "path",
     "mocokit.settings.difference": "a b",

@@ -14,6 +14,8 @@ from mocokit.errors import MocokitError, UserError
 from mocokit.files import write_result
 from mocokit.run import command
 from mocokit.settings import sizes
+from mocokit.settings.schema import Settings
+from mocokit.version import VERSION
 
 app = typer.Typer(
     add_completion=False,
@@ -77,6 +79,14 @@ def pretrain(
         bool,
         typer.Option("--resume", help="resume the newest unfinished run like this one in runs/"),
     ] = False,
+    extend: Annotated[
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            min=1,
+            help="RECIPE is a finished run: train this much longer, in a new run folder",
+        ),
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
     ] = None,
@@ -114,12 +124,16 @@ def pretrain(
         "engine.deterministic": deterministic,
     }
     changes = command.merge(flags, changes)
+    if extend is not None:
+        from mocokit.run.extend import lengthened
+
+        recipe, changes = lengthened(recipe, extend, changes)
     needs_data, allowed = not (show or show_all), allow_import or []
     asked, stated = command.asked(recipe, data, changes, needs_data, allowed)
     if show or show_all:
         typer.echo(show_.pretrain(asked, stated, everything=show_all))
         return
-    if _launched(asked.engine.device, processes, nodes, rdzv, restarts):
+    if _launched(asked, processes, nodes, rdzv, restarts):
         return
     from mocokit.train import pretrain as run
 
@@ -127,11 +141,12 @@ def pretrain(
 
 
 def _launched(
-    device: str, processes: int | None, nodes: int, rdzv: str | None, restarts: int
+    asked: Settings, processes: int | None, nodes: int, rdzv: str | None, restarts: int
 ) -> bool:
     """Whether this command was run by processes that were started for it, to their end."""
     from mocokit.engine.world import announced
 
+    launch.watch_starter()
     launch.end_again()
     several = announced(os.environ) is not None
     if launch.REPORTS not in os.environ and several:
@@ -141,10 +156,13 @@ def _launched(
                 f"{', '.join(words)}: this is a process of several already, started by somebody "
                 "else, who decides on their number; leave it out"
             )
-    number = None if several else launch.count_processes(device, processes, nodes)
+    launch.check_place(nodes, rdzv)
+    number = None if several else launch.count_processes(asked.engine.device, processes, nodes)
     if number is None:
         return False
-    launch.launch(sys.argv[1:], number, nodes, rdzv, restarts)
+    same = {"mocokit": VERSION, "recipe": asked.recipe, "--restarts": str(restarts)}
+    same |= {path: str(value) for path, value in settings_.identity(asked).items()}
+    launch.launch(sys.argv[1:], number, nodes, rdzv, restarts, same)
     return True
 
 

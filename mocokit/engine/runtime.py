@@ -4,7 +4,7 @@ import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
-from mocokit.engine.world import World, announced
+from mocokit.engine.world import World, announced, attempts, lost
 from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import keep_freed_memory
 
@@ -44,23 +44,32 @@ def joined_world(device: str) -> Iterator[World]:
     # the group alive after `_leave`.
     importlib.import_module("torch.distributed.nn.functional")
 
+    try:
+        _join_group(cuda)
+        try:
+            yield world
+        except Interrupted as error:
+            if error.agreed:  # after any other error some processes may never arrive
+                with suppress(RuntimeError):  # all is saved, even if one of them never arrives
+                    _leave()
+            raise
+        _leave()
+    except RuntimeError as error:
+        if (gone := lost(error)) is not None:
+            raise gone from None
+        raise
+
+
+def _join_group(cuda: bool) -> None:
     # The others wait this long at most while the first process scores and saves.
     patience = timedelta(hours=1)
     store, rank, size = next(rendezvous("env://", timeout=patience))
     # torchrun's store survives a restart, and still holds the addresses of the ended processes.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    run_store = PrefixStore(f"mocokit/{attempt}", store)
+    run_store = PrefixStore(f"mocokit/{attempts(os.environ)}", store)
     if cuda:
         claim_device(run_store)
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=run_store, rank=rank, world_size=size, timeout=patience)
-    try:
-        yield world
-    except Interrupted as error:
-        if error.agreed:  # after any other error some processes may never arrive
-            _leave()
-        raise
-    _leave()
 
 
 def local_rank(rank: int) -> int:

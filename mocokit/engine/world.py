@@ -6,7 +6,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mocokit.errors import UserError
+from mocokit.errors import MocokitError, UserError
+from mocokit.files import printable
+
+ATTEMPT = "MOCOKIT_ATTEMPT"  # set by `mocokit pretrain` for the processes that it starts
+
+
+class ProcessLost(MocokitError):
+    """Another process of the run no longer answers."""
+
+
+def attempts(environment: Mapping[str, str]) -> int:
+    """0 in the processes that were started first; another number, the same in all, after restarts.
+
+    torchrun's count is that of one machine, and may differ between machines; ours does not.
+    """
+    return int(environment.get(ATTEMPT) or environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def lost(error: RuntimeError) -> ProcessLost | None:
+    """The error in one sentence, if gloo or NCCL report by it that another process is gone."""
+    from torch.distributed import DistError
+
+    text = str(error)
+    if not isinstance(error, DistError) and "/gloo/" not in text and not text.startswith("Gloo "):
+        return None
+    why = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+    return ProcessLost(
+        f"lost another process of the run ({printable(why)[:200]}); the last line of the command "
+        "that started that one says why; resume from the last checkpoint with the same command and "
+        "--out RUN_FOLDER"
+    )
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ def asked(
     path = settings.data.path
     if path is not None and os.path.isfile(os.path.join(path, "config.yaml")):
         raise UserError(
-            f"{path} is a run folder, not images; repeat its run with {path}/config.yaml, or go on "
-            f"with it by --out {path}"
+            f"{path} is a run folder, not images; repeat its run with {path}/config.yaml, resume "
+            f"it by --out {path}, or train it longer with --extend EPOCHS {path}"
         )
     if path is None and needs_data and settings.recipe != "demo":
         raise UserError(

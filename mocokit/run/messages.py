@@ -5,7 +5,7 @@ from typing import Any
 from mocokit import settings as settings_
 from mocokit.files import show
 from mocokit.recipes import RECIPES
-from mocokit.run import readme
+from mocokit.run import extend, readme
 from mocokit.run.readme import JUDGED, NAMES
 from mocokit.run.state import RunState
 
@@ -34,6 +34,8 @@ def start(run: RunState) -> None:
             say(f"  {path}: {before} in the recipe -> {after}")
     if run.step:
         say(f"resumed after step {run.step} of {effect.total_steps}")
+    elif longer := extend.told(settings):
+        say(f"{longer}.")
     else:
         say(f"What to expect: {run.parts.method.expectation}")
     say(f"run folder: {show(run.folder.path)}")

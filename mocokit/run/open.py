@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from mocokit.engine.folder import (
 from mocokit.engine.identity import Identity
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import choose_device, decided_by_rank_zero, instruction_set, prepare
-from mocokit.engine.world import World
+from mocokit.engine.world import World, attempts
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.files import printable, reason_of, show, writing
 from mocokit.nets.batchnorm import (
@@ -40,7 +41,7 @@ from mocokit.nets.batchnorm import (
     set_groups,
 )
 from mocokit.nets.heads import calibrate_head
-from mocokit.run import build
+from mocokit.run import build, extend
 from mocokit.run.marks import marks_of, places_of, replaced
 from mocokit.run.resident import hold
 from mocokit.run.state import RunState
@@ -67,7 +68,7 @@ class RunPlan(NamedTuple):
 
     def images(self, train: Source) -> Index:
         """The index on this process. Raises UserError where it is another."""
-        index = kept_index(self.folder, train)
+        index = first_index(self.folder, self.settings, train)
         if index.fingerprint != self.fingerprint:
             raise UserError("a process sees other images than the first: give all of them the same")
         return index
@@ -76,6 +77,12 @@ class RunPlan(NamedTuple):
 def kept_index(folder: RunFolder, train: Source) -> Index:
     """The index that a run began with; the data's own where the folder has none."""
     return load_index(folder.index) if folder.index.is_file() else train.index()
+
+
+def first_index(folder: RunFolder, settings: Settings, train: Source) -> Index:
+    """The index that a run began with, or begins with: its parent's where it lengthens one."""
+    parents = None if folder.index.is_file() else extend.parents_index(settings, train)
+    return kept_index(folder, train) if parents is None else parents
 
 
 def lost_index(folder: RunFolder, train: Source) -> str:
@@ -106,16 +113,23 @@ class RunRequest(NamedTuple):
     def start(self, folder: RunFolder) -> RunPlan:
         """A new run in this folder."""
         self.splits.check_classes()
-        settings, notices = sizes.fit(self.settings, len(self.splits.train), self.stated)
+        index = first_index(folder, self.settings, self.splits.train)
+        found = renumbered(self.splits.train, index)
+        if found is None:  # a new folder has an index only if its run lengthens another
+            raise UserError(
+                f"the images are not those of {self.settings.train.parent}, which is lengthened; "
+                "name their new location after it"
+            )
+        settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, None)
-        notices = [*self.splits.train.notes, *notices]
-        return RunPlan(folder, settings, self.splits.train.fingerprint, notices, True)
+        notices = [*self.splits.train.notes, *filter(None, [found[1]]), *notices]
+        return RunPlan(folder, settings, index.fingerprint, notices, True)
 
     def resume(self, folder: RunFolder) -> tuple[RunPlan, list[str]]:
         """The run that this folder holds, on the images it began with; what speaks against it."""
         stored = folder.settings()
         lost = lost_index(folder, self.splits.train)
-        index = kept_index(folder, self.splits.train)
+        index = first_index(folder, self.settings, self.splits.train)
         found = renumbered(self.splits.train, index)
         settings, notices = sizes.fit(self.settings, index.length, self.stated)
         settings = build.settle(settings, self.device, stored)
@@ -138,7 +152,7 @@ def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
         if conflicts:
             raise UserError(
                 f"{show(folder.path)} holds another run; it differs in {', '.join(conflicts)}; "
-                "name another --out, or state the same settings"
+                f"name another --out, or state the same settings{_longer(asking.settings, folder)}"
             )
         return decision
     if not (resume or asking.restarted):
@@ -156,6 +170,15 @@ def decide(asking: RunRequest, out: str | Path | None, resume: bool) -> RunPlan:
         f"--resume: runs/ holds no unfinished run of {recipe} on {name} with these "
         "settings; leave --resume out to start one"
     )
+
+
+def _longer(asked: Settings, folder: RunFolder) -> str:
+    """The remedy for more epochs than a finished run has."""
+    more = asked.train.epochs - folder.settings().train.epochs
+    if more <= 0 or folder.result() is None:
+        return ""
+    words = printable(shlex.join(["mocokit", "pretrain", "--extend", str(more), str(folder.path)]))
+    return f"; a finished run is lengthened by: {words}"
 
 
 def _named_folder(out: str | Path, resume: bool) -> RunFolder:
@@ -181,7 +204,7 @@ def open_run(
     """Decide and build; write nothing. Raises UserError for what cannot be run or gone on with."""
     console = Console(world.writes)
     device = choose_device(asked.engine.device, world)
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    restarted = attempts(os.environ) != 0
     asking = RunRequest(asked, stated, splits, device, restarted)
     decision = decided_by_rank_zero(world, lambda: decide(asking, out, resume))
     folder, settings, notices = decision.folder, decision.settings, decision.notices
@@ -196,6 +219,7 @@ def open_run(
     for notice in [*notices, *build.unscored(settings, splits, device)]:
         console.note(notice)
     parts = build.build_parts(settings, effect, device)
+    extend.load_parent(settings, folder, parts.method)
     if out is None and decision.new:  # chosen some seconds ago: another may have taken it since
         folder = decided_by_rank_zero(
             world, lambda: claim_folder(settings.recipe, splits.train.name)

@@ -17,6 +17,7 @@ from mocokit.files import (
     show,
     write_text,
 )
+from mocokit.run import extend
 from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
@@ -62,6 +63,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         f"{markdown(run.splits.train.name)}, {settings.train.epochs} epochs, "
         f"{run.effect.total_steps:,} steps.",
         "",
+        *([f"{longer}.", ""] if (longer := extend.told(settings)) else []),
         *(table if result else going_on),
         *(f"{name.capitalize()}: {result[name]}." for name in JUDGED if name in result),
         "",

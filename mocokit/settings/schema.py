@@ -153,6 +153,10 @@ class Train(Section):
     micro_batch: Positive | None = incidental(
         None, "do a step in pieces of about this many images, to save memory"
     )
+    parent: str | None = incidental(None, "the run folder that this run lengthens (--extend)")
+    parent_weights: str | None = setting(
+        None, "hash of the parent's last weights, queue and key encoder, from which this run starts"
+    )
 
 
 class Engine(Section):
