@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mocokit.errors import MocokitError, UserError
+from mocokit.errors import MocokitError, UserError, printable as printable
 
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _LARGEST = 2**25 - 2**16  # bytes; glibc's own limit is 32 MiB with what it adds to a block
@@ -181,10 +181,10 @@ def cache_folder() -> Path:
         ) from None
 
 
-def printable(text: str) -> str:
-    """Text that somebody else wrote, on one line and without a terminal's control characters."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+def brief(text: str, most: int = 100) -> str:
+    """Text that somebody else wrote, `printable` and not longer than a message can bear."""
+    shown = printable(text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def show(path: str | Path) -> str:
@@ -195,4 +195,4 @@ def show(path: str | Path) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one short line: without the path that the caller names itself."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return " ".join(str(text).split())[:120]
+    return printable(" ".join(str(text)[:1000].split())[:120]) or type(error).__name__

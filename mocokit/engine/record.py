@@ -148,7 +148,7 @@ class Console:
         self.terminal = Terminal(file=sys.stderr, soft_wrap=True, highlight=False, quiet=not on)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.terminal.print(Text(text, style=style or ""))
+        self.terminal.print(Text(printable(text), style=style or ""))
 
     def note(self, text: str) -> None:
         """Print what a user should know, though nothing stops for it."""

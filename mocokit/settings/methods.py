@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, model_validator
 
 from mocokit.errors import UserError
+from mocokit.files import reason_of
+from mocokit.settings import reading
 from mocokit.settings.section import Positive, Section, incidental, setting
 
 
@@ -214,7 +216,8 @@ def read_method(value: Any) -> Any:
     name = value.get("name", "moco")
     if not isinstance(name, str) or (name not in BUILT_IN and ":" not in name):
         raise ValueError(
-            f".name = {name!r} is no method; use {', '.join(BUILT_IN)}, or module:Class of your own"
+            f".name = {reading.shown(name)} is no method; use {', '.join(BUILT_IN)}, or "
+            "module:Class of your own"
         )
     return settings_class(name).model_validate({**value, "name": name})
 
@@ -269,4 +272,4 @@ def _imported(name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"method {name} cannot be imported: {error}") from None
+        raise UserError(f"method {name} cannot be imported: {reason_of(error)}") from None
