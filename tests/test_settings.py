@@ -55,7 +55,7 @@ def test_any_value_survives_the_file(temperature, queue, symmetric, micro):
         ({"views.crop_area": [0.5, 0.1]}, r"crop_area must be two numbers, 0 < low <= high"),
         ({"views.crop_area": [0.5, 2.0]}, r"crop_area cannot exceed 1"),
         ({"views.resize": 100}, r"resize cannot be smaller than size"),
-        ({"views.std": [0, 1, 1]}, r"std must be positive"),
+        ({"views.std": [0, 1, 1]}, r"views.std = 0: input should be greater than or equal"),
         ({"optim.drops": [0.8, 0.6]}, r"drops must be rising"),
         ({"data.workers": -1}, r"data.workers = -1: input should be greater than or equal to 0$"),
         ({"engine.compile": "maybe"}, r"engine.compile = 'maybe'"),

@@ -30,6 +30,7 @@ from mocokit.errors import UserError
 from mocokit.evaluate.voc_results import Detected, DetectionReport
 from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
+from mocokit.protocols.limits import check_numbers
 from mocokit.weights.resolve import Opened, open_model
 
 
@@ -62,8 +63,8 @@ def evaluate_voc(
 
     `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
-    if trials < 1 or every < 0 or pictures < 0:
-        raise UserError("trials are counted from 1; every and pictures from 0")
+    check_numbers(trials=trials, every=every, pictures=pictures, seed=seed, batch_size=batch_size)
+    check_numbers(steps=steps if iterations is None else iterations, batch_size=ims_per_step)
     if split not in get_args(Split):
         raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
     sizes = {"steps": steps, "batch_size": batch_size}

@@ -36,6 +36,10 @@ class MethodSettings(Section):
         if predictor:
             raise ValueError(f"net.predictor must be false for {self.name}, which has none")
 
+    def table_bytes(self, images: int, dim: int) -> int:
+        """What the method holds besides networks, such as a queue of keys."""
+        return 0
+
     def key_momentum(self, batch: int) -> float | None:
         """The momentum in effect at this batch size; None where no key encoder follows."""
         return None
@@ -92,6 +96,9 @@ class MoCoSettings(ContrastiveSettings):
 
     def check_net(self, *, predictor: bool) -> None:
         """Any net fits."""
+
+    def table_bytes(self, images: int, dim: int) -> int:
+        return 4 * self.queue_size * dim
 
     def key_momentum(self, batch: int) -> float | None:
         horizon = batch / self.momentum_batch if self.momentum_batch else 1.0
@@ -156,6 +163,9 @@ class MemoryBankSettings(ContrastiveSettings):
         if self.loss == "nce" and self.chunk is not None:
             raise ValueError("chunk must be null for loss nce, whose negatives are each image's")
         return self
+
+    def table_bytes(self, images: int, dim: int) -> int:
+        return 4 * images * dim
 
     def fit(
         self, images: int, batch: int, dim: int, stated: Collection[str], notices: list[str]

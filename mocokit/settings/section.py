@@ -5,24 +5,35 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, field_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MOST = 10**9  # no number is larger, save a seed; where memory or time depends on one, it is less
+
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Shares = Share | tuple[Share, Share]  # of both views, or of the first and of the second
 Drawn = Annotated[int, Field(ge=1, le=3)]
 Magnitude = Annotated[float, Field(ge=0, le=10)]
-Spread = Annotated[float, Field(ge=0)]
+Spread = Annotated[float, Field(ge=0, le=10)]
+Factor = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting that belongs to a run's identity."""
-    return Field(default=default, description=meaning, **limits)
+    return Field(default=default, description=meaning, **_bounded(default, limits))
 
 
 def incidental(default: Any, meaning: str, **limits: Any) -> Any:
     """A setting that changes no training number: device, paths, logging, saving."""
     extra: dict[str, Any] = {"incidental": True}
+    limits = _bounded(default, limits)
     return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def _bounded(default: Any, limits: dict[str, Any]) -> dict[str, Any]:
+    """The limits of a number, with MOST where no upper one is stated."""
+    number = isinstance(default, (int, float)) and not isinstance(default, bool)
+    literal = number and not limits  # Literal[0, 1] states its values itself
+    return limits if not number or literal or {"le", "lt"} & set(limits) else {**limits, "le": MOST}
 
 
 class Section(BaseModel):
