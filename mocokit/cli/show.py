@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from mocokit import published, recipes
 from mocokit.cli import tables
 from mocokit.errors import UserError
+from mocokit.files import printable
 from mocokit.recipes.derive import parent
 from mocokit.recipes.story import GROUPS, LINES, story
 from mocokit.settings import LABELS, reading, sizes
@@ -74,7 +75,7 @@ def pretrain(asked: Settings, stated: frozenset[str], everything: bool) -> str:
     lines += tables.wrapped(
         ["`--set SECTION.NAME=VALUE` changes a setting; `--show-all` prints all of them."], width
     )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def recipe_list() -> str:
@@ -264,7 +265,7 @@ def _every_setting(shown: Shown) -> str:
     lines += reading.to_text({"resolved": follows}).splitlines()
     lines += ["", "# Augmentation of both views, in order"]
     lines += _comment(tables.three_columns(_augmentation(shown), 96, indent=2))
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _yaml(section: BaseModel, indent: str = "") -> list[str]:
@@ -284,7 +285,7 @@ def _yaml(section: BaseModel, indent: str = "") -> list[str]:
             {name: plain[name]},
             default_flow_style=None if flow else False,
             width=10**6,
-            allow_unicode=True,
+            allow_unicode=str(plain[name]).isprintable(),
         )
         lines += [f"{indent}{line}" for line in dumped.splitlines()]
     return lines

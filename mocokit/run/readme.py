@@ -8,7 +8,7 @@ from typing import Any
 
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import clock, read_metrics
-from mocokit.files import write_text
+from mocokit.files import printable, write_text
 from mocokit.run.state import RunState
 
 HEADING = "## Evaluations"
@@ -80,7 +80,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         "| evaluations.jsonl | the results of `mocokit evaluate`, if there are any |",
         "",
     ]
-    return "\n".join(lines) + section(run.folder)
+    return "\n".join(map(printable, lines)) + section(run.folder)
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:
@@ -104,10 +104,14 @@ def section(folder: RunFolder) -> str:
             "",
             f"{record['protocol']}. {clock(record['seconds'])} on {record['hardware']}.",
             *(f"Note: {note}." for note in record["notes"]),
-            *(f"\n![{Path(path).stem}]({path})" for path in record.get("pictures", ())),
+            *(part for path in record.get("pictures", ()) for part in ("", _picture(path))),
             "",
         ]
-    return "\n".join(["", HEADING, "", *lines]) if lines else ""
+    return "\n".join(["", HEADING, "", *map(printable, lines)]) if lines else ""
+
+
+def _picture(path: str) -> str:
+    return f"![{Path(path).stem}]({path})"
 
 
 def _table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

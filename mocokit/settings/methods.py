@@ -7,9 +7,9 @@ package names itself as `module:Class` and brings its own class of settings (doc
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mocokit.errors import UserError
 from mocokit.files import reason_of
@@ -53,6 +53,8 @@ class MethodSettings(Section):
         """
         return {}
 
+
+Negatives = Annotated[int, Field(ge=1, le=2**20)]  # drawn anew in every step
 
 # Their classes: methods/losses.py. A test holds that both name the same.
 LossName = Literal["info_nce", "dcl", "dclw", "align_uniform", "dual_temperature"]
@@ -151,7 +153,7 @@ class MemoryBankSettings(ContrastiveSettings):
     loss: LossName | Literal["nce"] = setting(  # type: ignore[assignment]
         "info_nce", "the loss between queries, keys and negatives; nce: InstDisc's"
     )
-    bank_negatives: Positive | None = setting(
+    bank_negatives: Negatives | None = setting(
         None, "entries drawn as negatives; null compares with all of the bank"
     )
     bank_momentum: float = setting(0.5, "share of the old in a new entry", ge=0, le=1)
