@@ -232,6 +232,31 @@ def test_no_value_of_set_makes_more_than_a_sentence(name):
         assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("laughs 9", "holds over 20,000 values"),
+        ("laughs of maps", "holds over 20,000 values"),
+        ("many values", "holds over 20,000 values"),
+        ("many keys", "holds over 20,000 values"),
+        ("deep flow", "is nested over 16 deep"),
+        ("deep block", "is nested over 16 deep"),
+        ("longer than all", "is no settings: it has 262,147 characters"),
+        ("python", "has a tag, tag:yaml.org,2002:python/object/apply:os.system; write plain"),
+        ("float", "has a tag, tag:yaml.org,2002:float; write plain values, without tags"),
+        ("binary", "has a tag"),
+        ("map of a text", "has a tag"),
+        ("many documents", "holds several YAML documents; keep one"),
+        ("twice inside", "states lr twice; keep one"),
+        ("key is a list", "has a key that is no text"),
+        ("holds itself", "repeats x, which is not stated before"),
+    ],
+)
+def test_the_sentence_names_the_bound(name, sentence):
+    with pytest.raises(UserError, match=sentence):
+        reading.from_text(BOMBS[name], "mine.yaml")
+
+
 def test_an_alias_and_a_byte_order_mark_are_read(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xef\xbb\xbfviews: {crop_area: &a [0.5, 1.0], blur_sigma: *a}\n")

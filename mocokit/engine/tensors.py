@@ -125,10 +125,8 @@ def _check_archive(file: IO[bytes], size: int) -> None:
         raise _Refused(f"its list of entries takes {length:,} bytes")
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-        raise _Refused("it is compressed, as torch writes no file")
     if any(entry.compress_size != entry.file_size for entry in entries):
-        raise _Refused("its entries have two sizes")
+        raise _Refused("it is compressed, as torch writes no file")
     if sum(entry.file_size for entry in entries) > size:
         raise _Refused("its entries are larger than the file")
     if any(e.file_size > STRUCTURE for e in entries if e.filename.endswith(".pkl")):
@@ -186,7 +184,7 @@ def _check_plain(tree: Any, size: int) -> None:
         elif type(value).__name__ in _CONTAINERS and isinstance(value, (dict, list, tuple)):
             if depth > DEEPEST:
                 raise _Refused(f"it is nested over {DEEPEST} deep")
-            if count + len(value) > MOST:  # before they are listed
+            if count + len(waiting) + len(value) > MOST:  # before they are listed
                 raise _Refused(f"it holds over {MOST:,} values")
             if isinstance(value, Mapping):
                 room -= sum(map(_length_of, value))
@@ -194,8 +192,6 @@ def _check_plain(tree: Any, size: int) -> None:
             waiting += [(branch, depth + 1) for branch in value]
         else:
             room -= _length_of(value)
-        if count + len(waiting) > MOST:
-            raise _Refused(f"it holds over {MOST:,} values")
         if room < 0:
             raise _Refused("what it refers to is far larger than the file")
 
@@ -218,10 +214,7 @@ def _bytes_of(tensor: Tensor) -> int:
         raise _Refused("it holds a tensor that is sparse, nested or without content")
     if tensor.dtype not in _DTYPES or tensor.is_conj() or tensor.is_neg():
         raise _Refused(f"it holds a tensor of another kind of numbers, {tensor.dtype}")
-    span = tensor.numel() * tensor.element_size()
-    if span > tensor.untyped_storage().nbytes():
-        raise _Refused("it holds a tensor that repeats its values, larger than what is stored")
-    return span
+    return tensor.numel() * tensor.element_size()
 
 
 def _length_of(value: Any) -> int:
