@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mocokit.errors import MocokitError, UserError
+from mocokit.errors import MocokitError, UserError, printable as printable
 
 # What Markdown reads as markup, with GitHub's links and formulas. Inside a word "_" is text.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~#&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
@@ -297,10 +297,10 @@ def cache_folder() -> Path:
         ) from None
 
 
-def printable(text: str) -> str:
-    """Text that somebody else wrote, on one line and without a terminal's control characters."""
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+def brief(text: str, most: int = 100) -> str:
+    """Text that somebody else wrote, `printable` and not longer than a message can bear."""
+    shown = printable(text[: most + 1])
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
 
 
 def markdown(text: str) -> str:
@@ -327,7 +327,7 @@ def shell_word(text: str | Path) -> str:
 def reason_of(error: BaseException) -> str:
     """Why something failed, in one short line: without the path that the caller names itself."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return " ".join(str(text).split())[:120]
+    return printable(" ".join(str(text)[:1000].split())[:120]) or type(error).__name__
 
 
 class Unheard:

@@ -24,9 +24,10 @@ from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.methods.method import Method, Output, Step
 from mocokit.run import build, command, messages, recording
+from mocokit.run.begin import begun, calibrate_on_first_group
 from mocokit.run.diagnosis import diagnose
 from mocokit.run.extend import lengthened
-from mocokit.run.open import begun, calibrate_on_first_group, open_run
+from mocokit.run.open import open_run
 from mocokit.run.state import RunState
 from mocokit.settings import methods
 from mocokit.transfer import to_device

@@ -10,7 +10,8 @@ from mocokit.data.open import open_data
 from mocokit.engine.stop import StopSignals
 from mocokit.engine.world import World
 from mocokit.run import build
-from mocokit.run.open import begun, open_run
+from mocokit.run.begin import begun
+from mocokit.run.open import open_run
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
 from mocokit.train import train

@@ -30,8 +30,8 @@ from mocokit.methods.pieces import GroupPlan
 from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import set_groups
 from mocokit.run import build, open as open_
+from mocokit.run.begin import begun
 from mocokit.run.build import settle
-from mocokit.run.open import begun
 from mocokit.settings import get, methods
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
@@ -49,7 +49,7 @@ def small(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_scores(monkeypatch):
     monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
-    monkeypatch.setattr("mocokit.run.open.contact_sheet", lambda *rest: None)
+    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest: None)
 
 
 def lines(built):

@@ -102,7 +102,7 @@ def test_python_dash_m_is_the_same():
         (["none.yaml"], "cannot read none.yaml"),
         (["x" * 300], "there is neither a recipe nor"),
         (["mocov2", "x" * 300], "there is no file or folder"),
-        (["demo", "--set", "seed=2024-13-45"], "is not a YAML value"),
+        (["demo", "--set", "seed=2024-13-45"], "seed = '2024-13-45'"),
         (["demo", "--set", "train=5"], "train is a section"),
         (["demo", "--set", "recipe=../../x"], "recipe is a name, not a setting"),
         (["demo", "--seed", "1", "--set", "seed=2"], "seed is stated twice"),

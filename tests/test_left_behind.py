@@ -22,8 +22,8 @@ from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.evaluate.session import Session
 from mocokit.health.bn_leak import contrast_by_grouping
 from mocokit.methods.method import KeyGroups
+from mocokit.run.begin import begun
 from mocokit.run.diagnosis import diagnose, upcoming
-from mocokit.run.open import begun
 from mocokit.settings import methods
 from mocokit.weights.encoder import build_encoder
 from mocokit.weights.subject import weights_hash

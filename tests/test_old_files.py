@@ -40,8 +40,9 @@ def save_anew(old: Path, new: Path) -> None:
     from mocokit.data.open import open_data
     from mocokit.engine.folder import RunFolder
     from mocokit.engine.runtime import joined_world
+    from mocokit.run.begin import begun
     from mocokit.run.command import asked as settle
-    from mocokit.run.open import begun, open_run
+    from mocokit.run.open import open_run
 
     asked, stated = settle(str(old / "config.yaml"), None, {})
     splits = open_data(asked.data.path, asked.data.labels, asked.data.root)

@@ -295,7 +295,7 @@ def test_v2_plus_is_megviis(path, value):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method.queue_size": None}, "setting: method.queue_size = None: .*integer"),
+        ({"method.queue_size": None}, "setting: method.queue_size = null: .*integer"),
         ({"method.loss": "nce"}, "setting: method.loss = 'nce': input should be 'info_nce'"),
         (
             {"method.name": "memorybank", "method.loss": "nce"},

@@ -189,7 +189,7 @@ def test_threads_are_a_runs_identity_and_other_instructions_are_told(
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     here = runtime.instruction_set(torch.device("cpu"))
     assert state["instruction_set"] == here and here
-    monkeypatch.setattr("mocokit.run.open.instruction_set", lambda device: "VSX")
+    monkeypatch.setattr("mocokit.run.begin.instruction_set", lambda device: "VSX")
     run("auto")  # which goes on with what the run has
     told = f"computed with {here}, and this machine has VSX"
     assert told in capsys.readouterr().err.replace("\n", " ")

@@ -444,7 +444,7 @@ def small(tmp_path_factory):
 def no_scores(monkeypatch):
     """Neither scores nor the sheet of views matter here, and both take time."""
     monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
-    monkeypatch.setattr("mocokit.run.open.contact_sheet", lambda *rest: None)
+    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest: None)
 
 
 def paths():

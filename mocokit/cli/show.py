@@ -12,15 +12,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import BaseModel
 
 from mocokit import published, recipes
 from mocokit.cli import tables
 from mocokit.errors import UserError
+from mocokit.files import printable
 from mocokit.recipes.derive import parent
 from mocokit.recipes.story import GROUPS, LINES, story
-from mocokit.settings import LABELS, sizes
+from mocokit.settings import LABELS, reading, sizes
 from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec, describe
 
@@ -75,7 +75,7 @@ def pretrain(asked: Settings, stated: frozenset[str], everything: bool) -> str:
     lines += tables.wrapped(
         ["`--set SECTION.NAME=VALUE` changes a setting; `--show-all` prints all of them."], width
     )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def recipe_list() -> str:
@@ -263,10 +263,10 @@ def _every_setting(shown: Shown) -> str:
         follows = {k: v for k, v in follows.items() if k not in UNKNOWN}
     follows |= shown.machine or {}
     lines += ["", "# What follows from the settings above, here; never read back"]
-    lines += yaml.safe_dump({"resolved": follows}, sort_keys=False).splitlines()
+    lines += reading.to_text({"resolved": follows}).splitlines()
     lines += ["", "# Augmentation of both views, in order"]
     lines += _comment(tables.three_columns(_augmentation(shown), 96, indent=2))
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _yaml(section: BaseModel, indent: str = "") -> list[str]:
@@ -282,10 +282,12 @@ def _yaml(section: BaseModel, indent: str = "") -> list[str]:
         meaning = textwrap.wrap(described.get(name) or "", 98 - len(indent))
         lines += [f"{indent}# {line}" for line in meaning]
         flow = isinstance(plain[name], (list, dict))
-        dumped: str = yaml.safe_dump(
-            {name: plain[name]}, default_flow_style=None if flow else False, width=10**6,
-            allow_unicode=True,
-        )  # fmt: skip
+        dumped = reading.to_text(
+            {name: plain[name]},
+            default_flow_style=None if flow else False,
+            width=10**6,
+            allow_unicode=str(plain[name]).isprintable(),
+        )
         lines += [f"{indent}{line}" for line in dumped.splitlines()]
     return lines
 

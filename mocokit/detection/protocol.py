@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mocokit.errors import UserError
 
@@ -32,7 +32,8 @@ ALIASES = OLD_NAMES | DETECTRON2_NAMES
 class Plan(BaseModel):
     """The defaults are the authors' 24k configuration on detectron2's defaults."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # strict: true is no number, and a text none either.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     steps: int = Field(STEPS["07+12"], ge=0, description="optimiser steps (SOLVER.MAX_ITER)")
     batch_size: Count = Field(BATCH_SIZE, description="images per step (SOLVER.IMS_PER_BATCH)")
@@ -79,6 +80,11 @@ class Plan(BaseModel):
         200, ge=0, description="batches for precise statistics before a test; 0: none"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         rate = self.lr * self.drop_factor ** sum(step >= drop for drop in self.drop_steps)
@@ -115,12 +121,12 @@ def plan_for(
     stated = renamed(settings or {})
     images = stated.get("batch_size", batch_size)
     images = BATCH_SIZE if images is None else images
-    if not isinstance(images, int) or images < 1:
+    if type(images) is not int or images < 1:  # True is one of Python's ints
         raise UserError(f"batch_size {images!r} must be a number of images, at least 1")
     steps = stated.get("steps", steps)
     if steps is None:
         steps = round(STEPS[split] * BATCH_SIZE / images)
-    if not isinstance(steps, int) or steps < 0:
+    if type(steps) is not int or steps < 0:
         raise UserError(f"steps {steps!r} must be a number of steps, at least 0")
     warmup = round(100 * BATCH_SIZE / images)
     values: dict[str, Any] = {

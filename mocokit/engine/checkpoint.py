@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from mocokit.engine.tensors import from_torch
 from mocokit.errors import MocokitError, UserError
 from mocokit.files import reason_of, show, whole, writing
 
@@ -186,21 +187,17 @@ def steps(folder: Path) -> list[int]:
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint. Raises UserError where it is damaged, or would need unpickling of code."""
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint at {path}") from None
-    except Exception as error:
-        # What torch says after its first sentence is advice to load it all the same.
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as tensors ({reason}); a file that needs full unpickling could "
-            "run any code, so it is refused"
-        ) from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of mocokit")
-    if state.pop("checksum", None) != digest(state):
-        raise UserError(f"{path} is damaged: its content is not what its checksum says")
+    return checked(from_torch(path, device), path)
+
+
+def checked(content: Any, path: Path) -> dict[str, Any]:
+    """The state that a file's content is, if it is a whole checkpoint. Raises UserError."""
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    if not known or type(content.get("step")) is not int:
+        raise UserError(f"{show(path)} is not a checkpoint of this version of mocokit")
+    state = {name: value for name, value in content.items() if name != "checksum"}
+    if content.get("checksum") != digest(state):
+        raise UserError(f"{show(path)} is damaged: its content is not what its checksum says")
     return state
 
 

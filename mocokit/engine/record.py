@@ -147,10 +147,10 @@ class StatusLine:
     def show(self, line: str, last: bool = False) -> None:
         """Redraw the line; `last` shows it even if the line before is recent."""
         if self._live:
-            self._live.update(Text(line))
+            self._live.update(Text(printable(line)))
         elif last or time.monotonic() - self._last >= PLAIN_SECONDS:
             self._last = time.monotonic()
-            self._terminal.print(Text(line))
+            self._terminal.print(Text(printable(line)))
 
     def close(self) -> None:
         if self._live:
@@ -202,7 +202,7 @@ class Console:
         self.terminal = Terminal(file=heard, soft_wrap=True, highlight=False, quiet=not on)
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.terminal.print(Text(text, style=style or ""))
+        self.terminal.print(Text(printable(text), style=style or ""))
 
     def note(self, text: str) -> None:
         """Print what a user should know, though nothing stops for it."""
@@ -210,7 +210,7 @@ class Console:
 
     def table(self, title: str, columns: list[str], rows: Sequence[tuple[str, ...]]) -> None:
         """Print a small table; all columns but the first are aligned right."""
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=Text(printable(title)), title_justify="left", title_style="bold")
         for number, name in enumerate(columns):
             table.add_column(Text(printable(name)), justify="left" if number == 0 else "right")
         for row in rows:
@@ -225,9 +225,10 @@ class Console:
         Without a terminal, a line every ten seconds.
         """
         if self.terminal.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            text = TextColumn("{task.description}", markup=False)
+            columns = (text, BarColumn(), MofNCompleteColumn())
             with Bar(*columns, TimeRemainingColumn(), console=self.terminal) as bar:
-                task = bar.add_task(done, total=total)
+                task = bar.add_task(printable(done), total=total)
                 yield lambda count: bar.advance(task, count)
             return
         said, count = time.monotonic(), 0

@@ -24,6 +24,7 @@ from mocokit.protocols.defaults import (
     TrainViews,
 )
 from mocokit.protocols.knn import knn_grid_of, suited
+from mocokit.protocols.limits import check_numbers
 from mocokit.protocols.table import CENTRE, Transform
 
 
@@ -56,10 +57,7 @@ def evaluate_knn(
     features for the next time. `per_class` and `confusion` print more, `json` names a file for the
     result. Raises UserError.
     """
-    if k and min(k) < 1:
-        raise UserError(f"k = {list(k)}: neighbours are counted from 1")
-    if not temperature or min(temperature) <= 0:
-        raise UserError(f"temperature = {list(temperature)}: it must be positive")
+    check_numbers(k=k or None, temperature=temperature)
     options = Options(
         data=data, layer=layer, device=device, precision=precision, size=size,
         resize=resize, seed=seed, baseline=baseline, cache=cache, per_class=per_class,
@@ -140,6 +138,7 @@ def evaluate_linear(
     train_views belongs to `quick`: `crops` as in the paper, or `centre` as in the test. Raises
     UserError, and NonFiniteLoss if the probe diverges.
     """
+    check_numbers(epochs=epochs, lr=lr)
     if train_views not in ("crops", "centre"):
         raise UserError(f"unknown train_views {train_views!r}; use crops or centre")
     if protocol == "paper" and train_views != "crops":
@@ -148,8 +147,6 @@ def evaluate_linear(
         raise UserError(f"unknown protocol {protocol!r}; use paper or quick")
     if protocol == "quick" and (epochs, lr) != (Linear.epochs, Linear.lr):
         raise UserError("--epochs and --lr belong to --protocol paper; quick sets its own step")
-    if epochs < 1 or lr <= 0:
-        raise UserError(f"epochs {epochs} and lr {lr:g} must be positive")
     options = Options(
         data=data, layer=layer, device=device, precision=precision, size=size,
         resize=resize, seed=seed, baseline=baseline, cache=cache, per_class=per_class,
@@ -215,10 +212,7 @@ def evaluate_finetune(
     The other arguments are those of `evaluate_knn`, without `layer` and `cache`. Raises UserError,
     and NonFiniteLoss if training diverges.
     """
-    if not percent or min(percent) <= 0 or max(percent) > 100:
-        raise UserError(f"percent = {list(percent)}: shares of labels lie above 0, up to 100")
-    if epochs < 1 or lr <= 0 or not 0 < layer_decay <= 1:
-        raise UserError("epochs and lr must be positive, layer_decay above 0 and at most 1")
+    check_numbers(percent=percent, epochs=epochs, lr=lr, layer_decay=layer_decay)
     if precision == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")
     options = Options(

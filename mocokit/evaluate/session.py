@@ -28,6 +28,7 @@ from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import Layer, Precision, Shared
 from mocokit.protocols.labelled import LabelledSplit, check_classes, labelled_split
+from mocokit.protocols.limits import check_numbers
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.states import States
@@ -52,6 +53,7 @@ class Options(Shared):
     json: str | Path | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(size=self.size, resize=self.resize, seed=self.seed)
         for name, allowed in (("layer", get_args(Layer)), ("precision", get_args(Precision))):
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"unknown {name} {value!r}; use {', '.join(allowed)}")

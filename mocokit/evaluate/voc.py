@@ -31,6 +31,7 @@ from mocokit.evaluate.results import check_writable
 from mocokit.evaluate.voc_results import Detected, DetectionReport
 from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
+from mocokit.protocols.limits import check_numbers
 from mocokit.weights.resolve import Opened, open_model
 
 
@@ -63,7 +64,10 @@ def evaluate_voc(
 
     `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
-    _check(split, trials, every, pictures)
+    check_numbers(trials=trials, every=every, pictures=pictures, seed=seed, batch_size=batch_size)
+    check_numbers(steps=steps if iterations is None else iterations, batch_size=ims_per_step)
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
     if json is not None:
         check_writable(json)
     sizes = {"steps": steps, "batch_size": batch_size}
@@ -113,13 +117,6 @@ def evaluate_voc(
                     f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
                 ) from None
     return report.finish(results, time.perf_counter() - started, console, json)
-
-
-def _check(split: str, trials: int, every: int, pictures: int) -> None:
-    if trials < 1 or every < 0 or pictures < 0:
-        raise UserError("trials are counted from 1; every and pictures from 0")
-    if split not in get_args(Split):
-        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
 
 
 def _precision(asked: str, device: torch.device) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from mocokit.data.loader import Loader
 from mocokit.data.source import Source, Splits
 from mocokit.engine.due import Due
+from mocokit.engine.hardware import room_for
 from mocokit.engine.optim import Schedule, build_optimizer
 from mocokit.engine.runtime import (
     autocast,
@@ -265,7 +266,9 @@ def build_method(settings: Settings, effect: Resolved) -> Method:
         predictor=partial(_predictor, settings, encoder.num_features),
         micro_batch=settings.train.micro_batch,
     )
-    method = method_class(settings.method).build(settings.method, context)
+    table = settings.method.table_bytes(effect.images, settings.net.dim)
+    with room_for(f"method {settings.method.name}, by its sizes and net.dim,", table):
+        method = method_class(settings.method).build(settings.method, context)
     _check(method, settings.method.name)
     use_groups(method, settings.method.group_size)  # what it made itself, such as a predictor
     if settings.method.batch_norm == "whole":

@@ -98,7 +98,7 @@ def text(run: RunState, result: Mapping[str, Any]) -> str:
         "| evaluations.jsonl | the results of `mocokit evaluate`, if there are any |",
         "",
     ]
-    return "\n".join(lines) + section(run.folder)
+    return "\n".join(map(printable, lines)) + section(run.folder)
 
 
 def append(folder: RunFolder, record: Mapping[str, Any]) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mocokit.errors import UserError
-from mocokit.settings import legacy
+from mocokit.files import brief, printable
+from mocokit.settings import legacy, reading
 from mocokit.settings.methods import BUILT_IN, MethodSettings, read_method, settings_class
 from mocokit.settings.schema import Settings
 
@@ -62,6 +62,7 @@ def replace(settings: Settings, changes: Mapping[str, Any], origin: str = "setti
         if any(name.startswith(f"{path}.") for name in known):
             raise UserError(f"{origin} {path} is a section; name one of its settings, {path}.…=…")
         if path not in known:
+            path = brief(path)
             raise UserError(f"{origin} {path} does not exist{_hint(path, known, method)}")
         *sections, name = path.split(".")
         branch = tree
@@ -107,16 +108,19 @@ def _takes(method: type[MethodSettings], name: str, value: Any) -> bool:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """["a.b=value", ...] as {dotted path: value}; the value is read as YAML."""
-    changes = {}
+    """["a.b=value", ...] as {dotted path: value}, read by the rule of settings/reading.py.
+
+    Of a path that is assigned twice, the last value holds. Raises UserError.
+    """
+    changes: dict[str, Any] = {}
     for text in assignments:
         path, equals, value = text.partition("=")
-        if not equals or not path.strip():
-            raise UserError(f"--set takes path=value, as in method.temperature=0.1, not {text!r}")
-        try:
-            changes[path.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            raise UserError(f"--set {path}: {value!r} is not a YAML value") from None
+        path = path.strip()
+        if not equals or not path:
+            raise UserError(
+                f"--set takes path=value, as in method.temperature=0.1, not {brief(text)!r}"
+            )
+        changes[path] = reading.assigned(value, f"--set {brief(path)}: {brief(value.strip())}")
     return changes
 
 
@@ -145,38 +149,37 @@ def is_incidental(field: FieldInfo) -> bool:
 def to_yaml(settings: Settings, resolved: Mapping[str, Any] | None = None) -> str:
     """Every setting as YAML; `resolved` adds values in effect, for reading only."""
     tree = settings.model_dump(mode="json")
-    text: str = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
+    text = reading.to_text(tree, default_flow_style=None, width=100)
     if resolved:
         text += "# What follows from the settings above; never read back.\n"
-        text += yaml.safe_dump({"resolved": dict(resolved)}, sort_keys=False)
+        text += reading.to_text({"resolved": dict(resolved)})
     return text
 
 
 def from_yaml(text: str, origin: str = "config.yaml") -> Settings:
     """Settings from YAML text; what is missing takes its default, `resolved` is ignored."""
-    try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{origin} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{origin} must hold settings by name, such as `train: {{epochs: 100}}`")
-    tree.pop("resolved", None)
-    return _validate(legacy.upgrade(tree), origin)
+    return _settings_of(reading.from_text(text, origin), origin)
 
 
 def load(path: Path) -> Settings:
     """Settings of a YAML file."""
-    try:
-        return from_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+    return _settings_of(reading.from_file(path), str(path))
 
 
 def stated_in(path: Path) -> set[str]:
     """Dotted paths of the settings that a YAML file states."""
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {name for name, _ in fields(load(path))}
+    tree = reading.from_file(path)
+    known = {name for name, _ in fields(_settings_of(tree, str(path)))}
     return known & set(_paths(tree, ""))
+
+
+def _settings_of(tree: Any, origin: str) -> Settings:
+    if not isinstance(tree, dict):
+        raise UserError(
+            f"{printable(origin)} must hold settings by name, such as `train: {{epochs: 100}}`"
+        )
+    stated = {name: value for name, value in tree.items() if name != "resolved"}
+    return _validate(legacy.upgrade(stated), printable(origin))
 
 
 def _paths(tree: Any, prefix: str) -> Iterator[str]:
@@ -208,6 +211,14 @@ def _method_of(section: Any, origin: str) -> MethodSettings:
     return found
 
 
+# pydantic's words that lack a remedy.
+_REMEDY = {
+    "string_type": 'must be text; put it into quotes, as in "2024"',
+    "tuple_type": "must be a list, as in [0.2, 1.0]",
+    "bool_type": "must be true or false",
+}
+
+
 def _sentence(
     error: ValidationError,
     origin: str,
@@ -215,24 +226,24 @@ def _sentence(
     method: type[MethodSettings] = BUILT_IN["moco"],
 ) -> str:
     """The first problem in one sentence, with the number of others; paths are dotted and full."""
-    errors = error.errors()
+    errors = error.errors(include_url=False)
     known = _paths_with(Settings(), method)
 
     def named(path: str) -> str:  # pydantic adds which member of a union it tried
         return max((name for name in known if path.startswith(name)), key=len, default=path)
 
-    paths = [".".join(str(part) for part in (*section, *one["loc"])) for one in errors]
+    paths = [brief(".".join(str(part) for part in (*section, *one["loc"]))) for one in errors]
     first, path = errors[0], paths[0]
     if first["type"] == "extra_forbidden":
         text = f"{origin}: {path} does not exist{_did_you_mean(path, known)}"
     else:
-        reason = first["msg"].removeprefix("Value error, ")
-        if isinstance(first["input"], (dict, BaseModel)):
+        reason = _REMEDY.get(first["type"], first["msg"].removeprefix("Value error, "))
+        if first["type"] == "value_error" and isinstance(first["input"], (dict, BaseModel)):
             # A check of a whole section, which begins with a setting's name in that section.
             text = f"{origin}: " + ".".join(part for part in (path, reason) if part)
         else:
             reason = reason[:1].lower() + reason[1:]
-            text = f"{origin}: {named(path)} = {first['input']!r}: {reason}"
+            text = f"{origin}: {named(path)} = {reading.shown(first['input'])}: {reason}"
     others = len({named(path) for path in paths}) - 1
     return text + (f" (and {others} more)" if others else "")
 

@@ -7,11 +7,13 @@ package names itself as `module:Class` and brings its own class of settings (doc
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mocokit.errors import UserError
+from mocokit.files import reason_of
+from mocokit.settings import reading
 from mocokit.settings.section import Positive, Section, incidental, setting
 
 
@@ -34,6 +36,10 @@ class MethodSettings(Section):
         if predictor:
             raise ValueError(f"net.predictor must be false for {self.name}, which has none")
 
+    def table_bytes(self, images: int, dim: int) -> int:
+        """What the method holds besides networks, such as a queue of keys."""
+        return 0
+
     def key_momentum(self, batch: int) -> float | None:
         """The momentum in effect at this batch size; None where no key encoder follows."""
         return None
@@ -47,6 +53,8 @@ class MethodSettings(Section):
         """
         return {}
 
+
+Negatives = Annotated[int, Field(ge=1, le=2**20)]  # drawn anew in every step
 
 # Their classes: methods/losses.py. A test holds that both name the same.
 LossName = Literal["info_nce", "dcl", "dclw", "align_uniform", "dual_temperature"]
@@ -90,6 +98,9 @@ class MoCoSettings(ContrastiveSettings):
 
     def check_net(self, *, predictor: bool) -> None:
         """Any net fits."""
+
+    def table_bytes(self, images: int, dim: int) -> int:
+        return 4 * self.queue_size * dim
 
     def key_momentum(self, batch: int) -> float | None:
         horizon = batch / self.momentum_batch if self.momentum_batch else 1.0
@@ -142,7 +153,7 @@ class MemoryBankSettings(ContrastiveSettings):
     loss: LossName | Literal["nce"] = setting(  # type: ignore[assignment]
         "info_nce", "the loss between queries, keys and negatives; nce: InstDisc's"
     )
-    bank_negatives: Positive | None = setting(
+    bank_negatives: Negatives | None = setting(
         None, "entries drawn as negatives; null compares with all of the bank"
     )
     bank_momentum: float = setting(0.5, "share of the old in a new entry", ge=0, le=1)
@@ -154,6 +165,9 @@ class MemoryBankSettings(ContrastiveSettings):
         if self.loss == "nce" and self.chunk is not None:
             raise ValueError("chunk must be null for loss nce, whose negatives are each image's")
         return self
+
+    def table_bytes(self, images: int, dim: int) -> int:
+        return 4 * images * dim
 
     def fit(
         self, images: int, batch: int, dim: int, stated: Collection[str], notices: list[str]
@@ -214,7 +228,8 @@ def read_method(value: Any) -> Any:
     name = value.get("name", "moco")
     if not isinstance(name, str) or (name not in BUILT_IN and ":" not in name):
         raise ValueError(
-            f".name = {name!r} is no method; use {', '.join(BUILT_IN)}, or module:Class of your own"
+            f".name = {reading.shown(name)} is no method; use {', '.join(BUILT_IN)}, or "
+            "module:Class of your own"
         )
     return settings_class(name).model_validate({**value, "name": name})
 
@@ -269,4 +284,4 @@ def _imported(name: str) -> Any:
     try:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"method {name} cannot be imported: {error}") from None
+        raise UserError(f"method {name} cannot be imported: {reason_of(error)}") from None

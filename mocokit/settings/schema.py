@@ -5,14 +5,14 @@ with `incidental` says where or how often something happens and never changes a 
 others are the run's identity. `auto` is settled from the device when a run starts, and stored.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from mocokit.settings.methods import MethodSettings, MoCoSettings, read_method
 from mocokit.settings.section import (
-    Count,
     Drawn,
+    Factor,
     Magnitude,
     Positive,
     Section,
@@ -23,6 +23,13 @@ from mocokit.settings.section import (
 )
 
 LARGEST_SIDE = 2**14  # pixels; a photo enlarged beyond it fills the memory
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Level = Annotated[float, Field(ge=-1e3, le=1e3)]
+Scale = Annotated[float, Field(ge=1e-6, le=1e3)]
+Sigma = Annotated[float, Field(ge=1e-3)]
+Area = Annotated[float, Field(ge=1e-6)]
 ViewOp = Literal["crop", "flip", "jitter", "grayscale", "blur", "solarize", "randaugment"]
 
 
@@ -37,7 +44,7 @@ class Data(Section):
         "auto", "auto: labels of an .npz or of train/ and val/; folders: every folder is a class"
     )
     last: Literal["drop", "keep"] = setting("drop", "what to do with an epoch's last partial batch")
-    workers: Count | Literal["auto"] = incidental(
+    workers: Workers | Literal["auto"] = incidental(
         "auto", "decoding processes of each GPU's process"
     )
     bad_share: float = incidental(
@@ -50,21 +57,21 @@ class Views(Section):
     order: tuple[ViewOp, ...] = setting(
         ("crop", "jitter", "grayscale", "blur", "flip"), "operations in the order they are applied"
     )
-    crop_area: tuple[float, float] = setting((0.2, 1.0), "share of the image's area in a crop")
-    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "width over height of a crop")
+    crop_area: tuple[Area, Area] = setting((0.2, 1.0), "share of the image's area in a crop")
+    crop_ratio: tuple[Factor, Factor] = setting((3 / 4, 4 / 3), "width over height of a crop")
     interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear", "how crops and evaluation views are resized; both antialiased, as in PIL"
     )
     jitter_probability: float = setting(0.8, "share of views with colour jitter", ge=0, le=1)
-    brightness: float = setting(0.4, "brightness factor is in [1-b, 1+b]", ge=0)
-    contrast: float = setting(0.4, "contrast factor is in [1-c, 1+c]", ge=0)
-    saturation: float = setting(0.4, "saturation factor is in [1-s, 1+s]", ge=0)
+    brightness: float = setting(0.4, "brightness factor is in [1-b, 1+b]", ge=0, le=100)
+    contrast: float = setting(0.4, "contrast factor is in [1-c, 1+c]", ge=0, le=100)
+    saturation: float = setting(0.4, "saturation factor is in [1-s, 1+s]", ge=0, le=100)
     hue: float = setting(0.1, "hue shift in turns of the colour circle is in [-h, h]", ge=0, le=0.5)
     grayscale_probability: float = setting(0.2, "share of views made gray", ge=0, le=1)
     blur_probability: Shares = setting(
         0.5, "share of views with Gaussian blur; two numbers: of first views, of second views"
     )
-    blur_sigma: tuple[float, float] = setting((0.1, 2.0), "standard deviation of the blur, pixels")
+    blur_sigma: tuple[Sigma, Sigma] = setting((0.1, 2.0), "standard deviation of the blur, pixels")
     solarize_probability: Shares = setting(
         0.0, "share of views whose bright half is inverted; two numbers: of first, of second views"
     )
@@ -74,13 +81,14 @@ class Views(Section):
         "magnitude, of 10, and its standard deviation (timm's rand-n2-m10-mstd0.5)",
     )
     flip_probability: float = setting(0.5, "share of views mirrored left to right", ge=0, le=1)
-    mean: tuple[float, float, float] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
-    std: tuple[float, float, float] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")
+    mean: tuple[Level, Level, Level] = setting((0.485, 0.456, 0.406), "RGB mean taken off")
+    std: tuple[Scale, Scale, Scale] = setting((0.229, 0.224, 0.225), "RGB deviation divided by")
     canvas: int | None = setting(
         None,
         "short side in pixels that decoded images keep at least; null: what the crops can use (a "
         "run of 0.1 has the size of its evaluation view here)",
         ge=8,
+        le=LARGEST_SIDE,
     )
 
     @model_validator(mode="after")
@@ -97,10 +105,10 @@ class Views(Section):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be two numbers, 0 < low <= high")
+        if self.blur_sigma[1] > self.size:
+            raise ValueError("blur_sigma cannot exceed size, the side of a view")
         if self.crop_area[1] > 1:
             raise ValueError("crop_area cannot exceed 1, the whole image")
-        if min(self.std) <= 0:
-            raise ValueError("std must be positive")
         return self
 
 
@@ -114,10 +122,10 @@ class Net(Section):
         "mlp", "projection head: one layer, two with a ReLU, or two with batch norm and a ReLU"
     )
     predictor: bool = setting(False, "an mlp_bn from dim to dim after the query's head alone")
-    hidden: Positive | None = setting(
+    hidden: Width | None = setting(
         None, "width of an mlp head and of the predictor; null is the backbone's"
     )
-    dim: int = setting(128, "dimensions of queries and keys", ge=2)
+    dim: int = setting(128, "dimensions of queries and keys", ge=2, le=2**16)
     calibrate_head: bool = setting(
         False, "rescale the head's layers to zero mean and unit variance on the first group"
     )
@@ -148,8 +156,8 @@ class Optim(Section):
 
 
 class Train(Section):
-    epochs: int = setting(200, "passes over the images", ge=1)
-    batch_size: int = setting(256, "images in a step, over all GPUs", ge=2)
+    epochs: int = setting(200, "passes over the images", ge=1, le=10**6)
+    batch_size: int = setting(256, "images in a step, over all GPUs", ge=2, le=2**20)
     micro_batch: Positive | None = incidental(
         None, "do a step in pieces of about this many images, to save memory"
     )
@@ -172,7 +180,7 @@ class Engine(Section):
         "auto", "replay the compiled encoders as CUDA graphs; auto: on one GPU"
     )
     deterministic: bool = setting(False, "CUDA: only deterministic kernels, for equal bits")
-    threads: Positive | Literal["auto"] = setting(
+    threads: Threads | Literal["auto"] = setting(
         "auto", "CPU threads of each process; on a CPU another number rounds differently"
     )
     compare_steps: int = incidental(

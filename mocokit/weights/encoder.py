@@ -1,8 +1,11 @@
 """The network that settings describe, with its first weights, and the views it expects."""
 
+from typing import Any
+
 import torch
 
 from mocokit.chance import Slot
+from mocokit.engine.hardware import room_for
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
@@ -12,6 +15,8 @@ from mocokit.nets.modes import evaluating
 from mocokit.settings.schema import Settings
 from mocokit.settings.sizes import scoring_side
 from mocokit.views.params import ViewSpec
+
+COPIES = 4  # of weights in training: the keys' encoder, gradients, momentum
 
 
 def view_spec(settings: Settings) -> ViewSpec:
@@ -26,7 +31,11 @@ def build_encoder(settings: Settings) -> Encoder:
     backbone = build_backbone(
         net.backbone, net.stem, settings.method.group_size, net.zero_init_last
     )
-    head = build_head(net.head, int(backbone.num_features), net.hidden, net.dim)  # type: ignore[arg-type]
+    features: Any = backbone.num_features
+    hidden = net.hidden or int(features)
+    numbers = int(features) * hidden + hidden * net.dim
+    with room_for(f"a head of net.hidden {hidden} and net.dim {net.dim}", COPIES * 4 * numbers):
+        head = build_head(net.head, int(features), net.hidden, net.dim)
     encoder = Encoder(backbone, use_groups(head, settings.method.group_size))
     try:
         with evaluating(encoder):

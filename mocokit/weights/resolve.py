@@ -7,25 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mocokit import recipes, settings as settings_
+from mocokit import recipes
 from mocokit.chance import Slot
 from mocokit.data.index import load_index
-from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
+from mocokit.files import brief, reason_of, show
 from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings import sizes
 from mocokit.settings.schema import LARGEST_SIDE, Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
-from mocokit.weights.layouts import SUFFIXES, read_resnet
+from mocokit.weights.stored import Stored, fit, read_stored
 from mocokit.weights.subject import FrozenModel, Layer
 
 RANDOM = "random"
@@ -112,9 +112,9 @@ def _subject(
             with torch.no_grad():
                 network(torch.zeros(1, 3, size, size, device=device))
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"size {size}: {name} cannot take such views ({reason[:160]}); leave --size out"
+                f"size {size}: {show(name)} cannot take such views ({reason_of(error)}); leave "
+                "--size out"
             ) from None
     width = width or int(network.num_features)  # type: ignore[arg-type]
     kind = partial(autocast, device, precision)
@@ -140,34 +140,36 @@ def _scored(spec: ViewSpec, size: int | None, resize: int | None) -> ViewSpec:
 
 
 def _open_path(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
-    if path.suffix in SUFFIXES and path.is_file():
-        return _open_foreign(path, place, layer, seed)
     folder = folder_of(path)
     if RunFolder(path).is_begun:
-        raise UserError(f"the run in {path} was killed before it began; start it again with --out")
+        raise UserError(
+            f"the run in {show(path)} was killed before it began; start it again with --out"
+        )
     if path.is_dir() and folder is None:
         raise UserError(
-            f"{path} is no run folder: it has no config.yaml; give a run folder or a file"
+            f"{show(path)} is no run folder: it has no config.yaml; give a run folder or a file"
         )
-    settings, state, step = _read(_head_file(path) if layer == "head" else path)
-    unfinished = _unfinished(settings, step, folder)
-    net = settings.net
+    head = layer == "head"
+    found = read_stored(path / "last.pt" if head and path.is_dir() else file_of(path))
+    if found.settings is None:
+        return _open_foreign(found, place, layer, seed)
+    settings, net = found.settings, found.settings.net
+    unfinished = _unfinished(settings, found.step, folder)
     architecture = f"{net.backbone} stem={net.stem} head={net.head}"
     spec = view_spec(settings)
 
     def of(encoder: Any, name: str) -> FrozenModel:
-        network, width = (encoder, net.dim) if layer == "head" else (encoder.backbone, None)
+        network, width = (encoder, net.dim) if head else (encoder.backbone, None)
         return place(name, network, spec, architecture, layer, width)
 
     encoder = build_encoder(settings)
-    if layer == "head":
-        method: dict[str, torch.Tensor] = checkpoint.load(_head_file(path))["method"]
-        prefix = "encoder."
-        state = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
-        encoder.load_state_dict(state)
+    if head and found.encoder is None:
+        raise UserError(f"{show(path)} holds a backbone without its head; give the run folder")
+    if head and found.encoder is not None:
+        fit(encoder, found.encoder, found.path, net.backbone)
     else:
-        encoder.backbone.load_state_dict(state)
-    called = "trained backbone" if layer == "backbone" else "trained, head's output"
+        fit(encoder.backbone, found.backbone, found.path, net.backbone)
+    called = "trained, head's output" if head else "trained backbone"
     called += f", {unfinished}" if unfinished else ""
 
     def untrained() -> FrozenModel:
@@ -188,13 +190,6 @@ def _unfinished(settings: Settings, step: int | None, folder: RunFolder | None) 
         return f"checkpoint of step {step:,}"
     total = sizes.resolve(settings, images).total_steps
     return f"checkpoint of step {step:,} of {total:,}" if step < total else ""
-
-
-def _head_file(path: Path) -> Path:
-    """Only checkpoints contain the head."""
-    if path.suffix == ".safetensors":
-        raise UserError(f"{path} holds a backbone without its head; give the run folder")
-    return path / "last.pt" if path.is_dir() else path
 
 
 def folder_of(path: Path) -> RunFolder | None:
@@ -222,29 +217,25 @@ def _random_backbone(model: str, seed: int) -> nn.Module:
     return build_backbone(model)
 
 
-def _open_foreign(path: Path, place: Callable[..., FrozenModel], layer: Layer, seed: int) -> Opened:
-    """A ResNet of the paper's authors or of torchvision, with the views of ImageNet."""
+def _open_foreign(
+    found: Stored, place: Callable[..., FrozenModel], layer: Layer, seed: int
+) -> Opened:
+    """A ResNet of the paper's authors, of torchvision or of others, with the views of ImageNet."""
     if layer == "head":
-        raise UserError(f"{path} has no head; only runs of mocokit have one")
-    model, state = read_resnet(path)
+        raise UserError(f"{show(found.path)} has no head; only runs of mocokit have one")
     spec = view_spec(recipes.mocov2())
-    network = build_backbone(model)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit {model} ({reason})") from None
 
     def untrained() -> FrozenModel:
-        return place("random weights", _random_backbone(model, seed), spec, model)
+        return place("random weights", _random_backbone(found.model, seed), spec, found.model)
 
-    return Opened(place(path.name, network, spec, model), untrained, None, None)
+    trained = place(found.path.name, _backbone(found), spec, found.model)
+    return Opened(trained, untrained, None, None)
 
 
 def _timm_name(name: str) -> str:
     """The model that a name means, with the tag of its weights; raises UserError."""
     model = name.removeprefix("timm:")
-    what = f"there is no run, checkpoint or timm model {name!r}"
+    what = f"there is no run, checkpoint or timm model {brief(name)!r}"
     untagged = model.partition(".")[0]
     # Of our own models there are no published weights.
     check_model(untagged, f"{what} (random or random:MODEL has random weights)", ours=(RANDOM,))
@@ -273,9 +264,8 @@ def _open_timm(name: str, place: Callable[..., FrozenModel], seed: int) -> Opene
         with _without_retries():
             network = timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"timm cannot download the weights of {model} ({reason[:160]}); connect, put them "
+            f"timm cannot download the weights of {model} ({reason_of(error)}); connect, put them "
             f"into Hugging Face's cache, or evaluate random weights with random:{model}"
         ) from None
     width: Any = getattr(network, "head_hidden_size", None) or network.num_features
@@ -303,56 +293,46 @@ def timm_spec(config: dict[str, Any]) -> ViewSpec:
 
 
 def load(path: str | Path) -> nn.Module:
-    """The backbone of a run folder, a checkpoint or a backbone.safetensors.
+    """The backbone of a run folder, a checkpoint, a backbone.safetensors or a ResNet of others.
 
     On the CPU, in eval mode. (N, 3, H, W), normalised as in the run's settings, ->
     (N, .num_features). For a run folder, the finished backbone, or else the newest checkpoint's.
     Raises UserError if there is none.
     """
-    settings, state = read(path)
-    net = settings.net
-    backbone = build_backbone(net.backbone, net.stem, settings.method.group_size)
-    backbone.load_state_dict(state)
-    return backbone.eval()
+    return _backbone(read_stored(file_of(path))).eval()
 
 
 def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
-    """The settings and the weights of the backbone that `load` loads. Raises UserError."""
-    settings, state, _ = _read(Path(path))
-    return settings, state
+    """The settings and the weights of the backbone of a run. Raises UserError."""
+    found = read_stored(file_of(path))
+    if found.settings is None:
+        raise UserError(f"{show(path)} was not written by mocokit: it holds no settings")
+    return found.settings, found.backbone
 
 
-def _read(path: Path) -> tuple[Settings, dict[str, Tensor], int | None]:
-    """As `read`, and the step of a checkpoint."""
+def file_of(path: str | Path) -> Path:
+    """The file that holds the backbone of a run folder, or the file itself. Raises UserError."""
+    path = Path(path)
     if path.is_dir():
         if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
-            what = f"the run in {path} ended before its first checkpoint, so it has no weights yet"
-            remedy = f"resume it: mocokit pretrain {path}/config.yaml --out {path}"
-            raise UserError(f"{what}; {remedy}")
+            where = show(path)
+            raise UserError(
+                f"the run in {where} ended before its first checkpoint, so it has no weights yet; "
+                f"resume it: mocokit pretrain {where}/config.yaml --out {where}"
+            )
         finished = path / "backbone.safetensors"
         path = finished if finished.is_file() else path / "last.pt"
     if not path.is_file():
-        raise UserError(f"there is no backbone at {path}; give a run folder or a checkpoint")
-    return _read_safe(path) if path.suffix == ".safetensors" else _read_run(path)
+        raise UserError(f"there is no backbone at {show(path)}; give a run folder or a checkpoint")
+    return path
 
 
-def _read_safe(path: Path) -> tuple[Settings, dict[str, Tensor], None]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if "mocokit" not in metadata:
-        raise UserError(f"{path} was not written by mocokit: its metadata holds no settings")
-    return settings_.from_yaml(metadata["mocokit"], str(path)), state, None
-
-
-def _read_run(path: Path) -> tuple[Settings, dict[str, Tensor], int]:
-    state = checkpoint.load(path)
-    prefix = "encoder.backbone."
-    method = cast(dict[str, Tensor], state["method"])
-    weights = {k.removeprefix(prefix): v for k, v in method.items() if k.startswith(prefix)}
-    return settings_.from_yaml(state["settings"], str(path)), weights, int(state["step"])
+def _backbone(found: Stored) -> nn.Module:
+    """The network of stored weights."""
+    settings = found.settings
+    if settings is None:
+        network = build_backbone(found.model)
+    else:
+        network = build_backbone(found.model, settings.net.stem, settings.method.group_size)
+    fit(network, found.backbone, found.path, found.model)
+    return network
