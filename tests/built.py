@@ -24,7 +24,7 @@ SMALL = {
     "net.stem": "small",
     "net.dim": 8,
     "views.size": 16,
-    "views.resize": 16,
+    "monitor.centre": 1.0,
     "views.blur_sigma": (0.1, 1.0),
     "method.group_size": 8,
     "train.batch_size": BATCH,

@@ -49,7 +49,7 @@ def small(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_scores(monkeypatch):
     monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
-    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest: None)
+    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest, **named: None)
 
 
 def lines(built):

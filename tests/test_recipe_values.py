@@ -26,8 +26,10 @@ OURS = {
     "save.minutes": 15.0, "save.every_epochs": 1, "save.every_steps": None, "save.keep": 2,
     "save.milestone_epochs": None,
     "log.every_steps": 10,
+    "views.canvas": None, "train.parent": None, "train.parent_weights": None,
     "monitor.every_epochs": 10, "monitor.images": 4096, "monitor.bank": 100_000,
-    "monitor.k": 200, "monitor.temperature": 0.1,  # the notebook's
+    "monitor.k": None, "monitor.temperature": 0.1,  # the notebook's
+    "monitor.resize": None, "monitor.centre": 0.875,
 }  # fmt: skip
 # In no recipe's order, or of no recipe's schedule, optimiser or net.
 UNUSED = {
@@ -45,7 +47,6 @@ MOCO_V2 = OURS | UNUSED | {
     "views.grayscale_probability": 0.2, "views.blur_probability": 0.5,
     "views.blur_sigma": (0.1, 2.0), "views.flip_probability": 0.5,
     "views.mean": (0.485, 0.456, 0.406), "views.std": (0.229, 0.224, 0.225),
-    "views.resize": 256,
     "net.backbone": "resnet50", "net.stem": "imagenet", "net.head": "mlp", "net.dim": 128,
     "method.name": "moco", "method.group_size": 32, "method.loss": "info_nce",
     "method.temperature": 0.2, "method.queue_size": 65536, "method.momentum": 0.999,
@@ -106,7 +107,7 @@ SIMCLR = end_to_end(MOCO_V2) | {
     "optim.warmup_epochs": 10.0,
     "train.epochs": 1000, "train.batch_size": 4096,
 }  # fmt: skip
-CIFAR_SIZE = {"views.size": 32, "views.resize": 32}
+CIFAR_SIZE = {"views.size": 32, "monitor.centre": 1.0}
 CIFAR_LEVELS = {
     "views.mean": (0.4914, 0.4822, 0.4465), "views.std": (0.2023, 0.1994, 0.2010),
 }  # fmt: skip
@@ -119,7 +120,7 @@ NOTEBOOK = MOCO_V2 | CIFAR_SIZE | CIFAR_LEVELS | CIFAR_NET | {
     "method.group_size": 64, "method.temperature": 0.1, "method.queue_size": 4096,
     "method.momentum": 0.99, "method.momentum_batch": 512,
     "optim.lr": 0.06, "optim.lr_batch": 512, "optim.weight_decay": 5e-4, "optim.first_epoch": 1,
-    "train.batch_size": 512,
+    "train.batch_size": 512, "monitor.k": 200,
 }  # fmt: skip
 
 VALUES = {
@@ -148,7 +149,7 @@ VALUES = {
         "views.order": ("crop", "grayscale", "jitter"),
         "method.temperature": 0.1,
         "optim.lr_batch": 128, "optim.weight_decay": 5e-4, "optim.drops": (0.4, 0.6, 0.8),
-        "train.batch_size": 128,
+        "train.batch_size": 128, "monitor.k": 200,
     },
     # arXiv 2002.05709, appendix B.9: half the strength, no blur; the README's command.
     "simclr_cifar10": SIMCLR | CIFAR_SIZE | CIFAR_NET | {
@@ -171,7 +172,7 @@ VALUES = {
         "optim.name": "adamw", "optim.lr": 2e-3, "optim.lr_batch": 64, "optim.scale": "none",
         "optim.per": "step", "optim.warmup_epochs": 2.0,
         "train.epochs": 40, "train.batch_size": 64,
-        "engine.threads": 1, "log.every_steps": 25, "monitor.every_epochs": 0,
+        "engine.threads": 1, "log.every_steps": 25, "monitor.every_epochs": 0, "monitor.k": 200,
     },
 }  # fmt: skip
 
