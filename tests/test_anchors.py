@@ -29,7 +29,7 @@ from mocokit.methods.moco import MoCo
 from mocokit.methods.pieces import GroupPlan
 from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import set_groups
-from mocokit.run import build, open as open_
+from mocokit.run import begin, build
 from mocokit.run.begin import begun
 from mocokit.run.build import settle
 from mocokit.settings import get, methods
@@ -336,6 +336,7 @@ def test_the_leak_of_one_batch_norm_is_checked_on_one_process(small, tmp_path, m
 def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):
     built = Built(small, {}, tmp_path / "run")
     assert "no checkpoint was due before" in built.run.last_good()
+    built.run.folder.path.mkdir()
     for step in (4, 8):
         checkpoint.save(built.run.folder.checkpoints, step, built.run.state())
     assert "checkpoint is " + str(tmp_path / "run/checkpoints/step-00000008.pt") in (
@@ -554,7 +555,7 @@ def test_another_number_of_processes_is_told(
 ):
     built = Built(small, {}, tmp_path / "run")
     state = {**built.run.state(), "step": 0, "processes": before}
-    monkeypatch.setattr(open_, "_newest", lambda run: state)
+    monkeypatch.setattr(begin, "_newest", lambda run: state)
     built.run.world = World(0, now)
     with begun(built.run):
         pass

@@ -246,11 +246,11 @@ def test_timm_without_a_connection_says_so(monkeypatch):
         (["knn", "{run}", "{run}"], "is a run folder, not images; leave it out"),
         (["knn", "{run}", "{run}/README.md"], "is a file of another kind"),
         (["knn", "{run}", "--json", "{run}"], "cannot write"),
-        (["knn", "{run}", "--k", "0"], "neighbours are counted from 1"),
-        (["knn", "{run}", "--temperature", "0"], "it must be positive"),
+        (["knn", "{run}", "--k", "0"], "k = 0: must be a whole number of at least 1"),
+        (["knn", "{run}", "--temperature", "0"], "temperature = 0.0: must be a number above 0"),
         (["knn", "{run}/checkpoints"], "there is no backbone at"),
         (["knn", "{photos}"], "is no run folder"),
-        (["linear", "{run}", "--epochs", "0"], "must be positive"),
+        (["linear", "{run}", "--epochs", "0"], "epochs = 0: must be a whole number of at least 1"),
         (["finetune", "{run}", "--percent", "0"], "above 0"),
         (["finetune", "{run}", "--layer-decay", "2"], "at most 1"),
         (["finetune", "{run}", "--precision", "float16"], "take bfloat16 or float32"),
@@ -265,7 +265,7 @@ def test_mistakes_exit_2_with_a_sentence(run, toy_npz, photos, command, words, s
 
 
 def test_a_diverging_probe_exits_1_with_its_remedy(run, command):
-    code, said = command("linear", run, "--epochs", 3, "--lr", "1e38")
+    code, said = command("linear", run, "--epochs", 3, "--lr", "1e6")
     assert code == 1 and "--protocol quick" in said and "nan" not in said.lower()
 
 

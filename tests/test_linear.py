@@ -178,9 +178,12 @@ def test_the_rate_to_try_is_stable_and_lower(lr, mean_square, tried):
 
 
 def test_quick_needs_two_classes():
-    split = labelled_split(source(40, 0, classes=1), source(10, 1, classes=1), seed=0)
+    """Of images that can be read."""
+    split = labelled_split(source(40, 0, classes=2), source(10, 1, classes=2), seed=0)
+    rows = np.ones((40, 5), np.float32)
+    rows[split.train_labels == 1] = np.nan
     with pytest.raises(UserError, match="two classes"):
-        fit_quick(split, Table(np.ones((40, 5), np.float32)), CPU, seed=0)
+        fit_quick(split, Table(rows), CPU, seed=0)
 
 
 def test_features_beyond_floats_are_refused():

@@ -183,7 +183,7 @@ def described(out):
     plain = SimpleNamespace(
         folder=RunFolder(out),
         settings=SimpleNamespace(
-            recipe="demo", seed=0, train=SimpleNamespace(epochs=1),
+            recipe="demo", seed=0, train=SimpleNamespace(epochs=1, parent=None),
             views=SimpleNamespace(mean=(0,), std=(1,)),
         ),
         splits=SimpleNamespace(train=SimpleNamespace(__len__=None, name=out.name)),

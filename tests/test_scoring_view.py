@@ -243,7 +243,10 @@ def test_evaluate_takes_another_view(toy_npz, tmp_path):
     found = mocokit.evaluate_linear("random:resnet_tiny", toy_npz, **quick)
     assert "short side 20" in found.protocol
     for evaluate in (mocokit.evaluate_knn, mocokit.evaluate_linear, mocokit.evaluate_finetune):
-        with pytest.raises(UserError, match="resize 99999 is too large; set at most 16384"):
+        with pytest.raises(
+            UserError,
+            match="resize = 99999: must be a whole number of at least 8 and at most 16,384",
+        ):
             evaluate("random:resnet_tiny", toy_npz, resize=99999, size=16)
         with pytest.raises(UserError, match="resize 15 is smaller than the centre crop of 16"):
             evaluate("random:resnet_tiny", toy_npz, resize=15, size=16)

@@ -4,12 +4,16 @@ import re
 import sys
 
 import pytest
+import torch
 import yaml
 
 from mocokit import cli, recipes
 from mocokit.cli import show, tables
+from mocokit.engine.runtime import default_precision
 from mocokit.run import command
 from mocokit.settings import flatten, from_yaml
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -70,7 +74,7 @@ class TestShow:
         assert rows["method.key momentum"].startswith("0.99975 ")
         assert rows["train.steps per epoch"].startswith("unknown ")
         assert rows["engine.device"].startswith("cpu ")
-        assert rows["engine.precision"].startswith("auto -> float32 ")
+        assert rows["engine.precision"].startswith(f"auto -> {default_precision(CPU)} ")
         assert rows["data.workers"].startswith("auto -> 1 ")
         assert "engine.threads" in rows and "Images: none named" in out
 
@@ -139,7 +143,7 @@ class TestShowAll:
         _, out, _ = mocokit("pretrain", "mocov2", "--show-all", "--set", "engine.device=cpu")
         tree = yaml.safe_load(out)
         assert tree["engine"]["precision"] == "auto"
-        assert tree["resolved"]["engine.precision"] == "float32"
+        assert tree["resolved"]["engine.precision"] == default_precision(CPU)
         assert "total_steps" not in tree["resolved"]
 
     def test_every_setting_has_its_meaning_above_it(self, mocokit):

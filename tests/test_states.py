@@ -29,10 +29,10 @@ from mocokit.protocols.finetune import Plan, fine_tune
 from mocokit.protocols.labelled import labelled_split
 from mocokit.protocols.linear_paper import fit_paper
 from mocokit.protocols.states import State, States
-from mocokit.views.params import ViewSpec
+from mocokit.weights.encoder import view_spec
 from mocokit.weights.subject import FrozenModel, weights_hash
 
-SPEC = dataclasses.replace(ViewSpec(**recipes.demo().views.model_dump()), size=16, resize=16)
+SPEC = dataclasses.replace(view_spec(recipes.demo()), size=16, resize=16)
 EPOCHS, STEPS = 3, 3  # of each probe below
 
 

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -109,14 +110,20 @@ def evaluate_voc(
         for trial_seed in range(seed, seed + trials):
             run_folder = RunFolder(folder / f"trial-{trial_seed}")
             trial = DetectionTrial(run_folder, boxes.test, every, pictures, console, stop)
-            try:
+            with _room_for(plan, place):
                 results.append(trial.run(partial(trainer, trial_seed)))
-            except torch.OutOfMemoryError:
-                raise UserError(
-                    f"{plan.batch_size} images a step do not fit into the memory of {place}; try "
-                    f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
-                ) from None
     return report.finish(results, time.perf_counter() - started, console, json)
+
+
+@contextmanager
+def _room_for(plan: Plan, device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{plan.batch_size} images a step do not fit into the memory of {device}; try "
+            f"--batch-size {max(1, plan.batch_size // 2)}, which is another protocol"
+        ) from None
 
 
 def _precision(asked: str, device: torch.device) -> str:

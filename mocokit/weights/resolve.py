@@ -22,7 +22,7 @@ from mocokit.errors import UserError
 from mocokit.files import brief, reason_of, show
 from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings import sizes
-from mocokit.settings.schema import LARGEST_SIDE, Settings
+from mocokit.settings.schema import Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.stored import Stored, fit, read_stored
@@ -124,13 +124,9 @@ def _subject(
 def _scored(spec: ViewSpec, size: int | None, resize: int | None) -> ViewSpec:
     """With another size and short side of the scoring view. Raises UserError."""
     if size is not None:
-        if size < 8:
-            raise UserError(f"size {size} is too small for an image; set at least 8")
         spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
     if resize is None:
         return spec
-    if resize > LARGEST_SIDE:
-        raise UserError(f"resize {resize} is too large; set at most {LARGEST_SIDE}")
     if resize < spec.size:
         raise UserError(
             f"resize {resize} is smaller than the centre crop of {spec.size} pixels; set at least "
