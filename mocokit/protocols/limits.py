@@ -27,7 +27,7 @@ LIMITS = {
     "resize": Limit(8, 2**14),
     "seed": Limit(0, 2**63 - 1),
     "epochs": Limit(1, 10**6),
-    "lr": Limit(0, 1e6, whole=False, open=True),
+    "lr": Limit(0, 1e38, whole=False, open=True),
     "percent": Limit(0, 100, whole=False, open=True),
     "layer_decay": Limit(0, 1, whole=False, open=True),
     "trials": Limit(1, 10**4),
