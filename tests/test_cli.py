@@ -80,6 +80,12 @@ def test_version_says_what_a_bug_report_needs(mocokit):
     assert gpus and all(re.fullmatch(r"GPU: (none|\d+ x .+, .+ GiB)", line) for line in gpus)
 
 
+@pytest.mark.parametrize("words", [[], ["evaluate"]])
+def test_without_a_verb_the_help_is_shown(mocokit, words):
+    code, out, err = mocokit(*words)
+    assert code == 2 and "Commands:\n" in out + err and "\\n" not in out + err
+
+
 def test_python_dash_m_is_the_same():
     done = subprocess.run(
         [sys.executable, "-m", "mocokit", "recipes"], capture_output=True, text=True

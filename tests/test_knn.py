@@ -1,6 +1,8 @@
 """The kNN vote against a naive numpy version, and the monitor."""
 
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
+from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.health.knn_monitor import KnnMonitor, calibrated
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
@@ -38,6 +41,23 @@ def test_equals_the_naive_vote(k, temperature, monkeypatch):
     expected = naive(bank.numpy(), labels.numpy(), queries.numpy(), k, temperature, 5)
     assert scores.shape == (9, 5)
     np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4)
+
+
+def test_a_search_ends_between_its_parts(monkeypatch):
+    monkeypatch.setattr(knn, "CHUNK", 10)  # two queries a part
+    searched = []
+
+    def search(*arguments):
+        searched.append(1)
+        if len(searched) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return nearest(*arguments)
+
+    monkeypatch.setattr(knn, "nearest", search)
+    with StopSignals() as stop, stop.interruptible(), pytest.raises(Stopped):
+        labels = torch.zeros(9, dtype=torch.long)
+        knn.knn_grid_of(torch.eye(9), labels, torch.eye(9), [5], [0.1], 1)
+    assert len(searched) == 2 and stop.exit_code == 75
 
 
 def test_accuracy_counts_the_highest_score():

@@ -456,6 +456,25 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
             tensors.is_safe(path)
 
 
+def test_what_torch_reads_stays_within_the_bounds_as_they_are(tmp_path):
+    """Of an old file STRUCTURE bytes are read as pickles; of any file, MOST values are taken."""
+    path = tmp_path / "x.pt"
+    for length, refused in ((tensors.STRUCTURE - 99, False), (tensors.STRUCTURE, True)):
+        path.write_bytes(OLD + pickle.dumps("a" * length, 2) + pickle.dumps([], 2))
+        if refused:
+            with pytest.raises(UserError, match="its structure takes over 4,194,304 bytes"):
+                tensors.from_torch(path)
+        else:
+            assert tensors.from_torch(path) == "a" * length
+    for count, refused in ((199_999, False), (200_000, True)):
+        torch.save([None] * count, path)
+        if refused:
+            with pytest.raises(UserError, match="it holds over 200,000 values"):
+                tensors.from_torch(path)
+        else:
+            assert len(tensors.from_torch(path)) == count
+
+
 def test_a_large_archives_end_is_bounded_too(tmp_path):
     end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 0, 0, 0, 0, 1, 1, 2**40, 0)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, 4, 1)

@@ -145,6 +145,13 @@ def write_inputs(folder):
     yield ["evaluate", "voc", "random:resnet50", EVIL]
     yield ["evaluate", "voc", "random:resnet50", "images", "--set", f"{EVIL}=1"]
     yield ["evaluate", "voc", "random:resnet50", "images", "--set", f"lr={EVIL}"]
+    for words in (  # of which typer itself says what is wrong
+        [EVIL], ["evaluate", EVIL], ["pretrain", f"--{EVIL}"], ["pretrain", "a", "b", EVIL],
+        ["pretrain", "--epochs", EVIL], ["evaluate", "knn", "x", "--layer", EVIL],
+        [f"--{LINES}"], ["pretrain", f"--resume={EVIL}"], ["pretrain", "x" * 10**5, "b", EVIL],
+        ["slurm", "--gpus", f"{EVIL}{LINES}"], [f"--{'x' * 10**5}"],
+    ):  # fmt: skip
+        yield words
     yield ["slurm", "demo", "--out", "o", "--time", EVIL]
     yield ["slurm", "demo", "--out", "o", "--sbatch", EVIL]
 
@@ -156,10 +163,11 @@ def test_no_mistake_shows_what_strangers_wrote_raw(mocokit, tmp_path, monkeypatc
         code, out, err = mocokit(*words)
         assert clean(out) and clean(err), (words, out, err)
         assert "Traceback" not in err and len(out + err) < 6000, words
+        assert "\nmocokit: forged" not in out + err, words
         if "--show" not in words:
             assert code in (1, 2), (words, out, err)
         tried, named = tried + 1, named + ("owned" in out + err)
-    assert tried > 55 and named > 45, (tried, named)
+    assert tried > 65 and named > 50, (tried, named)
 
 
 def test_a_run_among_evil_names_leaves_clean_files(mocokit, tmp_path, monkeypatch):

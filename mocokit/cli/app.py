@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,10 @@ from mocokit.run import command
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
 from mocokit.version import VERSION
+
+_MISUSE: Any = typer.BadParameter.__base__  # every mistake that typer finds; it has no name for it
+# More than any machine or cluster has: what is beyond is a slip.
+_NODES, _PROCESSES, _RESTARTS = 100_000, 1024, 100_000
 
 app = typer.Typer(
     add_completion=False,
@@ -55,6 +59,19 @@ AllowImport = Annotated[
     list[str] | None,
     typer.Option(metavar="MODULE", help="let a method of this module be imported; repeatable"),
 ]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, max=_PROCESSES, help="processes on this machine; else one per visible GPU"),
+]
+Nodes = Annotated[int, typer.Option(min=1, max=_NODES, help="machines, each of which runs this")]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=_RESTARTS,
+        help="after a failure, restart from the last checkpoint up to this many times",
+    ),
+]
 
 
 @app.command()
@@ -87,20 +104,12 @@ def pretrain(
             help="RECIPE is a finished run: train this much longer, in a new run folder",
         ),
     ] = None,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="processes on this machine; else one per visible GPU")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines, each of which runs this")] = 1,
+    processes: Processes = None,
+    nodes: Nodes = 1,
     rdzv: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="where several machines meet")
     ] = None,
-    restarts: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="after a failure, restart from the last checkpoint up to this many times",
-        ),
-    ] = 0,
+    restarts: Restarts = 0,
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="bit for bit on CUDA too, and slower")
     ] = None,
@@ -220,9 +229,9 @@ def write_slurm(
     out: Annotated[
         str | None, typer.Option(help="run folder; required, because the job resumes it")
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="machines")] = 1,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each machine")] = 8,
-    cpus: Annotated[int, typer.Option(min=1, help="processors for each GPU")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, max=_NODES, help="machines")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=_PROCESSES, help="GPUs of each machine")] = 8,
+    cpus: Annotated[int, typer.Option(min=1, max=_PROCESSES, help="processors for each GPU")] = 8,
     time: Annotated[str, typer.Option(help="time limit of a job, which then resumes")] = "24:00:00",
     sbatch: Annotated[
         list[str] | None,
@@ -305,17 +314,23 @@ def main() -> None:
 def _exit_code() -> int:
     """Run the verb that the command line names."""
     try:
-        app()
+        return app(standalone_mode=False) or 0  # the code of what asked to end, such as --help
     except SystemExit as end:
         # Typer keeps silent about every closed pipe. Those of the output do not come this far.
         if not isinstance(end.__context__, BrokenPipeError):
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         return _report(MocokitError(streams.sentence(end.__context__)))
+    except _MISUSE as error:  # typer quotes words as they were given
+        if (
+            not error.ctx or error.message != error.ctx.get_help()
+        ):  # shown where no command is named
+            error.message = str(UserError(error.message))
+        error.show()
+        return UserError.exit_code
     except MocokitError as error:
         return _report(error)
     except OSError as error:  # the last net
         return _report(MocokitError(streams.sentence(error)))
-    return 0
 
 
 def _report(error: MocokitError) -> int:

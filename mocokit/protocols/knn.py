@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional as F
 
+from mocokit.engine.stop import raise_if_interrupted
 from mocokit.protocols.defaults import NEIGHBOURS
 
 CHUNK = 2**26  # similarities in memory at once: 256 MiB in float32
@@ -172,6 +173,7 @@ def knn_grid_of(
     rows = max(1, CHUNK // max(ks))
     found: list[list[tuple[int, float, Tensor]]] = []
     for first in range(0, max(len(queries), 1), rows):
+        raise_if_interrupted()
         here = slice(first, first + rows)
         here_rows = None if own_rows is None else own_rows[here]
         close = nearest(bank, queries[here], max(ks), here_rows, device)
