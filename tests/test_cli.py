@@ -114,6 +114,11 @@ def test_python_dash_m_is_the_same():
         (["demo", "--seed", "1", "--set", "seed=2"], "seed is stated twice"),
         (["demo", "--resume", "--out", "none"], "--resume: there is no run in none"),
         (["demo", "--device", "cuda:9"], "device cuda:9"),
+        (
+            ["demo", "--device", "cpu", "--processes", "600"],
+            "600 processes for 2 batch",
+        ),
+        (["demo", "--nodes", "99", "--rdzv", "h:1"], "99 processes for 2 batch"),
     ],
 )
 def test_mistakes_exit_2_with_a_sentence(mocokit, tmp_path, monkeypatch, arguments, sentence):

@@ -169,6 +169,7 @@ def _launched(
     number = None if several else launch.count_processes(asked.engine.device, processes, nodes)
     if number is None:
         return False
+    sizes.check_processes(asked, number * nodes)  # before so many are started
     same = {"mocokit": VERSION, "recipe": asked.recipe, "--restarts": str(restarts)}
     same |= {path: str(value) for path, value in settings_.identity(asked).items()}
     launch.launch(sys.argv[1:], number, nodes, rdzv, restarts, same)

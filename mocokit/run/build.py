@@ -32,7 +32,7 @@ from mocokit.nets.heads import build_head
 from mocokit.settings import get, replace
 from mocokit.settings.methods import MethodSettings, implementation
 from mocokit.settings.schema import Settings
-from mocokit.settings.sizes import Resolved, count_groups, count_shares
+from mocokit.settings.sizes import Resolved, check_processes, count_groups, count_shares
 from mocokit.views.fused import can_compile
 from mocokit.views.params import ViewSpec, canvas_bound
 from mocokit.weights.encoder import build_encoder, view_spec
@@ -147,11 +147,7 @@ def build_loader(
     """
     shares_of = partial(count_shares, settings)
     last = len(source) % settings.train.batch_size
-    if world.size > shares_of(settings.train.batch_size):
-        raise UserError(
-            f"{world.size} processes for {shares_of(settings.train.batch_size)} batch-norm groups; "
-            "a process holds whole groups, so start fewer, or lower method.group_size"
-        )
+    check_processes(settings, world.size)
     if settings.data.last == "keep" and last and world.size > shares_of(last):
         raise UserError(
             f"data.last=keep leaves a last batch of {last} images, too few for {world.size} "

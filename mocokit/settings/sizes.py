@@ -84,6 +84,19 @@ def count_shares(settings: Settings, batch: int) -> int:
     return batch if settings.method.batch_norm == "whole" else count_groups(settings, batch)
 
 
+def check_processes(settings: Settings, processes: int) -> None:
+    """Raise UserError for more processes than a batch has parts for."""
+    shares = count_shares(settings, settings.train.batch_size)
+    if processes > shares:
+        whole = settings.method.batch_norm == "whole"
+        raise UserError(
+            f"{processes} processes for the {shares} images of a batch; start fewer"
+            if whole
+            else f"{processes} processes for {shares} batch-norm groups; a process holds whole "
+            "groups, so start fewer, or lower method.group_size"
+        )
+
+
 def fit(
     settings: Settings, images: int, stated: Collection[str] = ()
 ) -> tuple[Settings, list[str]]:
