@@ -16,7 +16,7 @@ import mocokit
 from mocokit.cli import launch
 from mocokit.engine import checkpoint
 from mocokit.engine.runtime import default_threads
-from mocokit.engine.world import World, announced, first_host
+from mocokit.engine.world import World, announced, attempts, first_host
 from mocokit.errors import Interrupted, MocokitError, UserError
 
 SLURM_STEP = {
@@ -41,6 +41,40 @@ class TestAnnounced:
         assert found == (World(3, 4, 1), 2, False, "a", 7)
         with pytest.raises(UserError, match="MASTER_ADDR"):
             announced(place)
+
+    @pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "\x1b[2J\n", "9" * 99, "\uff11"])
+    def test_what_is_no_number_is_one_sentence(self, value):
+        """Of every variable that is read as a number, in each kind of announcement."""
+        torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        place = {"MASTER_ADDR": "a", "MASTER_PORT": "7"}
+        for environment, texts in (
+            (torchrun | place, ()),
+            (SLURM_STEP | place, ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")),
+            (mpi(0, 2, 0, 2) | place, ("OMPI_COMM_WORLD_LOCAL_SIZE",)),
+        ):
+            for name in environment.keys() - {"MASTER_ADDR", *texts}:
+                with pytest.raises(UserError, match=f"^the environment has {name}=") as error:
+                    announced(environment | {name: value})
+                assert str(error.value).isprintable() and len(str(error.value)) < 400
+            with pytest.raises(UserError, match="MASTER_PORT=65536"):
+                announced(environment | {"MASTER_PORT": "65536"})
+        for name in ("MOCOKIT_ATTEMPT", "TORCHELASTIC_RESTART_COUNT"):
+            if value or name != "MOCOKIT_ATTEMPT":
+                with pytest.raises(UserError, match=f"^the environment has {name}="):
+                    attempts({name: value})
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"RANK": "2"}, {"LOCAL_RANK": "2"}, {"WORLD_SIZE": "0"}, {"MASTER_ADDR": "a\x1b[2J"},
+            {"MASTER_ADDR": "a b"}, {"MASTER_ADDR": "x" * 999}, {"MASTER_ADDR": ""},
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_is_one_sentence(self, wrong):
+        place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+        with pytest.raises(UserError, match="|".join(wrong)) as error:
+            announced(place | wrong)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
 
     def test_a_step_of_slurm(self):
         world, local_size, bound, address, port = announced(SLURM_STEP)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,32 @@ class TestMeet:
                 meeting.meet(where, {})
             done.set()
             thread.join()
+
+    def test_another_programs_answer_puts_no_stack_on_the_screen(self):
+        """As in the command, which looks at the place before anything else loads torch."""
+        script = (
+            "import sys; from mocokit.cli import launch\n"
+            "launch.check_place(2, sys.argv[1])\n"
+            "from mocokit.cli import meeting; meeting.ANSWER = 1.0\n"
+            "try: meeting.meet(meeting.place(sys.argv[1]), {})\n"
+            "except ValueError as error: print(error)\n"
+        )
+        with socket.create_server(("127.0.0.1", 0)) as other:
+
+            def answer():
+                with suppress(OSError):
+                    while True:
+                        with other.accept()[0] as caller:
+                            caller.send(b"HTTP/1.0 400 Bad\r\n\r\n")
+
+            threading.Thread(target=answer, daemon=True).start()
+            where = f"127.0.0.1:{other.getsockname()[1]}"
+            done = subprocess.run(
+                [sys.executable, "-c", script, where], capture_output=True, text=True, timeout=120,
+                check=False,
+            )  # fmt: skip
+            other.shutdown(socket.SHUT_RDWR)
+        assert "is no starter of a run" in done.stdout and done.stderr == ""
 
     def test_nobody_there(self):
         where = meeting.Place("192.0.2.1", 29500)  # of no machine (RFC 5737)

@@ -11,7 +11,7 @@ import typer
 from mocokit import settings as settings_
 from mocokit.cli import evaluate, launch, show as show_, slurm, streams
 from mocokit.errors import MocokitError, UserError
-from mocokit.files import write_result
+from mocokit.files import printable, write_result
 from mocokit.run import command
 from mocokit.settings import sizes
 from mocokit.settings.schema import Settings
@@ -157,7 +157,9 @@ def _launched(
 
     launch.watch_starter()
     launch.end_again()
-    several = announced(os.environ) is not None
+    several = announced(os.environ)
+    if several:
+        sizes.check_processes(asked, several.world.size)  # before they wait for one another
     if launch.REPORTS not in os.environ and several:
         given = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
         if words := [name for name, value in given.items() if value is not None]:
@@ -337,6 +339,6 @@ def _exit_code() -> int:
 def _report(error: MocokitError) -> int:
     """Say what went wrong, here or through the command that started this process."""
     if not launch.report(error):
-        rank = os.environ.get("RANK", "0")
+        rank = printable(os.environ.get("RANK", "0"))
         typer.echo(f"mocokit: {'' if rank == '0' else f'process {rank}: '}{error}", err=True)
     return error.exit_code

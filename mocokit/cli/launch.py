@@ -59,7 +59,8 @@ def check_place(nodes: int, rdzv: str | None) -> None:
     if rdzv is not None and nodes == 1:
         raise UserError("--rdzv is where several machines meet; say how many with --nodes")
     if rdzv is not None:
-        from mocokit.cli import meeting
+        with _without_logs_of_sockets():
+            from mocokit.cli import meeting
 
         meeting.place(rdzv)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mocokit.errors import MocokitError, UserError
-from mocokit.files import printable
+from mocokit.files import brief, printable
 
 ATTEMPT = "MOCOKIT_ATTEMPT"  # set by `mocokit pretrain` for the processes that it starts
 
@@ -21,7 +21,20 @@ def attempts(environment: Mapping[str, str]) -> int:
 
     torchrun's count is that of one machine, and may differ between machines; ours does not.
     """
-    return int(environment.get(ATTEMPT) or environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    name = ATTEMPT if environment.get(ATTEMPT) else "TORCHELASTIC_RESTART_COUNT"
+    return _number(environment, name, 0)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int, high: int = 10**9) -> int:
+    """A whole number from 0 to `high` that a starter of processes sets. Raises UserError."""
+    text = environment.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > high:
+        raise UserError(
+            f"the environment has {name}={brief(text)}, which is no whole number from 0 to "
+            f"{high:,}; it is for the program that starts the processes to set, so unset it, or "
+            "correct it"
+        )
+    return int(text)
 
 
 def lost(error: RuntimeError) -> ProcessLost | None:
@@ -66,7 +79,7 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
     """The announcement of torchrun, a SLURM step or Open MPI; None for a single process.
 
     MASTER_ADDR and MASTER_PORT take precedence if they are set. Raises UserError if the address of
-    the first process is not known.
+    the first process is not known, or a number cannot be.
     """
     get = environment.get
     place: tuple[str, ...]
@@ -75,17 +88,18 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
         place = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         address, port = get("MASTER_ADDR"), 29500
     # Before SLURM, because SLURM may have started mpirun.
-    elif int(get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    elif _number(environment, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         one_machine = get(place[1]) == get(place[3])
         address = "127.0.0.1" if one_machine else None
         job = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")  # Open MPI 4 and 5; up to 4
         port = _port(zlib.crc32(job.encode())) if job else 29500
     # Not SLURM_NTASKS, which a batch script has outside of any step.
-    elif int(get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         place = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
         address = first_host(get("SLURM_STEP_NODELIST", ""))
-        number, step = (int(get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        names = "SLURM_JOB_ID", "SLURM_STEP_ID"
+        number, step = (_number(environment, name, 0, 2**32) for name in names)
         port = _port(number * 16 + step)
     else:
         return None
@@ -95,14 +109,25 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
             f"{place[0]} announces one of several processes, but MASTER_ADDR, the machine of the "
             "first process, is not set; set it, or start with `mocokit pretrain` or torchrun"
         )
-    rank, size, local_rank = (int(get(name, "0")) for name in place[:3])
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,255}", address):
+        raise UserError(
+            f"MASTER_ADDR, the machine of the first process, is {brief(address)!r}, which is "
+            "neither a name nor an address"
+        )
+    rank, size, local_rank = (_number(environment, name, 0) for name in place[:3])
+    if max(rank, local_rank) >= size:
+        raise UserError(
+            f"the environment announces process {rank}, on its machine {local_rank}, of {size} "
+            f"({place[0]}, {place[2]}, {place[1]}), and processes count from 0; correct it, or "
+            "start with `mocokit pretrain` or torchrun"
+        )
     local = re.match(r"\d+", get(place[3], "1"))  # SLURM writes 4(x2) for two machines of 4
     return Announced(
         World(rank, size, local_rank),
         int(local[0]) if local else 1,
         place[0] != "RANK",
         address,
-        int(get("MASTER_PORT", str(port))),
+        _number(environment, "MASTER_PORT", port, 2**16 - 1),
     )
 
 
