@@ -107,7 +107,12 @@ def test_what_is_no_place(text):
         launch.check_place(2, text)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "0", "[::]", "224.0.0.1", "no-such-host.invalid"])
+EVERYBODY = "255.255.255.255"
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "0", "[::]", "224.0.0.1", EVERYBODY, "no-such.invalid"]
+)
 def test_a_host_that_is_none(host):
     with pytest.raises(UserError):
         meeting.meet(meeting.place(f"{host}:29500"), {})

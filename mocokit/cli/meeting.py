@@ -109,7 +109,8 @@ def _addresses(where: Place) -> list[str]:
         ) from None
     addresses = [str(entry[4][0]) for entry in found]
     for address in map(ipaddress.ip_address, addresses):
-        if address.is_unspecified or address.is_multicast:
+        everybody = str(address) == "255.255.255.255"
+        if address.is_unspecified or address.is_multicast or everybody:
             raise UserError(f"--rdzv {where}: no machine has the address {address}; name one's own")
     return addresses
 
