@@ -131,6 +131,24 @@ PICTURES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("field", ["bbox", "image_id", "category_id", "id", "images"])
+def test_a_field_that_is_stated_twice(root: Path, field: str) -> None:
+    """A reader of json keeps the last one, and nobody is told."""
+    text = json.dumps(sound())
+    value = json.dumps(sound()["images"] if field == "images" else sound()["annotations"][0][field])
+    for again, alike in ((value, True), ("[]", False)):
+        twice = text.replace(f'"{field}": ', f'"{field}": {again}, "{field}": ', 1)
+        if field == "id":  # the first is an image's
+            twice = text.replace('{"id": 0,', f'{{"id": {again}, "id": 0,', 1)
+        assert twice != text
+        write(root, twice, sound())
+        if alike:
+            assert used(opened(root).train) == truth(sound(), set(range(15)))
+        else:
+            with pytest.raises(UserError, match=f"an entry states {field} twice, and not alike"):
+                opened(root)
+
+
 @given(st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_said_is_left_out_and_nothing_else(root: Path, data: st.DataObject) -> None:
@@ -323,6 +341,7 @@ def corners(*values: Any) -> str:
         ("<size><width>0</width><height>0</height></size>", ""),
         ("<size><width>60</width><height>40</height></size>", ""),
         ("<size><width>60.0</width></size>", ""),
+        ("<size><width>60</width><width>50</width></size>", "states its size twice, and not alike"),
         (OBJECT.format(corners("nan", 1, 2, 3), ""), "no box of four numbers"),
         (OBJECT.format(corners("inf", 1, 2, 3), ""), "no box of four numbers"),
         (OBJECT.format(corners(1, 1, "1_0", 3), ""), "no box of four numbers"),
@@ -347,9 +366,8 @@ def test_what_a_file_of_voc_contradicts(inside: str, said: str, tmp_path: Path) 
         problems = "\n".join(side.problems)
         assert said in problems and bool(problems) == bool(said)
         boxes = sum(len(sample.boxes) for sample in side.samples)
-        assert boxes == (1 if "annotated" in said or "its image" in said else 2) + (
-            not said and "<object>" in inside
-        )
+        lost = any(part in said for part in ("annotated", "its image", "its size"))
+        assert boxes == (1 if lost else 2) + (not said and "<object>" in inside)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "binary", "huge"])

@@ -172,6 +172,50 @@ def test_significant_bits_that_were_spread_over_all_are_full(tmp_path: Path) -> 
         np.testing.assert_array_equal(source.read(0), expected(levels, WHITE), err_msg=name)
 
 
+def test_transparency_on_the_scale_of_the_colours(tmp_path: Path) -> None:
+    """Writers of 12 bits put 4,095 for opaque, which is 16 of 255 where 65,535 is meant."""
+    levels = noise(4095, 6, 7, 4)
+    levels[..., 3] = 4095
+    for name, content in (("a", png(levels)), ("b", tiff(levels, t338=[2]))):
+        ending = "png" if name == "a" else "tif"
+        source = open_data(folder(tmp_path / name, [content], ending)).train
+        np.testing.assert_array_equal(source.read(0), expected(levels[..., :3], 4095))
+
+
+def test_what_pillow_reads_as_eight_bits_is_refused(tmp_path: Path) -> None:
+    for levels in (noise(4095, 6, 7, 3), noise(4095, 6, 7)):
+        source = open_data(folder(tmp_path / "a", [tiff(levels, t284=[2])], "tif")).train
+        with pytest.raises(BadImage, match="TIFF of 16 bits with each band in a plane of its own"):
+            source.read(0)
+
+
+def test_zero_is_white_where_a_tiff_says_so(tmp_path: Path) -> None:
+    levels = noise(4095, 6, 7)
+    source = open_data(folder(tmp_path / "a", [tiff(levels, t262=[0])], "tif")).train
+    np.testing.assert_array_equal(source.read(0), 255 - expected(levels, 4095))
+
+
+def test_a_dark_pgm_stays_dark(tmp_path: Path) -> None:
+    """Pillow stretches its levels to 16 bits, by the largest that the file declares."""
+    levels = noise(900, 6, 7)
+    content = b"P5 7 6 4095\n" + levels.astype(">u2").tobytes()
+    source = open_data(folder(tmp_path / "a", [content], "png")).train  # told by content
+    assert np.abs(source.read(0).astype(int) - expected(levels, 4095)).max() <= 1
+
+
+def test_images_that_a_scale_makes_dark_are_told(tmp_path: Path) -> None:
+    usual = [tiff(noise(4095, 4, 4, seed=n)) for n in range(6)]
+    unit = io.BytesIO()
+    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(unit, "TIFF")
+    for name, extra, said in (
+        ("one", tiff(noise(WHITE, 4, 4)), "half of these reach no more than 4,095, which becomes"),
+        ("unit", unit.getvalue(), "1 of these hold levels from 0 to 1 and are black"),
+        ("dark", tiff(noise(700, 4, 4)), None),
+    ):
+        notes = open_data(folder(tmp_path / name, [*usual, extra], "tif")).train.notes
+        assert [said in note for note in notes[1:]] == ([True] if said else []), notes
+
+
 def test_one_scale_for_integers_and_floats_of_a_set(tmp_path: Path) -> None:
     for name, top, scale in (("unit", 1.0, 1), ("byte", 200.0, 255), ("ten", 900.0, 1023)):
         levels = np.linspace(0, top, 12, dtype=np.float32).reshape(3, 4)

@@ -116,6 +116,19 @@ def test_one_class_among_the_test_images_is_said_beside_the_number(way, tmp_path
     assert not any("one class" in note for note in evaluate(way, "random:resnet_tiny", both).notes)
 
 
+def test_images_that_are_alone_in_their_class_have_nobody_to_vote_for_them(tmp_path):
+    """Each image is left out of its own vote, so 0 % would say nothing of the weights."""
+    with pytest.raises(UserError, match="no image has another one of its class"):
+        evaluate("knn", "random:resnet_tiny", arrays(tmp_path / "a.npz", [0, 1, 2, 3]))
+    some = arrays(tmp_path / "b.npz", [0, 0, 0, 1, 1, 1, 2])
+    found = evaluate("knn", "random:resnet_tiny", some)
+    assert found.notes[0].startswith("1 of 7 images are the only one of their class")
+    pairs = arrays(tmp_path / "c.npz", [0, 0, 1, 1])
+    assert not any(
+        "only one" in note for note in evaluate("knn", "random:resnet_tiny", pairs).notes
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

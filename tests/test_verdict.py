@@ -5,6 +5,7 @@ that are judged.
 """
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,52 @@ def test_filling_tells_the_step_at_which_the_queue_is_full():
     found = verdict(steps(1, queue_filled=50 * 32 / 8192, loss=7.0))
     assert found.text == "still filling the queue: a rising loss is expected until step 256"
     assert found.healthy and found.kinds == ("filling",)
+
+
+def test_the_first_loss_is_never_quoted_though_a_short_queue_is_full_after_it():
+    first = steps(1, step=1, loss=0.28)
+    said = "healthy: its only loss so far was against random vectors, effective rank 40 of 128"
+    assert verdict(first + health()).text.startswith(said)
+    assert verdict(first + steps(1)).text == "healthy: loss 4.00 (chance 5.50)"
+
+
+@pytest.mark.parametrize("value", [None, math.nan, "4.0", True, [1]])
+@pytest.mark.parametrize(
+    "name",
+    ["lr", "key_momentum", "queue_filled", "data_wait", "feature_std", "chance_loss",
+     "rankme_head", "rankme_head_of", "deviation", "contrast_trained", "contrast_regrouped",
+     "image_deviation", "positives_in_queue", "knn_backbone", "knn_random_weights",
+     "knn_raw_pixels", "scored_images", "protocol"],
+)  # fmt: skip
+def test_what_is_no_number_says_nothing(name, value):
+    scores = {"knn_backbone": 0.9, "knn_random_weights": 0.1, "knn_raw_pixels": 0.2}
+    whole = steps() + health(scored_images=500, **scores)
+    assert verdict(whole).healthy
+    found = verdict([line | {name: value} if name in line else line for line in whole])
+    assert found.healthy and "nan" not in found.text
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, 6e23, -6e23, math.inf, -math.inf, "4.0", True])
+@pytest.mark.parametrize("level", [5.5, None])
+def test_an_absurd_loss_is_told_once(loss, level):
+    found = verdict(steps(29) + steps(1, loss=loss, step=1500, chance_loss=level))
+    assert found.kinds == ("diverged",)
+    found = verdict(steps(30, loss=loss, chance_loss=level))
+    assert found.kinds == ("diverged",) and len(found.text) < 200
+
+
+def test_scores_that_are_shown_alike_are_no_gain():
+    """A run of before did not record how many images it scored."""
+    alike = health(knn_backbone=0.3004, knn_random_weights=0.2996)
+    assert verdict(steps() + alike).kinds == ("untrained",)
+    alike = health(knn_backbone=0.2996, knn_random_weights=0.3004)
+    assert verdict(steps() + alike).text.startswith("no better than random weights")
+
+
+def test_a_score_without_baselines_is_not_passed_over():
+    """During a run there are none yet."""
+    found = verdict(steps() + health(knn_backbone=0.092, knn_head=0.087, scored_images=500))
+    assert "kNN 9.2%, not yet compared with random weights" in found.text
 
 
 def test_a_full_queue_is_judged_by_its_loss_after_some_patience():

@@ -18,6 +18,7 @@ from mocokit.data.sources.several import parts_of
 
 LOOKED_AT = 64  # images whose heads say whether there are deep ones, and bands left out
 MEASURED = 256  # images whose levels are looked at, if there are deep ones
+DARK = 8  # times the middle image's range, a scale leaves it five bits of eight, or fewer
 
 Content = Callable[[int], bytes | None]  # of an image, by its number; raises BadImage
 
@@ -87,7 +88,23 @@ def measure(content: Content, count: int) -> Found:
     top = max(reached)
     what = f"0 to {top:,} ({top.bit_length()} bits)" if top > 1 else "0 to 1"
     told = f"images of more than 8 bits are read on one scale, {what}, that holds the "
-    return Found(top, (*notes, f"{told}{len(reached):,} looked at"))
+    return Found(top, (*notes, f"{told}{len(reached):,} looked at", *_dark(reached, top)))
+
+
+def _dark(reached: Sequence[int], top: int) -> list[str]:
+    """What a scale costs images of another kind: nobody sees that a training image is black."""
+    units, middle = sum(one == 1 for one in reached), int(np.median(reached))
+    if 0 < units < len(reached):
+        return [
+            f"{units:,} of these hold levels from 0 to 1 and are black on this scale: give all "
+            "images of the set one scale"
+        ]
+    if middle * DARK > top:
+        return []
+    return [
+        f"half of these reach no more than {middle:,}, which becomes {255 * middle / top:.0f} of "
+        "255: take images of another scale out of the set"
+    ]
 
 
 def spread(count: int, most: int) -> Sequence[int]:

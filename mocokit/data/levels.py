@@ -13,6 +13,7 @@ from mocokit.data.formats import open_image
 FULL = 65535  # the largest of 16 bits
 TOPS = (1, *(2**bits - 1 for bits in range(8, 17)))  # of a scale; 1 is for floats alone
 _BITS, _SAMPLES, _EXTRA, _MAXIMUM = 258, 277, 338, 281  # TIFF tags
+_MEANING, _PLANES = 262, 284
 _SPARE = 1, 2  # ExtraSamples: transparency, multiplied into the colours or not
 _OTHER_END = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -28,12 +29,15 @@ def shown(image: ImageFile.ImageFile, content: Any, top: int | None) -> Image.Im
     says: 16 bits, or, of 32 bits and floats, the least of the usual ranges that holds the image.
     `content` is what the image was opened from. Raises NoScale.
     """
+    _check_planes(image)
     deep = _raw_mode(image) if top is not None and top < FULL else ""
     image.load()
     seen: Image.Image = image
     if is_gray(image):
         levels = np.asarray(image)
         gray = _eight_bits(levels, top)
+        if image.format == "TIFF" and _tags(image).get(_MEANING) == 0:
+            gray = 255 - gray  # 0 is white, which Pillow heeds up to 8 bits
         clear = image.info.get("transparency")
         if isinstance(clear, int):  # a PNG's one level of gray that is not to be seen
             gray[levels == clear] = 255
@@ -47,6 +51,15 @@ def shown(image: ImageFile.ImageFile, content: Any, top: int | None) -> Image.Im
         layer = seen.convert("RGBA")
         seen = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return seen if seen.mode == "RGB" else seen.convert("RGB")
+
+
+def _check_planes(image: ImageFile.ImageFile) -> None:
+    """Raises NoScale for what Pillow reads as if its levels had 8 bits, into noise."""
+    if image.format == "TIFF" and _tags(image).get(_PLANES) == 2 and _bits(image) > 8:
+        raise NoScale(
+            f"a TIFF of {_bits(image)} bits with each band in a plane of its own, which is not "
+            "read: save it with its bands together"
+        )
 
 
 def is_gray(image: Image.Image) -> bool:
@@ -156,10 +169,14 @@ def _again(content: Any, raw: str) -> Image.Image:
 
 
 def _scaled(words: NDArray[np.uint16], image: Image.Image, top: int) -> NDArray[np.uint8]:
-    """Colours on the scale; transparency, of which 65,535 is none, as Pillow gives it."""
-    colours = words.shape[-1] - (image.mode == "RGBA")
+    """Colours on the scale; transparency, of which 65,535 is none, as Pillow gives it.
+
+    If it does not exceed the scale anywhere, its writer had the scale in mind there too.
+    """
+    bands = words.shape[-1]
+    scaled = bands - (image.mode == "RGBA" and words[..., -1].max() > top)
     seen = np.array(np.asarray(image))
-    seen[..., :colours] = _eight_bits(words[..., :colours], top)
+    seen[..., :scaled] = _eight_bits(words[..., :scaled], top)
     return seen
 
 
@@ -192,12 +209,20 @@ def _declared(image: ImageFile.ImageFile, content: Any) -> int:
     bits = 0
     if image.format == "TIFF":
         tags = _tags(image)
-        stated = tags.get(_BITS, 0), tags.get(_MAXIMUM, 0)
-        given, most = (max(one) if isinstance(one, tuple) else one for one in stated)
+        given, most = _bits(image), tags.get(_MAXIMUM, 0)
+        most = max(most) if isinstance(most, tuple) else most
         bits = given if given < 16 else int(most).bit_length()
+    elif image.format == "PPM" and image.mode == "I":
+        bits = 16  # Pillow stretches what the file declares to that
     elif image.format == "PNG":
         bits = max(_significant(bytes(content[: 2**16])), default=0)
     return bits if 8 < bits <= 16 else 0
+
+
+def _bits(image: ImageFile.ImageFile) -> int:
+    """Of a level in a TIFF."""
+    bits = _tags(image).get(_BITS, 0)
+    return int(max(bits) if isinstance(bits, tuple) else bits)
 
 
 def _significant(head: bytes) -> bytes:

@@ -75,8 +75,8 @@ class _Reader:
         if self.path[1:2] == ["object"] and field in _FIELDS:
             if self.objects[-1].setdefault(field, text) != text:
                 self.twice.add(len(self.objects))
-        elif self.path[1:2] == ["size"]:
-            self.size.setdefault(field, text)
+        elif self.path[1:2] == ["size"] and self.size.setdefault(field, text) != text:
+            raise BadAnnotation("states its size twice, and not alike")
         self.path.pop()
         self.text = []
 

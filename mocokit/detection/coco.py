@@ -52,7 +52,7 @@ def read_coco(root: Path, path: Path, problems: Problems) -> list[RawSample]:
 
 def _content(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
     try:
-        content = json.loads(read_regular(path))
+        content = json.loads(read_regular(path), object_pairs_hook=_unlike)
         parts = [content[part] for part in ("images", "annotations", "categories")]
         if any(type(part) is not list for part in parts):
             raise TypeError("its images, annotations and categories are not all lists")
@@ -63,6 +63,15 @@ def _content(path: Path) -> tuple[list[Any], list[Any], list[Any]]:
         what = f"{show(path)} is not COCO's json of images and boxes ({why})"
         raise UserError(f"{what}: export it again") from None
     return parts[0], parts[1], parts[2]
+
+
+def _unlike(pairs: list[tuple[str, Any]]) -> Entry:
+    """An object of json; one that states a field twice, and not alike, contradicts itself."""
+    found = dict(pairs)
+    if len(found) < len(pairs) and any(found[name] != value for name, value in pairs):
+        twice = next(name for name, value in pairs if found[name] != value)
+        raise ValueError(f"an entry states {printable(twice[:60])} twice, and not alike")
+    return found
 
 
 def _names(path: Path, categories: list[Any], problems: Problems) -> dict[Hashable, str]:

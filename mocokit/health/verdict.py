@@ -32,6 +32,7 @@ FAR_SHARE, FAR_LEAST = 2.0, 10.0
 ABSURD, LARGEST = 1000.0, 1e6  # times the first loss, or 1; of any method
 # Equal scores differ by more than two standard errors in one of 44 cases.
 SCORE_ERRORS = 2.0
+UNKNOWN_ERROR = 0.001  # of how many images is not recorded: what is shown alike is not a gain
 DATA_BOUND = 0.1  # share of the time; the guide's figure too
 SETTLED = 3  # lines after the first, before a share of the time means something
 OWN_KEYS = 0.05  # share of queries that meet their image's older key; ImageNet has 0.1 %
@@ -76,16 +77,12 @@ class Verdict:
 def verdict(lines: Lines) -> Verdict | None:
     """The judgement of metrics.jsonl up to its last line; None before the first."""
     # JSON has null for a loss that is not finite.
-    steps = [
-        line if line["loss"] is not None else {**line, "loss": math.inf}
-        for line in lines
-        if "loss" in line
-    ]
+    steps = [{"loss": math.inf, **_numbers(line)} for line in lines if "loss" in line]
+    steps = [line for line in steps if "step" in line]
     if not steps:
         return None
     measured: Health = next((line for line in reversed(lines) if "rankme_head" in line), {})
-    health = {name: value for name, value in measured.items() if value is not None}
-    health |= _scores(lines)
+    health = _numbers(measured) | _scores(lines)
     judges: tuple[Callable[[Lines, Health], Found], ...]
     if steps[-1].get("queue_filled", 1.0) < 1:
         judges = (_alike, _untrained, _pixels, _diverged, _momentum, _filling, _data_bound)
@@ -97,7 +94,18 @@ def verdict(lines: Lines) -> Verdict | None:
     findings = [found for judge in judges if (found := judge(steps, health)) is not None]
     if findings and findings[0][0] == "alike":  # which explains all but the machine's part
         findings = [found for found in findings if found[0] in ("alike", "data-bound")]
+    if "diverged" in dict(findings):
+        findings = [found for found in findings if found[0] != "guessing"]
     return Verdict(tuple(findings), _well(steps, health))
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a line measures: neither null nor NaN, which say nothing, nor what is no number."""
+    return {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    }
 
 
 def _alike(steps: Lines, health: Health) -> Found:
@@ -113,8 +121,9 @@ def _alike(steps: Lines, health: Health) -> Found:
 def _scores(lines: Lines) -> dict[str, float]:
     """The latest kNN score of each kind, and the number of images that it was taken on."""
     names = ("knn_backbone", "knn_random_weights", "knn_raw_pixels", "scored_images")
-    found = {name: line[name] for line in lines for name in names if line.get(name) is not None}
-    protocols = [line["protocol"] for line in lines if "protocol" in line]
+    every = map(_numbers, lines)
+    found = {name: line[name] for line in every for name in names if name in line}
+    protocols = [line["protocol"] for line in lines if isinstance(line.get("protocol"), str)]
     if "scored_images" not in found and protocols:  # 0.1 recorded it in words alone
         words = re.search(r"([\d,]+) queries", protocols[-1])
         found |= {"scored_images": float(words[1].replace(",", ""))} if words else {}
@@ -158,7 +167,7 @@ def _gain(health: Health, baseline: str) -> tuple[float | None, float]:
     if min(scores) >= 1:  # so easy a task tells nothing of the weights
         return None, 0.0
     if not images:
-        return scores[0] - scores[1], 0.0
+        return scores[0] - scores[1], UNKNOWN_ERROR
     trained, other = ((images * score + 1) / (images + 2) for score in scores)
     variance = (trained * (1 - trained) + other * (1 - other)) / (images + 2)
     return trained - other, SCORE_ERRORS * math.sqrt(variance)
@@ -171,13 +180,13 @@ def _told_apart(health: Health, error: float) -> str:
 
 
 def _diverged(steps: Lines, health: Health) -> Found:
-    level, loss = steps[-1].get("chance_loss"), max(_present(steps), steps[-1]["loss"])
+    level, loss = steps[-1].get("chance_loss"), max(_present(steps), steps[-1]["loss"], key=abs)
     if level is not None:
         limit, where = level + max(FAR_SHARE * level, FAR_LEAST), f"guessing costs {level:.2f}"
     else:
         first = next((line["loss"] for line in steps if math.isfinite(line["loss"])), 0.0)
         limit, where = min(ABSURD * max(abs(first), 1.0), LARGEST), f"it began at {first:.3g}"
-    if loss <= limit:
+    if abs(loss) <= limit:
         return None
     return "diverged", (
         f"the loss has diverged: {loss:.3g}, where {where}; start again with a lower optim.lr, or "
@@ -281,20 +290,23 @@ def _own_keys(steps: Lines, health: Health) -> Found:
 
 def _well(steps: Lines, health: Health) -> str:
     level = steps[-1].get("chance_loss")
-    parts = [
-        f"loss {_present(steps):.2f}" + (f" (chance {level:.2f})" if level is not None else "")
-    ]
-    if "knn_random_weights" in health and "knn_backbone" in health:
+    chance = f" (chance {level:.2f})" if level is not None else ""
+    parts = ["its only loss so far was against random vectors"]
+    if any(map(_full, steps)):
+        parts = [f"loss {_present(steps):.2f}{chance}"]
+    if "knn_backbone" in health and "knn_random_weights" not in health:
+        parts.append(f"kNN {health['knn_backbone']:.1%}, not yet compared with random weights")
+    elif "knn_backbone" in health:
         pixels = health.get("knn_raw_pixels")
         parts.append(
             f"kNN {health['knn_backbone']:.1%} (random weights {health['knn_random_weights']:.1%}"
             + (f", raw pixels {pixels:.1%})" if pixels is not None else ")")
         )
-    if "rankme_head" in health:
+    if {"rankme_head", "rankme_head_of"} <= health.keys():
         parts.append(
             f"effective rank {health['rankme_head']:.0f} of {health['rankme_head_of']:.0f}"
         )
-    if "contrast_regrouped" in health:
+    if {"contrast_trained", "contrast_regrouped"} <= health.keys():
         trained, other = health["contrast_trained"], health["contrast_regrouped"]
         parts.append(f"contrast {trained:.0%}, and {other:.0%} in other groups")
     elif "leak_unchecked" in health:
@@ -310,7 +322,8 @@ def _under_way(steps: Lines) -> Lines:
 
 
 def _full(line: Mapping[str, Any]) -> bool:
-    return bool(line.get("queue_filled", 1.0) >= 1)
+    """Whether the loss was against keys: the first step's keys come too late for its own loss."""
+    return "queue_filled" not in line or (line["queue_filled"] >= 1 and line["step"] > 1)
 
 
 def _present(steps: Lines) -> float:

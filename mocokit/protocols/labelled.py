@@ -39,11 +39,14 @@ class LabelledSplit:
 
     def remarks(self) -> list[str]:
         """What a reader must know beside the score."""
-        tested = np.unique(self.test_labels)
-        if len(tested) > 1:
-            return []
-        only = show(self.classes[int(tested[0])])
-        return [f"all {len(self.test_numbers):,} test images are of one class, {only}"]
+        tested, counts = np.unique(self.test_labels, return_counts=True)
+        if len(tested) == 1:
+            only = show(self.classes[int(tested[0])])
+            return [f"all {len(self.test_numbers):,} test images are of one class, {only}"]
+        if self.leave_one_out and (alone := int((counts == 1).sum())):
+            what = f"{alone:,} of {len(self.test_numbers):,} images are the only one of their class"
+            return [f"{what}, which nothing can vote for: they are counted as wrong"]
+        return []
 
     def with_share(self, share: float, seed: int) -> "LabelledSplit":
         """The same test images, with a stratified share of the training images."""
@@ -94,9 +97,10 @@ def labelled_split(
         description = f"{len(everything):,} training images, {len(tested):,} test images"
         return LabelledSplit(train, everything, validation, tested, classes, description)
     if leave_one_out:
-        if (count := len(everything)) < 2:
+        if np.bincount(train.labels[everything]).max() < 2:
             raise UserError(
-                f"{train.name} has {count} labelled image; the kNN vote needs at least two"
+                f"{train.name} has one image per class, so no image has another one of its class "
+                "that could vote for it; give validation images"
             )
         description = f"{len(everything):,} training images, each left out of its own vote"
         return LabelledSplit(train, everything, train, everything, classes, description, True)

@@ -5,6 +5,7 @@ With nothing behind the tab an image is unlabelled.
 
 import os
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 
@@ -53,17 +54,37 @@ def open_listing(path: Path, labels: Labels) -> FolderSource:
         remedy = "write one behind a tab, or set data.labels=none"
         raise UserError(f"{missing} in the list {show(path)} has no class: {remedy}")
     written = [label.strip() for _, _, label in pairs]
+    _check_alike(path, pairs, written)
+    blank = {text for text in set(written) if _is_blank(text)}
     order = sorted(
-        set(written) - {b""}, key=lambda text: (len(text) if text.isdigit() else 0, text)
+        set(written) - blank, key=lambda text: (len(text) if text.isdigit() else 0, text)
     )
     classes = tuple(printable(os.fsdecode(text)) for text in order)
-    numbers = {text: number for number, text in enumerate(order)} | {b"": UNLABELLED}
+    numbers = {text: number for number, text in enumerate(order)}
+    numbers |= dict.fromkeys(blank, UNLABELLED)
     found = np.fromiter((numbers[text] for text in written), np.int64, len(written))
     source = FolderSource(path.parent, names, found if order else None, classes, name)
     if without := int((found == UNLABELLED).sum()):
         what = f"{without:,} of {len(found):,} images have nothing behind the tab"
         source.notes = (f"{what}: they are trained on without a class, and not scored",)
     return source
+
+
+def _check_alike(path: Path, pairs: list[tuple[bytes, bytes, bytes]], written: list[bytes]) -> None:
+    """Raises UserError for a file that is listed twice, with two classes."""
+    known: dict[bytes, bytes] = {}
+    for (name, _, _), label in zip(pairs, written, strict=True):
+        if known.setdefault(name, label) != label:
+            both = " and ".join(show(os.fsdecode(text)) or "none" for text in (known[name], label))
+            raise UserError(
+                f"{show(os.fsdecode(name))} in the list {show(path)} has two classes, {both}: keep "
+                "one of its lines, or set data.labels=none"
+            )
+
+
+def _is_blank(label: bytes) -> bool:
+    """Whether nobody would see it: spaces of any kind, and characters without a shape."""
+    return all(one.isspace() or category(one) in ("Cc", "Cf") for one in os.fsdecode(label))
 
 
 def _plain(root: Path, name: bytes) -> bytes:
