@@ -1,5 +1,6 @@
 """A checkpoint says whose it is; what was saved is there; a folder that changes is noticed."""
 
+import errno
 import json
 import os
 import re
@@ -236,6 +237,19 @@ def test_saved_is_said_of_what_is_there(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "c", 1, {"x": torch.ones(2)})
 
 
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_disk_without_links_gets_a_copy(images, tmp_path, monkeypatch, reason):
+    def refusing(*_, **__):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "symlink", refusing)
+    out = tmp_path / "run"
+    assert run(images, out, save__every_steps=1).result["finished"]
+    last = out / "last.pt"
+    assert not last.is_symlink()
+    assert checkpoint.load(last)["step"] == 2 and not list(out.rglob("*.partial"))
+
+
 # What happens to a folder, or to a part of it, while its run goes on; whether the run may go on.
 def _moved(folder):
     os.rename(folder, folder.with_name("elsewhere"))
@@ -263,6 +277,9 @@ FATES = {
     "linked elsewhere": (_linked_elsewhere, False),
     "checkpoints deleted": (lambda folder: shutil.rmtree(folder / "checkpoints"), True),
     "lock deleted": (lambda folder: (folder / ".lock").unlink(), True),
+    "settings deleted": (lambda folder: (folder / "config.yaml").unlink(), True),
+    "index deleted": (lambda folder: (folder / "images.idx").unlink(), True),
+    "number deleted": (lambda folder: (folder / "run.json").unlink(), True),
     "metrics deleted": (lambda folder: (folder / "metrics.jsonl").unlink(), True),
     "moved there and back": (
         lambda folder: (_moved(folder), os.rename(folder.with_name("elsewhere"), folder)),
@@ -286,6 +303,8 @@ def test_a_folder_that_changes_under_a_living_run(images, tmp_path, monkeypatch,
     if goes_on:
         assert run(images, out, save__every_steps=1).result["finished"]
         assert checkpoint.load(out / "last.pt")["step"] == 2
+        assert run(images, out, save__every_steps=1).result["finished"]  # it is a run still
+        assert (out / "images.idx").is_file() and identity.read(out / "run.json") is not None
         return
     before = {}
     with pytest.raises(MocokitError, match="was deleted, moved or replaced"):

@@ -1,6 +1,7 @@
 """A run with everything it needs, and what is saved of it."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from mocokit import settings as settings_
 from mocokit.data.batch import Batch
+from mocokit.data.index import save_index
 from mocokit.data.source import Source, Splits
-from mocokit.engine import checkpoint
+from mocokit.engine import checkpoint, identity
 from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import Bad, BadImages
 from mocokit.engine.finite import check_progress, check_weights
@@ -23,7 +25,7 @@ from mocokit.engine.identity import Identity
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
-from mocokit.files import show
+from mocokit.files import show, writing
 from mocokit.nets.batchnorm import group_sizes, set_groups, share_of_groups
 from mocokit.run import build
 from mocokit.run.build import Parts
@@ -112,6 +114,7 @@ class RunState:
         if not self.world.writes:
             return
         self.check_folder()
+        self.write_missing()
         folder = self.folder.checkpoints
         if self.saved == self.step and checkpoint.is_saved(folder, self.step):
             checkpoint.point(folder / checkpoint.name_of(self.step))
@@ -143,6 +146,34 @@ class RunState:
         """Raises MocokitError if the run's folder is gone, or is another run's by now."""
         if self.hold is not None:
             self.hold.check()
+
+    def write_missing(self) -> None:
+        """Write again what was deleted, while the run goes on, of the files that say what it is.
+
+        What was put in their place stays. Raises MocokitError.
+        """
+        if self.hold is None:
+            return
+        if not os.path.lexists(self.folder.config):
+            self.folder.write_config(self.settings, self.effect.as_dict())
+        if not os.path.lexists(self.folder.index):
+            self.write_index()
+        if not os.path.lexists(self.folder.identity):
+            self.write_identity()
+
+    def write_index(self) -> None:
+        """Which image has which number. Raises MocokitError."""
+        index = self.splits.train.index()
+        names = 0 if index.names is None else index.names.text.nbytes + index.names.ends.nbytes
+        labels = 0 if index.labels is None else index.labels.nbytes
+        with writing(self.folder.index, room=names + labels):
+            save_index(index, self.folder.index)
+
+    def write_identity(self) -> None:
+        """Which run the folder holds. Raises MocokitError."""
+        if self.identity is not None:
+            with writing(self.folder.identity, room=1):
+                identity.write(self.identity, self.folder.identity)
 
     def set_groups(self, images: int) -> None:
         """Cut the next batch, of this many images, as the settings say, whatever the method does.
