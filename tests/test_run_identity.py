@@ -199,13 +199,32 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied, images):
         run(images, copied)
 
 
-@pytest.mark.parametrize("lacking", ["method", "optimizer", "scaler", "a tensor"])
-def test_a_state_that_does_not_fit_is_a_sentence(copied, images, lacking):
+FORGED = {  # with a checksum that is right
+    "no method": lambda state: state.pop("method"),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "no scaler": lambda state: state.pop("scaler"),
+    "no bad images": lambda state: state.pop("bad_images"),
+    "a tensor less": lambda state: state["method"].pop("encoder.head.0.weight"),
+    "a list of tensors": lambda state: state.update(method=[torch.ones(2)]),
+    "an optimiser of another shape": lambda state: forge_momentum(state, torch.ones(1)),
+    "an optimiser of text": lambda state: forge_momentum(state, "x"),
+    "a scale of text": lambda state: state.update(scaler={"scale": "x"}),
+    "a number for the scaler": lambda state: state.update(scaler=7),
+    "an image too many": lambda state: state.update(bad_images=torch.tensor([[10**9, 0]])),
+    "a step below zero": lambda state: state.update(bad_images=torch.tensor([[0, -5]])),
+}
+
+
+def forge_momentum(state, value):
+    values = state["optimizer"]["state"][0]
+    name = next(name for name, one in values.items() if torch.is_tensor(one) and one.ndim)
+    values[name] = value
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_state_that_does_not_fit_is_a_sentence(copied, images, forged):
     state = checkpoint.load(at(copied, 1))
-    if lacking == "a tensor":
-        state["method"].pop("encoder.head.0.weight")
-    else:
-        state.pop(lacking)
+    FORGED[forged](state)
     checkpoint.save(copied / "checkpoints", 1, state, checkpoint.label_of(at(copied, 1)))
     with pytest.raises(UserError, match="step-00000001.pt"):
         run(images, copied)

@@ -71,8 +71,9 @@ def _load(run: RunState, state: dict[str, Any]) -> None:
         run.load(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+        why = f"it lacks {error}" if isinstance(error, KeyError) else reason_of(error)
         raise UserError(
-            f"{show(path)} does not fit the run's settings ({printable(reason_of(error))}); it may "
+            f"{show(path)} does not fit the run's settings ({printable(why)}); it may "
             "be of another version of the method: begin a new run"
         ) from error
 
@@ -141,8 +142,12 @@ def _check(run: RunState, state: dict[str, Any], label: checkpoint.Label) -> Non
         )
     try:
         check_progress(state["optimizer"], state["scaler"], step)
-    except (NonFiniteLoss, KeyError) as error:
+    except NonFiniteLoss as error:
         raise UserError(f"{show(path)} is of no use: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{show(path)} is of no use: the optimiser's state cannot be read"
+        ) from None
 
 
 def _write_start(run: RunState, state: dict[str, Any] | None) -> None:

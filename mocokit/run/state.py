@@ -22,6 +22,7 @@ from mocokit.engine.bad_images import Bad, BadImages
 from mocokit.engine.finite import check_progress, check_weights
 from mocokit.engine.folder import Hold, RunFolder
 from mocokit.engine.identity import Identity
+from mocokit.engine.optim import check_fits
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
@@ -97,6 +98,7 @@ class RunState:
     def load(self, state: dict[str, Any]) -> None:
         self.parts.method.load_state_dict(state["method"])
         self.parts.optimizer.load_state_dict(state["optimizer"])
+        check_fits(self.parts.optimizer)
         self.parts.scaler.load_state_dict(state["scaler"])
         self.bad.load(state["bad_images"])
         self.step = self.saved = int(state["step"])
