@@ -182,10 +182,8 @@ class _Computing:
 
 def _complete(file: TableFile, computing: _Computing, missing: NDArray[np.int64]) -> None:
     """Compute the batches that a file lacks, and those whose unread images can now be read."""
-    unread = file.unread()
-    unread = unread[~np.isin(unread // BATCH, missing)]
-    if len(unread):
-        missing = np.union1d(missing, computing.readable(unread) // BATCH)
+    if len(file.unread):
+        missing = np.union1d(missing, computing.readable(file.unread) // BATCH)
     count = len(computing.source)
     done = count - sum(len(_numbers(block, count)) for block in missing.tolist())
     try:
