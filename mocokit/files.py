@@ -21,6 +21,7 @@ from mocokit.errors import MocokitError, UserError, printable as printable
 # What Markdown reads as markup, with GitHub's links and formulas. Inside a word "_" is text.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~#&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READER_SECONDS = 10.0  # that a pipe's reader has to come
 _LARGEST = 2**25 - 2**16  # bytes; glibc's own limit is 32 MiB with what it adds to a block
 
@@ -82,13 +83,16 @@ def writing(
 ) -> Iterator[None]:
     """Turn the system's refusal to write, such as a full disk, into one sentence.
 
-    It says what could not be written, why, how much `room` in bytes that needs, and the remedy.
-    Raises MocokitError.
+    It says what could not be written, why, how much `room` in bytes that needs, and the remedy;
+    where room is not what lacks, it does not speak of room. Raises MocokitError.
     """
     try:
         yield
     except OSError as error:
-        needs = "" if room is None else f"it needs about {max(room, 2**20) / 2**20:,.0f} MiB; "
+        lacks_room = error.errno in _NO_ROOM
+        needs = f"it needs about {max(room or 0, 2**20) / 2**20:,.0f} MiB; "
+        needs = "" if room is None or not lacks_room else needs
+        remedy = remedy if lacks_room else remedy.replace("make room", "put that right")
         raise MocokitError(
             f"cannot write {show(path)} ({reason_of(error)}); {needs}what was saved before is "
             f"untouched: {remedy}"
@@ -97,12 +101,24 @@ def writing(
 
 def append_line(path: Path, text: str) -> None:
     """Append one line, and begin a new one where a crash left the last line cut short."""
-    with open(path, "a+b") as file:
+    with os.fdopen(open_own(path), "a+b") as file:
         start = b""
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             start = b"" if file.read(1) == b"\n" else b"\n"
         file.write(start + text.encode("utf-8", "surrogateescape") + b"\n")
+
+
+def open_own(path: Path) -> int:
+    """A file of ours, open to read and to append; it is made where it is missing.
+
+    Raises OSError for what somebody else put in its place: a pipe or a device is not waited for.
+    """
+    number = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _AT_ONCE, 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
+    return number
 
 
 def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -264,7 +280,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises BlockingIOError if another process holds it and `wait` is false.
     """
-    with open(path, "a", encoding="utf-8") as file:
+    with os.fdopen(open_own(path), "a") as file:
         lock(file, wait=wait)
         yield
 

@@ -229,6 +229,17 @@ def test_a_parent_that_changed_before_the_first_checkpoint(parent, tmp_path, toy
         mocokit.pretrain(config, out=tmp_path / "out", settings=changes)
 
 
+@pytest.mark.parametrize("method", [None, [torch.ones(2)], {}, {"queue.rows": "x"}])
+def test_a_parent_with_a_forged_checkpoint_is_a_sentence(parent, tmp_path, method):
+    forged = tmp_path / "forged"
+    shutil.copytree(parent, forged, symlinks=True)
+    state = checkpoint.load(forged / "checkpoints" / checkpoint.name_of(8))
+    state["method"] = method
+    checkpoint.save(forged / "checkpoints", state.pop("step"), state)
+    with pytest.raises(UserError, match="no checkpoint of pre-training|another method or arch"):
+        longer(forged, tmp_path / "out", 1)
+
+
 def test_more_epochs_for_a_finished_run_names_the_way(parent, toy_npz):
     with pytest.raises(UserError, match=f"pretrain --extend 3 {parent}"):
         mocokit.pretrain("mocov2", toy_npz, parent, epochs=5, batch_size=40, settings=QUICK)

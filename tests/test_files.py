@@ -202,6 +202,34 @@ def test_a_refusal_to_write_is_one_sentence(tmp_path):
     assert error.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "room"),
+    [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EFBIG, True), (errno.EISDIR, False),
+     (errno.EPERM, False), (errno.EEXIST, False), (errno.EROFS, False)],
+)  # fmt: skip
+def test_only_what_lacks_room_is_told_to_make_room(tmp_path, reason, room):
+    with pytest.raises(MocokitError) as error, writing(tmp_path, room=1, remedy="make room, go on"):
+        raise OSError(reason, os.strerror(reason))
+    assert ("it needs about 1 MiB" in str(error.value)) == room
+    assert str(error.value).endswith("make room, go on" if room else "put that right, go on")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_took_the_place_of_a_file_of_ours_is_not_waited_for(tmp_path, kind):
+    path = tmp_path / "log"
+    make = {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/null"), "folder": os.mkdir}
+    make[kind](path)
+
+    def lock():
+        with files.locked(path):
+            pass
+
+    taken = (lambda: append_line(path, "one"), lock, lambda: os.close(files.open_own(path)))
+    for act in taken:
+        with pytest.raises(OSError, match="Is a directory|neither a file nor a link to one"):
+            act()
+
+
 def test_a_line_is_appended_after_one_that_was_cut(tmp_path):
     path = tmp_path / "log"
     append_line(path, "one")

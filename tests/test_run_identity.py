@@ -1,5 +1,6 @@
 """A checkpoint says whose it is; what was saved is there; a folder that changes is noticed."""
 
+import errno
 import json
 import os
 import re
@@ -198,13 +199,32 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(copied, images):
         run(images, copied)
 
 
-@pytest.mark.parametrize("lacking", ["method", "optimizer", "scaler", "a tensor"])
-def test_a_state_that_does_not_fit_is_a_sentence(copied, images, lacking):
+FORGED = {  # with a checksum that is right
+    "no method": lambda state: state.pop("method"),
+    "no optimizer": lambda state: state.pop("optimizer"),
+    "no scaler": lambda state: state.pop("scaler"),
+    "no bad images": lambda state: state.pop("bad_images"),
+    "a tensor less": lambda state: state["method"].pop("encoder.head.0.weight"),
+    "a list of tensors": lambda state: state.update(method=[torch.ones(2)]),
+    "an optimiser of another shape": lambda state: forge_momentum(state, torch.ones(1)),
+    "an optimiser of text": lambda state: forge_momentum(state, "x"),
+    "a scale of text": lambda state: state.update(scaler={"scale": "x"}),
+    "a number for the scaler": lambda state: state.update(scaler=7),
+    "an image too many": lambda state: state.update(bad_images=torch.tensor([[10**9, 0]])),
+    "a step below zero": lambda state: state.update(bad_images=torch.tensor([[0, -5]])),
+}
+
+
+def forge_momentum(state, value):
+    values = state["optimizer"]["state"][0]
+    name = next(name for name, one in values.items() if torch.is_tensor(one) and one.ndim)
+    values[name] = value
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_state_that_does_not_fit_is_a_sentence(copied, images, forged):
     state = checkpoint.load(at(copied, 1))
-    if lacking == "a tensor":
-        state["method"].pop("encoder.head.0.weight")
-    else:
-        state.pop(lacking)
+    FORGED[forged](state)
     checkpoint.save(copied / "checkpoints", 1, state, checkpoint.label_of(at(copied, 1)))
     with pytest.raises(UserError, match="step-00000001.pt"):
         run(images, copied)
@@ -236,6 +256,19 @@ def test_saved_is_said_of_what_is_there(tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "c", 1, {"x": torch.ones(2)})
 
 
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_disk_without_links_gets_a_copy(images, tmp_path, monkeypatch, reason):
+    def refusing(*_, **__):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "symlink", refusing)
+    out = tmp_path / "run"
+    assert run(images, out, save__every_steps=1).result["finished"]
+    last = out / "last.pt"
+    assert not last.is_symlink()
+    assert checkpoint.load(last)["step"] == 2 and not list(out.rglob("*.partial"))
+
+
 # What happens to a folder, or to a part of it, while its run goes on; whether the run may go on.
 def _moved(folder):
     os.rename(folder, folder.with_name("elsewhere"))
@@ -263,6 +296,9 @@ FATES = {
     "linked elsewhere": (_linked_elsewhere, False),
     "checkpoints deleted": (lambda folder: shutil.rmtree(folder / "checkpoints"), True),
     "lock deleted": (lambda folder: (folder / ".lock").unlink(), True),
+    "settings deleted": (lambda folder: (folder / "config.yaml").unlink(), True),
+    "index deleted": (lambda folder: (folder / "images.idx").unlink(), True),
+    "number deleted": (lambda folder: (folder / "run.json").unlink(), True),
     "metrics deleted": (lambda folder: (folder / "metrics.jsonl").unlink(), True),
     "moved there and back": (
         lambda folder: (_moved(folder), os.rename(folder.with_name("elsewhere"), folder)),
@@ -286,6 +322,8 @@ def test_a_folder_that_changes_under_a_living_run(images, tmp_path, monkeypatch,
     if goes_on:
         assert run(images, out, save__every_steps=1).result["finished"]
         assert checkpoint.load(out / "last.pt")["step"] == 2
+        assert run(images, out, save__every_steps=1).result["finished"]  # it is a run still
+        assert (out / "images.idx").is_file() and identity.read(out / "run.json") is not None
         return
     before = {}
     with pytest.raises(MocokitError, match="was deleted, moved or replaced"):

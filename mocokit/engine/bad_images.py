@@ -113,7 +113,10 @@ class BadImages:
         return torch.tensor(sorted(self.first.items()), dtype=torch.int64).reshape(-1, 2)
 
     def load(self, state: Tensor) -> None:
+        """Raises an error of Python for what `state` never makes."""
         for image, step in state.tolist():
+            if not 0 <= image < self._images or step < 0:
+                raise ValueError(f"image {image} at step {step} is none of the data")
             self.first[image] = min(step, self.first.get(image, step))
 
 

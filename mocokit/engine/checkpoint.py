@@ -5,10 +5,12 @@ bit. Beside the content lies a label: whose checkpoint it is. Two runs with the 
 the same content, and each has its own label.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +27,8 @@ from mocokit.files import reason_of, show, whole, writing
 
 FORMAT = 2  # 1 had no checksum
 Label = Mapping[str, Any]
+# What a disk says that knows no links: exFAT, some network disks, Windows without the privilege.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 _RESUME = "make room, and resume with the same command"
 _NAME = re.compile(r"step-(\d{8})\.pt")
 _LABEL, _LABEL_BYTES = "mocokit.json", 2**16  # its name in the file, and its length at most
@@ -145,7 +149,8 @@ def _on_cpu(tree: Any) -> Any:
 def point(path: Path) -> None:
     """Make last.pt, beside the folder of checkpoints, a relative link to one of them.
 
-    There is no moment in which there is none. Raises MocokitError.
+    There is no moment in which there is none. A disk without links, such as a USB stick's, gets a
+    copy. Raises MocokitError.
     """
     link = path.parent.parent / "last.pt"
     target = os.path.relpath(path, link.parent)
@@ -155,8 +160,14 @@ def point(path: Path) -> None:
         # A link cannot be changed in place: a new one takes its place at once.
         temporary = link.with_name(link.name + ".partial")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        os.replace(temporary, link)
+        try:
+            temporary.symlink_to(target)
+            os.replace(temporary, link)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(path, "rb") as file, whole(link, sync=True, sole_writer=True) as copy:
+                shutil.copyfileobj(file, copy)
 
 
 def prune(

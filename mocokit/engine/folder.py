@@ -64,8 +64,12 @@ class RunFolder:
         return bool(lines) and "loss" in lines[-1]
 
     def create(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
-        """Write config.yaml."""
+        """Make the folder and write config.yaml."""
         self.make()
+        self.write_config(settings, resolved)
+
+    def write_config(self, settings: Settings, resolved: Mapping[str, Any]) -> None:
+        """Write config.yaml into the folder, which is never made here. Raises MocokitError."""
         # The folder is locked. `is_begun` knows the partial file that a kill may leave.
         with files.writing(self.config, room=1):
             files.write_text(self.config, settings_.to_yaml(settings, resolved), sole_writer=True)
@@ -179,7 +183,7 @@ class Hold:
 def _take(path: Path) -> IO[str]:
     """The locked file; raises BlockingIOError if another process holds it, or another OSError."""
     for last in (False, False, True):
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        file = os.fdopen(files.open_own(path), "a")
         try:
             files.lock(file, wait=False)
         except BaseException:
@@ -192,10 +196,10 @@ def _take(path: Path) -> IO[str]:
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether an open file is the one under this name."""
+    """Whether a file is open, and the one under this name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: it is closed, since another could not be taken
         return False
 
 

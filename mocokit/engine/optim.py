@@ -149,3 +149,16 @@ def _adapted(weights: list[Tensor], weight_decay: float, trust: float) -> list[T
     ratios = torch.where(safe, trust * weight_norms / step_norms, 1.0)
     torch._foreach_mul_(steps, list(ratios.unbind()))
     return list(steps)
+
+
+def check_fits(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if what was loaded for a parameter is not of its shape.
+
+    torch would notice at the next step, or never.
+    """
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            tensor = isinstance(value, Tensor)
+            fits = value.ndim == 0 or value.shape == parameter.shape if tensor else True
+            if not fits or not isinstance(value, Tensor | int | float | None):
+                raise ValueError(f"the optimiser's {name} is not of its parameter's shape")

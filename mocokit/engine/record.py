@@ -23,7 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from mocokit.errors import UserError
-from mocokit.files import Unheard, json_lines, printable, reason_of, show, write_text, writing
+from mocokit.files import (
+    Unheard,
+    json_lines,
+    open_own,
+    printable,
+    reason_of,
+    show,
+    write_text,
+    writing,
+)
 
 _RESUME = "make room, and resume with the same command"
 PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal to redraw
@@ -64,7 +73,7 @@ class Metrics:
         self._cut = False
 
     def _open(self) -> None:
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._file = open_own(self._path)
 
     def close(self) -> None:
         if self._file >= 0:

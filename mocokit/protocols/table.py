@@ -8,6 +8,7 @@ opened, because the reason may have passed.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def features_of(
     path = folder / f"{key}.npy"
     with writing(folder, remedy="set MOCOKIT_CACHE to a folder with free space, or use --no-cache"):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / f"{key}.lock", "a")  # noqa: SIM115
+        lock = os.fdopen(files.open_own(folder / f"{key}.lock"), "a")
     with lock:
         with writing(folder, remedy="set MOCOKIT_CACHE to a disk with locks, or use --no-cache"):
             files.lock(lock)
@@ -181,10 +182,8 @@ class _Computing:
 
 def _complete(file: TableFile, computing: _Computing, missing: NDArray[np.int64]) -> None:
     """Compute the batches that a file lacks, and those whose unread images can now be read."""
-    unread = file.unread()
-    unread = unread[~np.isin(unread // BATCH, missing)]
-    if len(unread):
-        missing = np.union1d(missing, computing.readable(unread) // BATCH)
+    if len(file.unread):
+        missing = np.union1d(missing, computing.readable(file.unread) // BATCH)
     count = len(computing.source)
     done = count - sum(len(_numbers(block, count)) for block in missing.tolist())
     try:

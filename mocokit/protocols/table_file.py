@@ -32,6 +32,7 @@ class TableFile:
         self._head = header(shape)
         self._sums = len(self._head) + shape[0] * shape[1] * 4
         self.notes: list[str] = []
+        self.unread: NDArray[np.int64] = np.arange(0)  # images of good batches; see `missing`
 
     @classmethod
     @contextmanager
@@ -57,10 +58,21 @@ class TableFile:
             yield table
 
     def missing(self) -> NDArray[np.int64]:
-        """The batches that are not there, or damaged."""
+        """The batches that are not there, or damaged. Keeps which images of the others are unread.
+
+        What is not yet written is not mapped into memory: on a full disk in memory, such as
+        /dev/shm, the system would kill the process for it.
+        """
+        right, unread = [], []
         with writing(self._path, remedy=REMEDY):
             sums = [self._sum(block) for block in range(self._blocks)]
-            right = [sums[block] == self._digest(block) for block in range(self._blocks)]
+            for block in range(self._blocks):
+                content = self._content(block)
+                right.append(sums[block] == self._hash(block, content))
+                if right[block]:
+                    first = np.frombuffer(content, "<f4")[:: self._shape[1]]
+                    unread.append(block * BATCH + np.flatnonzero(np.isnan(first)))
+        self.unread = np.concatenate([np.arange(0), *unread])
         damaged = sum(one != NONE and not good for one, good in zip(sums, right, strict=True))
         if damaged:
             self.notes.append(
@@ -68,10 +80,6 @@ class TableFile:
                 "they are computed again"
             )
         return np.flatnonzero(~np.array(right))
-
-    def unread(self) -> NDArray[np.int64]:
-        """The images that could not be read."""
-        return np.flatnonzero(np.isnan(self.rows()[:, 0]))
 
     def write(self, block: int, rows: NDArray[np.float32]) -> None:
         """The rows of a batch and then their checksum. Raises MocokitError."""
@@ -86,7 +94,7 @@ class TableFile:
             os.fsync(self._file.fileno())
 
     def rows(self) -> NDArray[np.float32]:
-        """All rows (N, D), mapped into memory."""
+        """All rows (N, D), mapped into memory, once all are written."""
         with writing(self._path, remedy=REMEDY):
             # Copy on write, because torch warns of arrays that are read-only. No code writes to it.
             return np.memmap(
@@ -97,10 +105,10 @@ class TableFile:
     def _blocks(self) -> int:
         return -(-self._shape[0] // BATCH)
 
-    def _digest(self, block: int) -> bytes:
+    def _content(self, block: int) -> bytes:
         place = len(self._head) + block * BATCH * 4 * self._shape[1]
         length = min(BATCH * 4 * self._shape[1], self._sums - place)
-        return self._hash(block, self._get(place, length))
+        return self._get(place, length)
 
     def _hash(self, block: int, content: bytes) -> bytes:
         """Of a batch under this name, at this place."""

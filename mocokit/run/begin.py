@@ -8,7 +8,6 @@ from typing import Any
 import torch.distributed as dist
 
 from mocokit.data.batch import read_spread
-from mocokit.data.index import Index, save_index
 from mocokit.engine import checkpoint, identity
 from mocokit.engine.finite import check_progress
 from mocokit.engine.folder import (
@@ -19,7 +18,7 @@ from mocokit.engine.identity import Identity
 from mocokit.engine.runtime import decided_by_rank_zero, instruction_set
 from mocokit.engine.world import World
 from mocokit.errors import NonFiniteLoss, UserError
-from mocokit.files import printable, reason_of, show, writing
+from mocokit.files import printable, reason_of, show
 from mocokit.nets.batchnorm import (
     group_sizes,
     local_statistics,
@@ -72,8 +71,9 @@ def _load(run: RunState, state: dict[str, Any]) -> None:
         run.load(state)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         path = run.folder.checkpoints / checkpoint.name_of(int(state["step"]))
+        why = f"it lacks {error}" if isinstance(error, KeyError) else reason_of(error)
         raise UserError(
-            f"{show(path)} does not fit the run's settings ({printable(reason_of(error))}); it may "
+            f"{show(path)} does not fit the run's settings ({printable(why)}); it may "
             "be of another version of the method: begin a new run"
         ) from error
 
@@ -142,31 +142,27 @@ def _check(run: RunState, state: dict[str, Any], label: checkpoint.Label) -> Non
         )
     try:
         check_progress(state["optimizer"], state["scaler"], step)
-    except (NonFiniteLoss, KeyError) as error:
+    except NonFiniteLoss as error:
         raise UserError(f"{show(path)} is of no use: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{show(path)} is of no use: the optimiser's state cannot be read"
+        ) from None
 
 
 def _write_start(run: RunState, state: dict[str, Any] | None) -> None:
     """config.yaml, images.idx, run.json and views.png, before the first step."""
-    folder, train = run.folder, run.splits.train
+    folder = run.folder
     folder.create(run.settings, run.effect.as_dict())
     if not folder.index.is_file():
-        with writing(folder.index, room=_size(train.index())):
-            save_index(train.index(), folder.index)
+        run.write_index()
     if run.identity is None:
         run.identity = _identity(run, state)
-        with writing(folder.identity, room=1):
-            identity.write(run.identity, folder.identity)
+        run.write_identity()
     assert run.hold is not None
     run.hold.number = run.identity.run
     if state is None and not folder.sheet.is_file():
         _write_sheet(run)
-
-
-def _size(index: Index) -> int:
-    """Bytes of an index, before it is compressed."""
-    names = 0 if index.names is None else index.names.text.nbytes + index.names.ends.nbytes
-    return names + (0 if index.labels is None else index.labels.nbytes)
 
 
 def _identity(run: RunState, state: dict[str, Any] | None) -> Identity:

@@ -96,7 +96,11 @@ def _last(folder: RunFolder) -> dict[str, Any]:
     steps = checkpoint.steps(folder.checkpoints)
     if not steps:
         raise UserError(f"{show(folder.path)} has no checkpoint, from which it could be lengthened")
-    return checkpoint.load(folder.checkpoints / checkpoint.name_of(steps[-1]))
+    path = folder.checkpoints / checkpoint.name_of(steps[-1])
+    state = checkpoint.load(path)
+    if not isinstance(state.get("method"), Mapping):
+        raise UserError(f"{show(path)} is no checkpoint of pre-training; restore it")
+    return state
 
 
 def load_parent(settings: Settings, folder: RunFolder, method: Method) -> None:

@@ -1,6 +1,7 @@
 """A run with everything it needs, and what is saved of it."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,17 +14,19 @@ from torch import Tensor
 
 from mocokit import settings as settings_
 from mocokit.data.batch import Batch
+from mocokit.data.index import save_index
 from mocokit.data.source import Source, Splits
-from mocokit.engine import checkpoint
+from mocokit.engine import checkpoint, identity
 from mocokit.engine.average import average_statistics
 from mocokit.engine.bad_images import Bad, BadImages
 from mocokit.engine.finite import check_progress, check_weights
 from mocokit.engine.folder import Hold, RunFolder
 from mocokit.engine.identity import Identity
+from mocokit.engine.optim import check_fits
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import instruction_set
 from mocokit.engine.world import World
-from mocokit.files import show
+from mocokit.files import show, writing
 from mocokit.nets.batchnorm import group_sizes, set_groups, share_of_groups
 from mocokit.run import build
 from mocokit.run.build import Parts
@@ -95,6 +98,7 @@ class RunState:
     def load(self, state: dict[str, Any]) -> None:
         self.parts.method.load_state_dict(state["method"])
         self.parts.optimizer.load_state_dict(state["optimizer"])
+        check_fits(self.parts.optimizer)
         self.parts.scaler.load_state_dict(state["scaler"])
         self.bad.load(state["bad_images"])
         self.step = self.saved = int(state["step"])
@@ -112,6 +116,7 @@ class RunState:
         if not self.world.writes:
             return
         self.check_folder()
+        self.write_missing()
         folder = self.folder.checkpoints
         if self.saved == self.step and checkpoint.is_saved(folder, self.step):
             checkpoint.point(folder / checkpoint.name_of(self.step))
@@ -143,6 +148,34 @@ class RunState:
         """Raises MocokitError if the run's folder is gone, or is another run's by now."""
         if self.hold is not None:
             self.hold.check()
+
+    def write_missing(self) -> None:
+        """Write again what was deleted, while the run goes on, of the files that say what it is.
+
+        What was put in their place stays. Raises MocokitError.
+        """
+        if self.hold is None:
+            return
+        if not os.path.lexists(self.folder.config):
+            self.folder.write_config(self.settings, self.effect.as_dict())
+        if not os.path.lexists(self.folder.index):
+            self.write_index()
+        if not os.path.lexists(self.folder.identity):
+            self.write_identity()
+
+    def write_index(self) -> None:
+        """Which image has which number. Raises MocokitError."""
+        index = self.splits.train.index()
+        names = 0 if index.names is None else index.names.text.nbytes + index.names.ends.nbytes
+        labels = 0 if index.labels is None else index.labels.nbytes
+        with writing(self.folder.index, room=names + labels):
+            save_index(index, self.folder.index)
+
+    def write_identity(self) -> None:
+        """Which run the folder holds. Raises MocokitError."""
+        if self.identity is not None:
+            with writing(self.folder.identity, room=1):
+                identity.write(self.identity, self.folder.identity)
 
     def set_groups(self, images: int) -> None:
         """Cut the next batch, of this many images, as the settings say, whatever the method does.
