@@ -143,7 +143,7 @@ def read_regular(path: str | Path, limit: int = 2**30) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "neither a file nor a link to one")
         if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"larger than {limit / 2**20:,.0f} MiB, refused")
+            raise OSError(errno.EFBIG, f"larger than {limit / 2**20:,g} MiB, refused")
         return file.readall()
 
 

@@ -276,10 +276,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "device.yaml").symlink_to("/dev/zero")
     (tmp_path / "huge.yaml").touch()
-    os.truncate(tmp_path / "huge.yaml", 2**40)
+    os.truncate(tmp_path / "huge.yaml", reading.LARGEST + 1)
     for name in ("pipe", "folder", "device", "huge", "missing"):
         with pytest.raises(UserError, match=f"cannot read .*{name}.yaml"):
             settings.load(tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match="larger than 0.25 MiB, refused"):
+        settings.load(tmp_path / "huge.yaml")
 
 
 @hypothesis_settings(max_examples=300)
