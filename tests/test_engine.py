@@ -1,5 +1,6 @@
 """Records, run folders, what is due, health, and devices."""
 
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from mocokit import recipes
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
-from mocokit.engine.folder import RunFolder, locked, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console, Metrics, Progress, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals, raise_if_interrupted
@@ -132,7 +133,58 @@ class TestFolders:
         self.make(tmp_path / "mocov2-my_photos-007")
         assert next_folder("mocov2", "my photos", tmp_path).path.name == "mocov2-my_photos-008"
         assert next_folder("demo", "demo", tmp_path).path.name == "demo-001"
-        assert next_folder("mocov2", "../..", tmp_path).path.parent == tmp_path
+        assert next_folder("mocov2", "../..", tmp_path).path == tmp_path / "mocov2-data-001"
+        assert next_folder("mocov2", ".a/b.", tmp_path).path == tmp_path / "mocov2-a_b-001"
+        self.make(tmp_path / "demo-1000")
+        assert next_folder("demo", "demo", tmp_path).path.name == "demo-1001"
+
+    def test_a_folder_that_another_run_makes_first_is_not_taken(self, tmp_path, monkeypatch):
+        assert claim_folder("demo", "demo", tmp_path).path.name == "demo-001"
+        seen = iter([1, 1, 2])  # what a slow disk shows
+        monkeypatch.setattr(
+            "mocokit.engine.folder.next_folder",
+            lambda *rest: RunFolder(tmp_path / f"demo-00{next(seen)}"),
+        )
+        assert claim_folder("demo", "demo", tmp_path).path.name == "demo-002"
+
+    @pytest.mark.parametrize(
+        ("names", "begun"),
+        [
+            ("", False),
+            (".lock", True),
+            (".lock checkpoints/", True),
+            (".lock checkpoints/ config.yaml.partial", True),
+            (".lock checkpoints/ config.yaml.partial photo.jpg", False),
+            (".lock checkpoints/step-00000001.pt", False),
+        ],
+    )
+    def test_a_folder_in_which_a_run_was_killed_before_it_began(self, tmp_path, names, begun):
+        for name in names.split():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+        assert RunFolder(tmp_path).is_begun is begun
+
+    def test_the_last_line_says_whether_a_run_is_finished_or_scored(self, tmp_path):
+        folder, _ = self.make(tmp_path / "demo-001")
+        step, scores, end = {"step": 1, "loss": 2.0}, {"step": 1, "rankme": 3.0}, {"step": 2}
+        end |= {"finished": True}
+        for lines, unscored, result in (
+            ([], False, None),
+            ([step], True, None),
+            ([step, scores], False, None),
+            ([step, scores, end], False, end),
+            ([end, step], True, None),
+        ):
+            folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            assert (folder.unscored(), folder.result()) == (unscored, result)
+        folder.metrics.unlink()
+        folder.metrics.mkdir()  # nobody can tell: it is not gone on with unasked
+        assert unfinished("demo", "demo", tmp_path) == []
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
+    def test_a_full_or_failing_disk_is_no_mistake_of_the_user(self, tmp_path, number):
+        error = RunFolder(tmp_path).unwritable(OSError(number, os.strerror(number)))
+        assert error.exit_code == (2 if number == errno.EACCES else 1)
 
     def test_unfinished_come_newest_first(self, tmp_path):
         for number in (1, 2, 3):

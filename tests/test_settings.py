@@ -75,6 +75,7 @@ def test_a_mistake_is_one_sentence(changes, sentence):
         ("train: {epoch: 3}", "train.epoch does not exist; did you mean train.epochs"),
         ("[1, 2]", "must hold settings by name"),
         ("a: [", "is not YAML"),
+        ("a: 1\nb: ]", "is not YAML: .* in line 2"),
         ("train: 3", "train = 3"),
     ],
 )
