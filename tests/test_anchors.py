@@ -304,6 +304,10 @@ def test_scored_images_are_drawn_from_all(small, tmp_path, seed):
     for numbers, slot in ((built.monitor.bank_numbers, 110), (built.health.numbers, 115)):
         order = np.argsort(chance.uniform(seed, 0, np.arange(IMAGES), 0, slot), kind="stable")
         assert numbers.tolist() == sorted(order[:30].tolist()) != list(range(30))
+    views = built.run.views(0, built.loader.batch_at(0))
+    found = built.health.run(built.method.encoder, views)
+    # No rank exceeds the number of images: 30 features of 64 numbers, and projections to 8.
+    assert (found["rankme_of"], found["rankme_head_of"]) == (30, 8)
 
 
 def test_scores_are_taken_in_the_precision_of_the_run(small, tmp_path, monkeypatch):
