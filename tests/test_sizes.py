@@ -7,7 +7,7 @@ from mocokit import recipes
 from mocokit.errors import UserError
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
-from mocokit.settings.sizes import count_groups, fit, resolve
+from mocokit.settings.sizes import count_groups, count_shares, fit, resolve
 
 
 def test_published_sizes_stay_on_the_published_data():
@@ -115,6 +115,12 @@ def test_too_few_images_are_refused():
 def test_groups(batch, groups):
     settings = replace(recipes.mocov2(), {"train.batch_size": batch})
     assert count_groups(settings, batch) == groups
+
+
+def test_processes_share_groups_or_else_single_images():
+    whole = replace(Settings(), {"method.batch_norm": "whole"})
+    assert count_groups(whole, 100) == 1 and count_shares(whole, 100) == 100
+    assert count_groups(Settings(), 100) == count_shares(Settings(), 100) == 3
 
 
 def test_one_group_needs_an_explicit_setting_and_is_noted():
