@@ -10,6 +10,7 @@ import torch
 from mocokit.errors import UserError
 from mocokit.weights.layouts import read_resnet
 from mocokit.weights.resolve import open_model
+from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
 
@@ -93,3 +94,19 @@ def test_of_two_networks_the_one_is_taken_that_papers_transfer(taken, other):
         kind, weights = read_resnet({"state_dict": state}, Path("x.pt"))
         assert kind == "resnet18" and weights.keys() == set(names)
         assert {float(value) for value in weights.values()} == {1.0}
+
+
+def test_a_hash_tells_apart_names_kinds_shapes_and_bits():
+    def of(**tensors):
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return weights_hash(module)
+
+    zeros = torch.zeros(2, 2)
+    assert of(a=zeros, b=zeros) == of(b=zeros.clone(), a=zeros.T)
+    others = [
+        of(a=zeros), of(b=zeros), of(a=zeros.view(4)), of(a=zeros.int()), of(a=-zeros),
+        of(a=zeros, b=zeros), of(a=torch.zeros(2, 4)),
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)
