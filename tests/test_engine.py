@@ -110,6 +110,15 @@ class TestBadImages:
         again.load(torch.tensor([[3, stored], [8, 1]]))
         assert again.first == {3: min(noted, stored), 8: 1}
 
+    @pytest.mark.parametrize(
+        ("step", "known"), [(1, False), (8, False), (9, True), (10, False), (12, True), (17, True)]
+    )
+    def test_a_failure_counts_at_its_step_and_from_the_next_epoch_on(self, tmp_path, step, known):
+        """What a killed run left is repeated as it was: read before, and replaced after it."""
+        BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4).note(((3, "a.jpg", "empty"),), 9)
+        bad = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        assert bad.known(step).tolist() == ([3] if known else [])
+
     def test_too_many_end_the_run(self, tmp_path):
         bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
         bad.note(tuple((n, "x", "y") for n in range(20)), 0)
