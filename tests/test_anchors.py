@@ -346,6 +346,9 @@ def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):
     assert "checkpoint is " + str(tmp_path / "run/checkpoints/step-00000008.pt") in (
         built.run.last_good()
     )
+    # What was read is saved: nothing writes it again before the next step.
+    built.run.load(checkpoint.load(built.run.folder.checkpoints / checkpoint.name_of(8)))
+    assert (built.run.step, built.run.saved) == (8, 8)
 
 
 def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
