@@ -233,6 +233,12 @@ def test_a_damaged_line_costs_itself_alone(lines, junk, place):
         assert json_lines(path) == ([], 0)
 
 
+@pytest.mark.parametrize("junk", [b"[1]", b"3", b"null", b'"x"', b"[" * 10**5, b'{"a": 1'])
+def test_a_line_that_is_no_object_is_damaged(tmp_path, junk):
+    (tmp_path / "log").write_bytes(b'{"a": 1}\n' + junk + b'\n{"b": 2}\n')
+    assert json_lines(tmp_path / "log") == ([{"a": 1}, {"b": 2}], 1)
+
+
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     os.mkfifo(tmp_path / "pipe")

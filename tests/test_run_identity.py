@@ -418,6 +418,7 @@ def test_a_million_names_cost_a_look_at_few_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, **k: looked.append(path) or stat(path, **k))
     assert marks.marks_of(source) == {}
     assert marks.MOST / 2 < len(looked) <= marks.MOST
+    assert [os.path.basename(looked[n]) for n in (0, -1)] == ["0000000.jpg", "0999999.jpg"]
 
 
 def test_a_resume_tells_of_replaced_images_and_of_a_missing_index(
