@@ -244,3 +244,26 @@ def test_what_cannot_be_deleted_is_told(tmp_path, monkeypatch):
 
 def _refuse():
     raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_what_torchs_writer_hides_is_said(tmp_path, monkeypatch, explicit):
+    def hiding(content, file):
+        try:
+            raise OSError(122, "Disk quota exceeded")
+        except OSError as error:
+            if explicit:
+                raise RuntimeError("unexpected pos 64 vs 0") from error
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", hiding)
+    with pytest.raises(MocokitError, match=r"cannot write .* \(Disk quota exceeded\)"):
+        checkpoint.save(tmp_path / "c", 1, {})
+
+    def failing(content, file):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(MocokitError, match=r"cannot write .* \(unexpected pos 64 vs 0\)"):
+        checkpoint.save(tmp_path / "c", 1, {})
+    assert not list((tmp_path / "c").iterdir())

@@ -237,6 +237,14 @@ class TestFolders:
         with pytest.raises(UserError, match="cannot write the run folder .* --out"):
             self.make(tmp_path / "file" / "run")
 
+    def test_a_name_that_no_folder_can_have_is_the_users_mistake(self, tmp_path, monkeypatch):
+        def refuse(*rest):
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+        monkeypatch.setattr("pathlib.Path.is_file", refuse)
+        with pytest.raises(UserError, match=r"cannot write .* \(File name too long\); choose"):
+            assert RunFolder(tmp_path / "run").is_run
+
     def test_two_runs_exclude_each_other(self, tmp_path):
         folder, _ = self.make(tmp_path / "run")
         with (
