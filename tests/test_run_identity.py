@@ -400,6 +400,14 @@ def test_a_damaged_number_is_as_a_missing_one(tmp_path, content):
     assert identity.read(path) is None
 
 
+def test_files_that_no_disk_can_have_are_as_those_that_are_gone(images):
+    """A run.json of a stranger may name anything."""
+    source = open_folder(images, "auto")[0]
+    names = ["0/a\0b", "0/" + "x" * 300, "0/none.png", "9/07.png", "x/07.png", "\u00b2/07.png", ""]
+    before = identity.Identity("a", files=dict.fromkeys(names, (1, 1)))
+    assert marks.replaced(before, source) == ""
+
+
 def test_numbers_differ_and_a_label_says_all_in_which_it_does():
     one, other = (identity.Identity(identity.new_number(), "weights") for _ in range(2))
     assert one.run != other.run
