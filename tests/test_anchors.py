@@ -351,6 +351,16 @@ def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):
     assert (built.run.step, built.run.saved) == (8, 8)
 
 
+def test_what_was_just_written_is_kept_whatever_lies_after_it(small, tmp_path):
+    run = Built(small, {"save.keep": 1}, tmp_path / "run").run
+    run.folder.path.mkdir()
+    for step in (2, 8):  # the latter is another run's
+        checkpoint.save(run.folder.checkpoints, step, {})
+    run.step = 4
+    run.save()
+    assert checkpoint.steps(run.folder.checkpoints) == [4, 8]
+
+
 def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):
     """As with several processes, of which one would be another."""
     compared = []
