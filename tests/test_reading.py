@@ -116,7 +116,10 @@ def test_a_value_of_another_kind_is_refused(assignment, sentence):
 
 
 def test_a_value_keeps_its_kind_in_python_too():
-    for path, value in {"optim.lr": True, "seed": "3", "method.symmetric": "true"}.items():
+    for path, value in {
+        "optim.lr": True, "seed": "3", "method.symmetric": "true", "views.crop_area": (0.2, True),
+        "views.crop_ratio": ["0.5", 1.0], "views.mean": (0.5, 0.5, "0.5"), "optim.drops": (True,),
+    }.items():  # fmt: skip
         with pytest.raises(UserError, match="must be"):
             settings.replace(Settings(), {path: value})
     ours = settings.replace(Settings(), {"optim.lr": 1, "train.epochs": 1e3})
