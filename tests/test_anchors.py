@@ -304,6 +304,10 @@ def test_scored_images_are_drawn_from_all(small, tmp_path, seed):
     for numbers, slot in ((built.monitor.bank_numbers, 110), (built.health.numbers, 115)):
         order = np.argsort(chance.uniform(seed, 0, np.arange(IMAGES), 0, slot), kind="stable")
         assert numbers.tolist() == sorted(order[:30].tolist()) != list(range(30))
+    views = built.run.views(0, built.loader.batch_at(0))
+    found = built.health.run(built.method.encoder, views)
+    # No rank exceeds the number of images: 30 features of 64 numbers, and projections to 8.
+    assert (found["rankme_of"], found["rankme_head_of"]) == (30, 8)
 
 
 def test_scores_are_taken_in_the_precision_of_the_run(small, tmp_path, monkeypatch):
@@ -342,6 +346,19 @@ def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):
     assert "checkpoint is " + str(tmp_path / "run/checkpoints/step-00000008.pt") in (
         built.run.last_good()
     )
+    # What was read is saved: nothing writes it again before the next step.
+    built.run.load(checkpoint.load(built.run.folder.checkpoints / checkpoint.name_of(8)))
+    assert (built.run.step, built.run.saved) == (8, 8)
+
+
+def test_what_was_just_written_is_kept_whatever_lies_after_it(small, tmp_path):
+    run = Built(small, {"save.keep": 1}, tmp_path / "run").run
+    run.folder.path.mkdir()
+    for step in (2, 8):  # the latter is another run's
+        checkpoint.save(run.folder.checkpoints, step, {})
+    run.step = 4
+    run.save()
+    assert checkpoint.steps(run.folder.checkpoints) == [4, 8]
 
 
 def test_copies_are_compared_where_it_is_due(small, tmp_path, monkeypatch):

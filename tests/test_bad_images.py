@@ -1,6 +1,7 @@
 """An image that failed once stays replaced, whatever stops or resumes the run."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mocokit.data.open import open_data
 from mocokit.data.sources.folder import FolderSource
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.world import World
+from mocokit.run.state import RunState
 
 SIZE, BATCH, EPOCHS = 24, 4, 4
 
@@ -189,3 +191,19 @@ def test_substitutes_are_drawn_anew_in_each_epoch(root: Path, tmp_path: Path) ->
             assert batch.index[place] == (5 + 1 + int(number * (SIZE - 1))) % SIZE != 5
             found.append(int(batch.index[place]))
     assert len({*found}) > 3
+
+
+def test_processes_tell_each_other_at_every_record_and_at_an_epochs_end():
+    """Not at every step, which would wait; not at saves alone, which may be few.
+
+    An image that fails once is to be replaced from the next epoch on, whoever then has it.
+    """
+    shared: list[int] = []
+    state = SimpleNamespace(
+        step=0,
+        effect=SimpleNamespace(steps_per_epoch=5),
+        bad=SimpleNamespace(note=lambda bad, step: None, share=lambda: shared.append(state.step)),
+    )
+    for state.step in range(1, 13):
+        RunState.note_bad(state, (), state.step % 4 == 0)  # type: ignore[arg-type]
+    assert shared == [4, 5, 8, 10, 12]

@@ -1,6 +1,7 @@
 """Grouped batch norm against torch's own, one group at a time."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import timm
@@ -151,11 +152,19 @@ def test_local_statistics_are_the_worlds_again():
     assert [layer.whole for layer in module] == [True, False]
 
 
-def test_statistics_without_parts_stay():
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("parts", [0, 2])
+def test_statistics_without_parts_stay(parts, fails):
+    """Means, variances and the count of batches; also where a part fails."""
     layer = GroupedBatchNorm2d(3, 2)
-    with one_statistics_update(layer, 0):
+    layer(torch.randn(4, 3, 2, 2))
+    before = copy.deepcopy(layer.state_dict())
+    with suppress(ZeroDivisionError), one_statistics_update(layer, parts):
         layer(torch.randn(4, 3, 2, 2))
-    assert torch.equal(layer.running_mean, torch.zeros(3))
+        assert not torch.equal(layer.running_mean, before["running_mean"])
+        assert 1 / (not fails)
+    assert before.keys() == layer.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 
 def test_calibrate_gives_the_plain_average_and_keeps_the_mode():

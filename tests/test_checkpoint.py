@@ -163,3 +163,107 @@ def test_other_files_are_not_checkpoints(tmp_path):
         checkpoint.load(tmp_path / "other.pt")
     with pytest.raises(UserError, match="there is no checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
+
+
+def test_a_label_names_its_step_and_is_not_endless(tmp_path):
+    path = checkpoint.save(tmp_path / "c", 7, {"x": X}, {"run": "a"})
+    assert checkpoint.label_of(path) == {"run": "a", "step": 7}
+    os.rename(path, path.with_name(checkpoint.name_of(8)))
+    assert not checkpoint.is_saved(tmp_path / "c", 8)
+    path = checkpoint.save(tmp_path / "c", 9, {"x": X}, {"run": "a" * 2**16})
+    assert checkpoint.label_of(path) == {}  # not read
+
+
+@pytest.mark.parametrize("step", [True, 2.0, "2", None])
+def test_a_step_is_a_whole_number(tmp_path, step):
+    content = {"format": checkpoint.FORMAT, "step": step}
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        checkpoint.checked({**content, "checksum": checkpoint.digest(content)}, tmp_path / "x.pt")
+
+
+def test_there_is_always_a_last_one(tmp_path, monkeypatch):
+    one, two = (checkpoint.save(tmp_path / "c", step, {}) for step in (1, 2))
+    link = tmp_path / "last.pt"
+    (tmp_path / "last.pt.partial").symlink_to("what a kill left")
+    monkeypatch.chdir(tmp_path)
+    checkpoint.point(one.relative_to(tmp_path))
+    assert os.readlink(link) == "c/step-00000001.pt" and not os.path.lexists("last.pt.partial")
+
+    def fails(*rest):
+        assert os.readlink(link) == "c/step-00000001.pt"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(MocokitError, match=r"cannot write .*last.pt \(No space left"):
+        checkpoint.point(two)
+    assert os.readlink(link) == "c/step-00000001.pt"
+
+
+def taken(folder, **fates):
+    """The step that is taken where checks find these fates, and what is told."""
+    told = []
+
+    def check(state, label):
+        if (fate := fates.get(f"_{state['step']}")) is not None:
+            raise fate(f"{state['step']} is of no use")
+
+    state = checkpoint.load_newest(folder, log=told.append, check=check)
+    return state["step"], told
+
+
+def test_what_is_passed_over_is_set_aside_under_a_name_of_its_own(tmp_path):
+    folder = tmp_path / "c"
+    for step in (1, 2, 3, 4):
+        checkpoint.save(folder, step, {})
+    other = checkpoint.OtherRun
+    assert taken(folder, _4=UserError, _3=other)[0] == 2
+    assert os.readlink(tmp_path / "last.pt") == "c/step-00000002.pt"
+    checkpoint.save(folder, 4, {})
+    step, told = taken(folder, _4=UserError)
+    assert step == 2 and "it is now called step-00000004.pt.damaged-2;" in told[0]
+    left = ["1.pt", "2.pt", "3.pt.other-run", "4.pt.damaged", "4.pt.damaged-2"]
+    assert sorted(os.listdir(folder)) == [f"step-0000000{name}" for name in left]
+    with pytest.raises(UserError, match="can be read: 2 is of no use") as caught:
+        taken(folder, _2=UserError, _1=other)
+    assert not isinstance(caught.value, other)
+    with pytest.raises(other, match="2 is of no use"):
+        taken(folder, _2=other, _1=UserError)
+    assert sorted(os.listdir(folder)) == [f"step-0000000{name}" for name in left]
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path, monkeypatch):
+    folder = tmp_path / "c"
+    for step in (1, 2, 3):
+        checkpoint.save(folder, step, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda *rest, **named: None)
+        patch.setattr("pathlib.Path.unlink", lambda *rest, **named: _refuse())
+        assert "step-00000002.pt is kept: it cannot be deleted" in checkpoint.prune(folder, 1)
+    assert checkpoint.prune(folder, 1) == "" and checkpoint.steps(folder) == [3]
+
+
+def _refuse():
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_what_torchs_writer_hides_is_said(tmp_path, monkeypatch, explicit):
+    def hiding(content, file):
+        try:
+            raise OSError(122, "Disk quota exceeded")
+        except OSError as error:
+            if explicit:
+                raise RuntimeError("unexpected pos 64 vs 0") from error
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+
+    monkeypatch.setattr(torch, "save", hiding)
+    with pytest.raises(MocokitError, match=r"cannot write .* \(Disk quota exceeded\)"):
+        checkpoint.save(tmp_path / "c", 1, {})
+
+    def failing(content, file):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(MocokitError, match=r"cannot write .* \(unexpected pos 64 vs 0\)"):
+        checkpoint.save(tmp_path / "c", 1, {})
+    assert not list((tmp_path / "c").iterdir())

@@ -1,5 +1,6 @@
 """Records, run folders, what is due, health, and devices."""
 
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from mocokit import recipes
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
-from mocokit.engine.folder import RunFolder, locked, next_folder, unfinished
+from mocokit.engine.folder import RunFolder, claim_folder, locked, next_folder, unfinished
 from mocokit.engine.record import Console, Metrics, Progress, clock, read_metrics
 from mocokit.engine.runtime import choose_device, default_precision, seed_libraries
 from mocokit.engine.stop import Stopped, StopSignals, raise_if_interrupted
@@ -109,6 +110,15 @@ class TestBadImages:
         again.load(torch.tensor([[3, stored], [8, 1]]))
         assert again.first == {3: min(noted, stored), 8: 1}
 
+    @pytest.mark.parametrize(
+        ("step", "known"), [(1, False), (8, False), (9, True), (10, False), (12, True), (17, True)]
+    )
+    def test_a_failure_counts_at_its_step_and_from_the_next_epoch_on(self, tmp_path, step, known):
+        """What a killed run left is repeated as it was: read before, and replaced after it."""
+        BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4).note(((3, "a.jpg", "empty"),), 9)
+        bad = BadImages(tmp_path / "bad_images.txt", 1000, 0.01, 4)
+        assert bad.known(step).tolist() == ([3] if known else [])
+
     def test_too_many_end_the_run(self, tmp_path):
         bad = BadImages(tmp_path / "bad_images.txt", 2000, 0.01, 4)
         bad.note(tuple((n, "x", "y") for n in range(20)), 0)
@@ -132,7 +142,58 @@ class TestFolders:
         self.make(tmp_path / "mocov2-my_photos-007")
         assert next_folder("mocov2", "my photos", tmp_path).path.name == "mocov2-my_photos-008"
         assert next_folder("demo", "demo", tmp_path).path.name == "demo-001"
-        assert next_folder("mocov2", "../..", tmp_path).path.parent == tmp_path
+        assert next_folder("mocov2", "../..", tmp_path).path == tmp_path / "mocov2-data-001"
+        assert next_folder("mocov2", ".a/b.", tmp_path).path == tmp_path / "mocov2-a_b-001"
+        self.make(tmp_path / "demo-1000")
+        assert next_folder("demo", "demo", tmp_path).path.name == "demo-1001"
+
+    def test_a_folder_that_another_run_makes_first_is_not_taken(self, tmp_path, monkeypatch):
+        assert claim_folder("demo", "demo", tmp_path).path.name == "demo-001"
+        seen = iter([1, 1, 2])  # what a slow disk shows
+        monkeypatch.setattr(
+            "mocokit.engine.folder.next_folder",
+            lambda *rest: RunFolder(tmp_path / f"demo-00{next(seen)}"),
+        )
+        assert claim_folder("demo", "demo", tmp_path).path.name == "demo-002"
+
+    @pytest.mark.parametrize(
+        ("names", "begun"),
+        [
+            ("", False),
+            (".lock", True),
+            (".lock checkpoints/", True),
+            (".lock checkpoints/ config.yaml.partial", True),
+            (".lock checkpoints/ config.yaml.partial photo.jpg", False),
+            (".lock checkpoints/step-00000001.pt", False),
+        ],
+    )
+    def test_a_folder_in_which_a_run_was_killed_before_it_began(self, tmp_path, names, begun):
+        for name in names.split():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+        assert RunFolder(tmp_path).is_begun is begun
+
+    def test_the_last_line_says_whether_a_run_is_finished_or_scored(self, tmp_path):
+        folder, _ = self.make(tmp_path / "demo-001")
+        step, scores, end = {"step": 1, "loss": 2.0}, {"step": 1, "rankme": 3.0}, {"step": 2}
+        end |= {"finished": True}
+        for lines, unscored, result in (
+            ([], False, None),
+            ([step], True, None),
+            ([step, scores], False, None),
+            ([step, scores, end], False, end),
+            ([end, step], True, None),
+        ):
+            folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            assert (folder.unscored(), folder.result()) == (unscored, result)
+        folder.metrics.unlink()
+        folder.metrics.mkdir()  # nobody can tell: it is not gone on with unasked
+        assert unfinished("demo", "demo", tmp_path) == []
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES])
+    def test_a_full_or_failing_disk_is_no_mistake_of_the_user(self, tmp_path, number):
+        error = RunFolder(tmp_path).unwritable(OSError(number, os.strerror(number)))
+        assert error.exit_code == (2 if number == errno.EACCES else 1)
 
     def test_unfinished_come_newest_first(self, tmp_path):
         for number in (1, 2, 3):
@@ -175,6 +236,14 @@ class TestFolders:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="cannot write the run folder .* --out"):
             self.make(tmp_path / "file" / "run")
+
+    def test_a_name_that_no_folder_can_have_is_the_users_mistake(self, tmp_path, monkeypatch):
+        def refuse(*rest):
+            raise OSError(errno.ENAMETOOLONG, "File name too long")
+
+        monkeypatch.setattr("pathlib.Path.is_file", refuse)
+        with pytest.raises(UserError, match=r"cannot write .* \(File name too long\); choose"):
+            assert RunFolder(tmp_path / "run").is_run
 
     def test_two_runs_exclude_each_other(self, tmp_path):
         folder, _ = self.make(tmp_path / "run")

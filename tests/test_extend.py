@@ -14,12 +14,13 @@ from test_contract import interrupted_at
 import mocokit
 from mocokit import cli
 from mocokit.chance import Order
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.engine import checkpoint
 from mocokit.engine.folder import RunFolder
 from mocokit.errors import Interrupted, UserError
 from mocokit.methods.moco import MoCo
 from mocokit.run import extend
-from mocokit.settings import load
+from mocokit.settings import load, replace
 
 QUICK = {
     "net.backbone": "resnet_tiny", "views.size": 32, "engine.threads": 1, "data.workers": 0,
@@ -187,8 +188,34 @@ def test_what_does_not_fit_is_refused(parent, tmp_path, changes, sentence):
 def test_what_the_user_states_is_kept(parent):
     _, changes = extend.lengthened(str(parent), 3, {"optim.lr": 0.5, "seed": 7, "net.dim": 128})
     assert (changes["optim.lr"], changes["seed"], changes["train.epochs"]) == (0.5, 7, 3)
-    same, _ = extend.lengthened(str(parent / "config.yaml"), 3, {})
+    assert "optim.lr_batch" not in changes  # what is stated is what runs
+    same, changes = extend.lengthened(str(parent / "config.yaml"), 3, {})
     assert same == str(parent / "config.yaml")
+    # Whatever schedule the parent had, and wherever it began.
+    schedule = {"schedule": "cosine", "per": "step", "first_epoch": 0, "warmup_epochs": 0.0}
+    schedule |= {"lr": pytest.approx(0.003), "lr_batch": 256}
+    assert schedule.items() <= {k.removeprefix("optim."): v for k, v in changes.items()}.items()
+    assert changes["net.calibrate_head"] is False
+
+
+def test_a_seed_follows_from_the_parents_seed_and_its_weights():
+    seeds = {extend._seed(seed, weights) for seed in (0, 1) for weights in ("a", "b")}
+    assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_parent_is_read_until_the_first_checkpoint_and_numbers_the_images(parent, tmp_path):
+    folder, method = RunFolder(tmp_path / "run"), torch.nn.Linear(1, 1)
+    settings = replace(load(parent / "config.yaml"), {"train.parent": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="has no checkpoint"):
+        extend.load_parent(settings, folder, method)
+    folder.make()
+    checkpoint.save(folder.checkpoints, 1, {})
+    extend.load_parent(settings, folder, method)  # a resumed run needs it no more
+    others = ArraySource(np.zeros((70, 8, 8, 3), np.uint8), None, "others")
+    assert extend.parents_index(settings, others).length == 70
+    settings = replace(settings, {"train.parent": str(parent)})
+    assert extend.parents_index(settings, others).fingerprint != others.index().fingerprint
+    assert extend.parents_index(replace(settings, {"train.parent": None}), others) is None
 
 
 @pytest.mark.parametrize("run", [None, "mocov2", "nowhere", "."])

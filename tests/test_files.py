@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -261,6 +262,12 @@ def test_a_damaged_line_costs_itself_alone(lines, junk, place):
         assert json_lines(path) == ([], 0)
 
 
+@pytest.mark.parametrize("junk", [b"[1]", b"3", b"null", b'"x"', b"[" * 10**5, b'{"a": 1'])
+def test_a_line_that_is_no_object_is_damaged(tmp_path, junk):
+    (tmp_path / "log").write_bytes(b'{"a": 1}\n' + junk + b'\n{"b": 2}\n')
+    assert json_lines(tmp_path / "log") == ([{"a": 1}, {"b": 2}], 1)
+
+
 def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     os.mkfifo(tmp_path / "pipe")
@@ -273,3 +280,34 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
     ]:  # fmt: skip
         with pytest.raises(OSError, match=why):
             read_regular(tmp_path / name, limit)
+
+
+def test_what_a_write_leaves_over_is_written_next(tmp_path, monkeypatch):
+    """A pipe, a socket or a disk may take a part."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda number, content: write(number, content[:3]))
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        files._write_all(file.fileno(), b"all of it")
+    assert (tmp_path / "file").read_bytes() == b"all of it"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_reads_the_very_same_bytes_of_a_word():
+    texts = [
+        "",
+        "a b",
+        "it's",
+        "it's\n",
+        "a\\b\n",
+        "\udcff'",
+        "$HOME `id`",
+        "é\t'\\",
+        "~",
+        "-n\x1b",
+    ]
+    words = " ".join(map(files.shell_word, texts))
+    assert words.isprintable()
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True
+    )
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(text) for text in texts]

@@ -12,11 +12,13 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import mocokit
 from mocokit.engine import checkpoint
+from mocokit.engine.world import World
 from mocokit.errors import MocokitError
 from mocokit.run.state import RunState
 
@@ -214,3 +216,26 @@ def test_a_line_that_cannot_be_written_is_saved(toy_npz, tmp_path, straight, lin
 
 def stop_at_once(self):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("processes", "step", "saved", "saves"),
+    [
+        (1, 0, -1, False),
+        (1, 1, -1, True),
+        (1, 1, 0, True),
+        (1, 3, 3, False),
+        (1, 4, 3, True),
+        (2, 4, 3, False),
+    ],
+)
+def test_what_was_trained_is_saved_before_an_error_ends_the_run(processes, step, saved, saves):
+    """Not by one of several processes, for which the others would have to wait."""
+    done, told = [], []
+    state = SimpleNamespace(
+        world=World(0, processes), step=step, saved=saved, save=lambda: done.append(step),
+        console=SimpleNamespace(note=told.append),
+    )  # fmt: skip
+    with pytest.raises(MocokitError, match="the disk"), RunState.between_steps(state):
+        raise MocokitError("the disk")
+    assert bool(done) == bool(told) == saves

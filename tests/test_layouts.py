@@ -1,13 +1,16 @@
 """ResNets of others, as facebookresearch/moco and torchvision write them."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 
 from mocokit.errors import UserError
+from mocokit.weights.layouts import read_resnet
 from mocokit.weights.resolve import open_model
+from mocokit.weights.subject import weights_hash
 
 CPU = torch.device("cpu")
 
@@ -68,3 +71,42 @@ def test_what_is_no_resnet_is_refused(network, tmp_path):
     path.write_bytes(pickle.dumps(UserError))
     with pytest.raises(UserError, match="unpickling"):
         open_model(path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("taken", "other"),
+    [
+        ("module.encoder_q.", "module.encoder_k."),
+        ("module.base_encoder.", "module.momentum_encoder."),
+        ("online.net.", "target.net."),
+        ("teacher.", "student."),
+        ("teacher.", "model."),
+        ("model.", "model_ema."),
+        ("backbone.", "encoder_k."),
+        ("", "target."),
+    ],
+)
+def test_of_two_networks_the_one_is_taken_that_papers_transfer(taken, other):
+    names = ["conv1.weight", *(f"layer{n}.{block}.conv1.weight" for n in "13" for block in "01")]
+    both = [{f"{prefix}{name}": torch.full((1,), value) for name in names}
+            for prefix, value in ((taken, 1.0), (other, 2.0))]  # fmt: skip
+    for state in (both[0] | both[1], both[1] | both[0]):
+        kind, weights = read_resnet({"state_dict": state}, Path("x.pt"))
+        assert kind == "resnet18" and weights.keys() == set(names)
+        assert {float(value) for value in weights.values()} == {1.0}
+
+
+def test_a_hash_tells_apart_names_kinds_shapes_and_bits():
+    def of(**tensors):
+        module = torch.nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return weights_hash(module)
+
+    zeros = torch.zeros(2, 2)
+    assert of(a=zeros, b=zeros) == of(b=zeros.clone(), a=zeros.T)
+    others = [
+        of(a=zeros), of(b=zeros), of(a=zeros.view(4)), of(a=zeros.int()), of(a=-zeros),
+        of(a=zeros, b=zeros), of(a=torch.zeros(2, 4)),
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)

@@ -1,5 +1,6 @@
 """The queue against a list, the follower against its formula, pieces against the whole."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 
 from mocokit.methods.parts import Bank, Queue, follow
 from mocokit.methods.processes import gather, gather_with_gradient, rank_and_world
+from mocokit.transfer import to_device
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, 50), max_size=8))
@@ -87,3 +89,14 @@ def test_bank_blends_and_normalises(momentum):
     for row in (1, 2, 3, 5):
         assert torch.equal(bank.rows[row], before[row])
     assert int(bank.seen) == 3 and "rows" in bank.state_dict()
+
+
+def test_numbers_on_their_way_to_a_device_are_a_copy():
+    """Also of arrays that cannot be written, such as a file mapped into memory."""
+    numbers = np.arange(4)
+    fixed = numbers[:]
+    fixed.flags.writeable = False
+    sent = [to_device(one, torch.device("cpu")) for one in (numbers, fixed)]
+    numbers += 1
+    assert all(tensor.tolist() == [0, 1, 2, 3] for tensor in sent)
+    assert to_device(fixed, torch.device("cpu"), torch.float32).dtype == torch.float32

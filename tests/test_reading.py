@@ -116,7 +116,10 @@ def test_a_value_of_another_kind_is_refused(assignment, sentence):
 
 
 def test_a_value_keeps_its_kind_in_python_too():
-    for path, value in {"optim.lr": True, "seed": "3", "method.symmetric": "true"}.items():
+    for path, value in {
+        "optim.lr": True, "seed": "3", "method.symmetric": "true", "views.crop_area": (0.2, True),
+        "views.crop_ratio": ["0.5", 1.0], "views.mean": (0.5, 0.5, "0.5"), "optim.drops": (True,),
+    }.items():  # fmt: skip
         with pytest.raises(UserError, match="must be"):
             settings.replace(Settings(), {path: value})
     ours = settings.replace(Settings(), {"optim.lr": 1, "train.epochs": 1e3})
@@ -276,10 +279,12 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "device.yaml").symlink_to("/dev/zero")
     (tmp_path / "huge.yaml").touch()
-    os.truncate(tmp_path / "huge.yaml", 2**40)
+    os.truncate(tmp_path / "huge.yaml", reading.LARGEST + 1)
     for name in ("pipe", "folder", "device", "huge", "missing"):
         with pytest.raises(UserError, match=f"cannot read .*{name}.yaml"):
             settings.load(tmp_path / f"{name}.yaml")
+    with pytest.raises(UserError, match="larger than 0.25 MiB, refused"):
+        settings.load(tmp_path / "huge.yaml")
 
 
 @hypothesis_settings(max_examples=300)

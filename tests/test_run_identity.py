@@ -414,6 +414,46 @@ def test_a_copy_with_other_times_is_the_same_data_and_other_sizes_are_not(images
     assert "64 of the 64" in marks.replaced(before, open_folder(copy, "auto")[0])
 
 
+WHOLE = {"run": "a", "start": "", "fingerprint": "", "places": [], "files": {}}
+DAMAGED = {
+    "no text": b"\xff\xfe",
+    "cut short": b'{"run": "a"',
+    "no object": b"[1]",
+    "lacking": b'{"run": "a"}',
+    "deep": b"[" * 10**5,
+    "run": WHOLE | {"run": 7},
+    "places": WHOLE | {"places": 3},
+    "a place": WHOLE | {"places": [3]},
+    "files": WHOLE | {"files": [1]},
+    "a file": WHOLE | {"files": {"x": 1}},
+    "a size": WHOLE | {"files": {"x": [float("inf"), 1]}},
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_number_is_as_a_missing_one(tmp_path, content):
+    path = tmp_path / "run.json"
+    assert identity.read(path) is None
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    assert identity.read(path) is None
+
+
+def test_files_that_no_disk_can_have_are_as_those_that_are_gone(images):
+    """A run.json of a stranger may name anything."""
+    source = open_folder(images, "auto")[0]
+    names = ["0/a\0b", "0/" + "x" * 300, "0/none.png", "9/07.png", "x/07.png", "\u00b2/07.png", ""]
+    before = identity.Identity("a", files=dict.fromkeys(names, (1, 1)))
+    assert marks.replaced(before, source) == ""
+
+
+def test_numbers_differ_and_a_label_says_all_in_which_it_does():
+    one, other = (identity.Identity(identity.new_number(), "weights") for _ in range(2))
+    assert one.run != other.run
+    assert one.differences(other.label) == ["the run's own number"]
+    assert len(one.differences({"run": "x", "start": "y"})) == 2
+    assert one.differences({}) == one.differences({"run": "", "start": ""}) == []
+
+
 def test_a_million_names_cost_a_look_at_few_files(tmp_path, monkeypatch):
     from mocokit.data.names import Names
     from mocokit.data.sources.folder import FolderSource
@@ -424,6 +464,7 @@ def test_a_million_names_cost_a_look_at_few_files(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, **k: looked.append(path) or stat(path, **k))
     assert marks.marks_of(source) == {}
     assert marks.MOST / 2 < len(looked) <= marks.MOST
+    assert [os.path.basename(looked[n]) for n in (0, -1)] == ["0000000.jpg", "0999999.jpg"]
 
 
 def test_a_resume_tells_of_replaced_images_and_of_a_missing_index(

@@ -1,13 +1,16 @@
 """Settings: round trips, sentences for mistakes, identity."""
 
+from types import SimpleNamespace
+
 import pytest
 import yaml
 from hypothesis import given, strategies as st
 
 from mocokit import recipes, settings
 from mocokit.errors import UserError
-from mocokit.settings import flatten, from_yaml, legacy, replace, to_yaml
+from mocokit.settings import flatten, from_yaml, legacy, methods, replace, to_yaml
 from mocokit.settings.schema import Settings
+from mocokit.settings.section import setting
 
 EVERY = dict(settings.fields())
 
@@ -75,6 +78,7 @@ def test_a_mistake_is_one_sentence(changes, sentence):
         ("train: {epoch: 3}", "train.epoch does not exist; did you mean train.epochs"),
         ("[1, 2]", "must hold settings by name"),
         ("a: [", "is not YAML"),
+        ("a: 1\nb: ]", "is not YAML: .* in line 2"),
         ("train: 3", "train = 3"),
     ],
 )
@@ -147,6 +151,20 @@ def test_another_method_keeps_what_both_have():
     assert settings.method.loss == "info_nce"  # nce is the bank's alone
     again = replace(settings, {"method.queue_size": None, "method.name": "simclr"})
     assert again.method.name == "simclr" and not hasattr(again.method, "queue_size")
+
+
+class ForeignSettings(methods.MethodSettings):
+    temperature: float = setting(0.5, "in degrees")
+
+
+def test_what_equal_names_mean_is_known_of_own_methods_alone(monkeypatch):
+    monkeypatch.setitem(methods._outside, "here:It", SimpleNamespace(settings=ForeignSettings))
+    before = replace(recipes.mocov1(), {"method.group_size": 8})
+    there = replace(before, {"method.name": "here:It"})
+    assert (there.method.temperature, there.method.group_size) == (0.5, 8)
+    back = replace(there, {"method.temperature": 300.0, "method.name": "moco"})
+    assert back.method.temperature == 300.0  # stated
+    assert replace(there, {"method.name": "moco"}).method.temperature == 0.2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from mocokit import recipes
 from mocokit.errors import UserError
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
-from mocokit.settings.sizes import count_groups, fit, resolve
+from mocokit.settings.sizes import count_groups, count_shares, fit, resolve
 
 
 def test_published_sizes_stay_on_the_published_data():
@@ -117,6 +117,12 @@ def test_groups(batch, groups):
     assert count_groups(settings, batch) == groups
 
 
+def test_processes_share_groups_or_else_single_images():
+    whole = replace(Settings(), {"method.batch_norm": "whole"})
+    assert count_groups(whole, 100) == 1 and count_shares(whole, 100) == 100
+    assert count_groups(Settings(), 100) == count_shares(Settings(), 100) == 3
+
+
 def test_one_group_needs_an_explicit_setting_and_is_noted():
     stated = {"method.groups": 1}
     settings, notices = fit(replace(recipes.mocov2(), stated), 10**6, stated)
@@ -162,3 +168,42 @@ def test_no_group_of_one_image():
     with pytest.raises(UserError, match="a last batch of one of the 129 images"):
         fit(replace(recipes.mocov2(), keep), 129, keep)
     assert count_groups(recipes.mocov2(), 3) == 1
+
+
+def test_a_batch_with_one_statistic_is_not_cut():
+    changes = {"method.batch_norm": "whole", "train.micro_batch": 64}
+    with pytest.raises(UserError, match="train.micro_batch 64 cuts a batch .* leave micro_batch"):
+        fit(replace(Settings(), changes), 10**6, changes)
+    for change in changes.items():
+        fit(replace(Settings(), dict([change])), 10**6, changes)
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(11, 10.0), (10, 1.0), (5, 0.5)])
+def test_a_warm_up_leaves_epochs_at_the_full_rate(epochs, warmup):
+    settings = replace(recipes.simclr_256(), {"train.epochs": epochs})
+    fitted, notices = fit(settings, 10**6, {"train.epochs"})
+    assert fitted.optim.warmup_epochs == warmup
+    assert any("warm-up 10 ->" in notice for notice in notices) == (warmup != 10)
+    fitted, notices = fit(settings, 10**6, {"train.epochs", "optim.warmup_epochs"})
+    assert fitted.optim.warmup_epochs == 10  # as stated
+    assert any("leaves none of the" in notice for notice in notices) == (warmup != 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, True),
+        ({"views.blur_probability": (0.0, 0.5)}, True),
+        ({"views.blur_probability": (0.5, 0.0)}, True),
+        ({"views.blur_probability": (0.0, 0.0)}, False),
+        ({"views.blur_probability": 0.0}, False),
+        ({"views.order": ("crop", "flip")}, False),
+        ({"views.blur_sigma": (0.1, 2.0)}, False),
+        ({"views.size": 112}, False),
+        ({"views.size": 111}, True),
+    ],
+)
+def test_a_blur_too_strong_for_small_views_is_told(changes, told):
+    changes = {"views.size": 32} | changes
+    _, notices = fit(replace(recipes.mocov2(), changes), 10**7, changes)
+    assert any("is strong for views of" in notice for notice in notices) == told

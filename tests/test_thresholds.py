@@ -277,6 +277,8 @@ def test_a_sick_run_is_not_called_so_for_its_scores_alone():
     assert found.kinds == ("untrained", "pixels", "collapsed")
     alike = verdict(well + health(image_deviation=0.0) + scored(0.1, 0.1, 0.1, 1000))
     assert alike.kinds == ("alike",)  # which explains the scores
+    waiting = steps([4.0] * 30, data_wait=0.5) + health(image_deviation=0.0, rankme_head=1.0)
+    assert kinds(waiting) == ("alike", "data-bound")  # and not the machine's part
 
 
 def test_the_loss_quoted_is_not_that_against_a_queue_of_random_vectors():

@@ -14,6 +14,10 @@ from typing import Any
 from mocokit.files import read_regular, write_text
 
 _LARGEST = 2**24  # bytes of a run.json
+# What reading anything but our own file may raise; 1e999 is no whole number, and overflows.
+_DAMAGED = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def read(path: Path) -> Identity | None:
         run, start, fingerprint = (found[name] for name in ("run", "start", "fingerprint"))
         places = tuple(found["places"])
         files = {name: (int(size), int(time)) for name, (size, time) in found["files"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except _DAMAGED:
         return None
     if not all(isinstance(text, str) for text in (run, start, fingerprint, *places)):
         return None

@@ -203,9 +203,8 @@ def calibrate_on_first_group(run: RunState) -> None:
         views = run.views(0, build.build_loader(*known).batch_at(0))[0][:]
         first = group_sizes(run.images_of(0), run.effect.groups)[0]
         with one_statistics_update(method.encoder, 0), local_statistics(method.encoder):
-            set_groups(method.encoder, 1)
+            set_groups(method.encoder, 1)  # until the loop sets those of its first batch
             calibrate_head(method.encoder, views[:first])
-        set_groups(method.encoder, None)  # as a resumed run has it: not every method sets them
     if run.world.size > 1:
         for parameter in method.encoder.parameters():
             dist.broadcast(parameter.data, 0)
