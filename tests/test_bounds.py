@@ -254,6 +254,13 @@ def test_an_npz_that_does_not_fit_into_memory(
     zip_with(tmp_path / "images.idx", "head", shape(18 * 10**5), b"\0" * (18 * 10**5))
     with pytest.raises(UserError, match="more than this machine's memory"):
         load_index(tmp_path / "images.idx")
+    parts = {"a": np.zeros(6 * 10**5, np.uint8), "b": np.zeros(6 * 10**5, np.uint8)}
+    np.savez_compressed(tmp_path / "b.npz", **parts)  # each fits, and not all of them
+    with (tmp_path / "b.npz").open("rb") as file:
+        archive = npz.Archive(file)
+        assert len(archive["a"]) == 6 * 10**5
+        with pytest.raises(ValueError, match="more than this machine's memory"):
+            archive.every()
 
 
 def test_a_zip_of_a_million_entries(tmp_path: Path) -> None:

@@ -261,7 +261,8 @@ def test_at_any_smaller_bound_canvases_have_the_size_of_the_originals(
 
 def test_labels_of_a_pack(folder: Path, tmp_path: Path) -> None:
     packed(folder, tmp_path / "x.pack")
-    assert open_data(tmp_path / "x.pack", "none").train.labels is None
+    train = open_data(tmp_path / "x.pack", "none").train
+    assert train.labels is None and train.classes == ()
     with pytest.raises(UserError, match="set it when packing"):
         open_data(tmp_path / "x.pack", "folders")
 
