@@ -121,6 +121,8 @@ def test_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = ["# my photos", "1.png", "  2.png  ", "~/3.png", "#4.png", " 5.png", "#"]
     (tmp_path / "x.txt").write_text("\n".join(lines))
     assert levels(open_data(tmp_path / "x.txt").train) == [1, 2, 3, 4, 5]
+    (tmp_path / "z.txt").write_text("\ufeff1.png\n2.png\n", encoding="utf-8")  # as Windows does
+    assert levels(open_data(tmp_path / "z.txt").train) == [1, 2]
     (tmp_path / "y.txt").write_text("# class behind a tab\n1.png\tdog\n 2.png \tcat\n")
     train = open_data(tmp_path / "y.txt").train
     assert train.labels is not None and train.labels.tolist() == [1, 0]
