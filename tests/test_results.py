@@ -180,7 +180,11 @@ def test_a_path_that_is_no_utf8_is_kept_in_a_stated_form(tmp_path, capsys):
     assert json.loads(content)["notes"] == ["\\udcff"] and "\\\\udce9" in content
     assert len(folder.evaluations.read_text().splitlines()) == 2
     assert "udce9" in folder.readme.read_text()
-    assert capsys.readouterr().err.count("added to") == 2
+    results.keep(RECORD, Console(), folder, None)
+    said = capsys.readouterr().err
+    assert said.count("added to") == 3 and "no run folder keeps this" not in said
+    results.keep(RECORD, Console(), None, None)
+    assert "no run folder keeps this; --json FILE" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("damage", [b'{"kind": "kn', b"\xff\xfe\n", b"[1]\n", b"null\n", b"{{\n"])
