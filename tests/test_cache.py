@@ -8,13 +8,14 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mocokit.data import walk
+from mocokit.data import cache, walk
 from mocokit.data.index import read_arrays, write_arrays
 from mocokit.data.open import open_data
 from mocokit.data.sources import shards
@@ -64,6 +65,26 @@ def test_the_second_time_nothing_is_walked(folder: Path, walks: list[bytes]) -> 
         assert one.fingerprint == two.fingerprint and one.classes == two.classes
         assert one.labels.tolist() == two.labels.tolist() and one.name == two.name  # type: ignore[union-attr]
         assert one.read(0).shape == two.read(0).shape and one.describe(0) == two.describe(0)
+
+
+def test_what_changed_as_it_was_listed_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the listing took: another change in that tick of the clock would be unseen."""
+    known, now, scans = open_data(folder).train.index(), [LONG_AGO], []
+
+    def scan(watch: cache.Watch) -> cache.Listing:
+        scans.append(now[0])
+        os.utime(folder, ns=(now[0], now[0]))
+        watch.note(os.fsencode(folder), now[0], len(os.listdir(folder)))
+        now[0] += 10**10
+        return cache.Listing(cache.Part(str(folder), known))
+
+    clock = SimpleNamespace(time_ns=lambda: now[0], time=time.time)
+    monkeypatch.setattr(cache, "time", clock)
+    for _ in range(2):
+        cache.listed("key", scan)
+    assert len(scans) == 2
 
 
 def test_labels_asked_for_differently_are_another_listing(folder: Path) -> None:

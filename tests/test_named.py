@@ -5,6 +5,7 @@ import http.server
 import io
 import pickle
 import re
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -140,6 +141,7 @@ def test_without_a_network_one_sentence_says_what_to_do(
     with pytest.raises(UserError, match=r"cannot be downloaded .* by other means") as caught:
         open_data("cifar10", root=cifar[0])
     assert "\n" not in str(caught.value) and "data.root" in str(caught.value)
+    assert socket.getdefaulttimeout() is None  # that of a download is for it alone
 
 
 def test_another_file_than_the_published_is_refused(
