@@ -87,10 +87,39 @@ def test_what_changed_as_it_was_listed_is_not_kept(
     assert len(scans) == 2
 
 
+def test_the_checksum_is_of_names_types_and_shapes_too() -> None:
+    four = np.arange(4)
+    alike = ({"a": four}, {"b": four}, {"a": four.view(np.uint64)}, {"a": four.reshape(2, 2)})
+    assert len({cache._checksum(arrays) for arrays in alike}) == 4
+
+
 def test_labels_asked_for_differently_are_another_listing(folder: Path) -> None:
     assert open_data(folder).train.labels is not None
     assert open_data(folder, "none").train.labels is None
     assert open_data(folder / "train").train.labels is None
+
+
+def test_archives_asked_for_differently_are_another_listing(folder: Path) -> None:
+    root = folder.parent / "tars"
+
+    def archive(name: str) -> None:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as file:
+            file.add(folder / "train/a/1.png", "1.png")
+            label = tarfile.TarInfo("1.cls")
+            label.size = 1
+            file.addfile(label, io.BytesIO(b"3"))
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+
+    archive("train/a.tar")
+    archive("val/b.tar")
+    assert open_data(root / "train/a.tar").train.labels is not None
+    assert open_data(root / "train/a.tar", "none").train.labels is None
+    for held in (1, 2):
+        validation = open_data(root).validation
+        assert validation is not None and len(validation) == held
+        archive("val/c.tar")
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "new folder", "renamed", "same time"])

@@ -176,6 +176,13 @@ def test_what_is_gone_is_bad_and_what_is_new_is_not_seen(tmp_path: Path) -> None
     assert source.classes == ("b", "c") and source.index().fingerprint == index.fingerprint
 
 
+def test_half_of_the_images_are_enough(tmp_path: Path) -> None:
+    index = index_of(open_data(make(tmp_path, "1.png", "2.png", "3.png", "4.png")).train, tmp_path)
+    for name, same in (("1.png", True), ("2.png", True), ("3.png", False)):
+        (tmp_path / name).unlink()
+        assert (renumbered(open_data(tmp_path).train, index) is not None) == same
+
+
 def test_other_data_is_refused(tmp_path: Path) -> None:
     index = index_of(open_data(make(tmp_path / "in", "1.png", "2.png", "3.png")).train, tmp_path)
     other = open_data(make(tmp_path / "other", "3.png", "4.png", "5.png")).train
