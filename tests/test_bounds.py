@@ -431,13 +431,14 @@ def test_parquet_that_nests_or_repeats(rows: int, tmp_path: Path) -> None:
     assert "no column of images" in refusal(tmp_path / "b.parquet")
 
 
-def test_a_row_group_that_takes_all_memory(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("cell", [bytes(10**5), {"bytes": bytes(10**5), "path": "x"}])
+def test_a_row_group_that_takes_all_memory(tmp_path: Path, monkeypatch: Any, cell: Any) -> None:
     import pyarrow
     import pyarrow.parquet
 
     from mocokit.data.sources import columns
 
-    table = pyarrow.table({"image": [bytes(10**5)] * 30})
+    table = pyarrow.table({"image": [cell] * 30})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     monkeypatch.setattr(columns, "memory", lambda: 10**6)
     assert "write it in smaller row groups" in refusal(tmp_path / "a.parquet")

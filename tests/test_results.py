@@ -4,12 +4,14 @@ import errno
 import io
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_cli import call
@@ -22,6 +24,7 @@ from mocokit.engine.record import Console
 from mocokit.errors import MocokitError, UserError
 from mocokit.evaluate import results
 from mocokit.files import check_result, write_result
+from mocokit.protocols.scores import Scores
 
 OLD, NEW = b"ours, old", b"ours, new"
 
@@ -162,6 +165,22 @@ def test_what_the_system_refuses_is_a_sentence_and_leaves_the_old_file(
     with pytest.raises(MocokitError, match=f"cannot write .*{os.strerror(reason)}.*--json"):
         write(place)
     assert place.read_bytes() == OLD and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_of_many_classes_the_commonest_mistakes_are_shown(capsys):
+    confusion = np.diag([50] * 21)
+    confusion[3, 5], confusion[7, 2], confusion[4, 6] = 2, 9, 1
+    names = tuple(f"class{number}" for number in range(21))
+    found = results.Result("ours", {}, Scores(confusion), {})
+    evaluation = results.Evaluation(
+        kind="knn", run="r", data="d", protocol="p", results=(found,), classes=names, notes=(),
+        weights="w", fingerprint="f", seconds=1.0, peak_memory_gib=0.1,
+    )  # fmt: skip
+    results.publish(evaluation, Console(), None, None, per_class=False, confusion=True)
+    lines = [" ".join(one.split()) for one in capsys.readouterr().err.splitlines()]
+    assert re.findall(r"class(\d+) taken for class(\d+)\D+(\d+)", "\n".join(lines)) == [
+        ("7", "2", "9"), ("3", "5", "2"), ("4", "6", "1"),
+    ]  # fmt: skip
 
 
 RECORD = {
