@@ -206,6 +206,16 @@ def test_a_path_that_is_no_utf8_is_kept_in_a_stated_form(tmp_path, capsys):
     assert "no run folder keeps this; --json FILE" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_result_like_an_earlier_one_must_be_written_too(tmp_path, capsys, monkeypatch):
+    folder = RunFolder(tmp_path)
+    for name in ("first", "second"):
+        results.keep(RECORD | {"data": name}, Console(), folder, None)
+    monkeypatch.setattr(results.readme, "append", lambda *_: None)
+    results.keep(RECORD | {"data": "first"}, Console(), folder, None)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("added to") == 2 and "does not hold what was written" in said
+
+
 @pytest.mark.parametrize("damage", [b'{"kind": "kn', b"\xff\xfe\n", b"[1]\n", b"null\n", b"{{\n"])
 def test_a_damaged_line_hides_nothing_that_follows(tmp_path, damage, capsys):
     """It costs itself, is told, and what is added later is there."""
