@@ -190,6 +190,14 @@ def test_what_is_no_table_is_made_anew(tmp_path, how):
         assert not path.is_symlink() and (tmp_path / "elsewhere").read_bytes() == content
 
 
+def test_a_table_is_brought_to_the_disk_once_it_is_whole(tmp_path, monkeypatch):
+    synced, plain = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(number), plain(number)))
+    for _ in range(2):
+        features_of(subject(), source(), folder=tmp_path)
+        assert len(synced) == 1
+
+
 def test_a_batch_counts_only_in_its_own_place(tmp_path):
     """Two whole batches that changed places, each with its checksum."""
     judged, images = subject(), source()
