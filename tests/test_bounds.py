@@ -254,6 +254,13 @@ def test_an_npz_that_does_not_fit_into_memory(
     zip_with(tmp_path / "images.idx", "head", shape(18 * 10**5), b"\0" * (18 * 10**5))
     with pytest.raises(UserError, match="more than this machine's memory"):
         load_index(tmp_path / "images.idx")
+    parts = {"a": np.zeros(6 * 10**5, np.uint8), "b": np.zeros(6 * 10**5, np.uint8)}
+    np.savez_compressed(tmp_path / "b.npz", **parts)  # each fits, and not all of them
+    with (tmp_path / "b.npz").open("rb") as file:
+        archive = npz.Archive(file)
+        assert len(archive["a"]) == 6 * 10**5
+        with pytest.raises(ValueError, match="more than this machine's memory"):
+            archive.every()
 
 
 def test_a_zip_of_a_million_entries(tmp_path: Path) -> None:
@@ -424,13 +431,14 @@ def test_parquet_that_nests_or_repeats(rows: int, tmp_path: Path) -> None:
     assert "no column of images" in refusal(tmp_path / "b.parquet")
 
 
-def test_a_row_group_that_takes_all_memory(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("cell", [bytes(10**5), {"bytes": bytes(10**5), "path": "x"}])
+def test_a_row_group_that_takes_all_memory(tmp_path: Path, monkeypatch: Any, cell: Any) -> None:
     import pyarrow
     import pyarrow.parquet
 
     from mocokit.data.sources import columns
 
-    table = pyarrow.table({"image": [bytes(10**5)] * 30})
+    table = pyarrow.table({"image": [cell] * 30})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
     monkeypatch.setattr(columns, "memory", lambda: 10**6)
     assert "write it in smaller row groups" in refusal(tmp_path / "a.parquet")

@@ -8,13 +8,14 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mocokit.data import walk
+from mocokit.data import cache, walk
 from mocokit.data.index import read_arrays, write_arrays
 from mocokit.data.open import open_data
 from mocokit.data.sources import shards
@@ -66,10 +67,59 @@ def test_the_second_time_nothing_is_walked(folder: Path, walks: list[bytes]) -> 
         assert one.read(0).shape == two.read(0).shape and one.describe(0) == two.describe(0)
 
 
+def test_what_changed_as_it_was_listed_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the listing took: another change in that tick of the clock would be unseen."""
+    known, now, scans = open_data(folder).train.index(), [LONG_AGO], []
+
+    def scan(watch: cache.Watch) -> cache.Listing:
+        scans.append(now[0])
+        os.utime(folder, ns=(now[0], now[0]))
+        watch.note(os.fsencode(folder), now[0], len(os.listdir(folder)))
+        now[0] += 10**10
+        return cache.Listing(cache.Part(str(folder), known))
+
+    clock = SimpleNamespace(time_ns=lambda: now[0], time=time.time)
+    monkeypatch.setattr(cache, "time", clock)
+    for _ in range(2):
+        cache.listed("key", scan)
+    assert len(scans) == 2
+
+
+def test_the_checksum_is_of_names_types_and_shapes_too() -> None:
+    four = np.arange(4)
+    alike = ({"a": four}, {"b": four}, {"a": four.view(np.uint64)}, {"a": four.reshape(2, 2)})
+    assert len({cache._checksum(arrays) for arrays in alike}) == 4
+
+
 def test_labels_asked_for_differently_are_another_listing(folder: Path) -> None:
     assert open_data(folder).train.labels is not None
     assert open_data(folder, "none").train.labels is None
     assert open_data(folder / "train").train.labels is None
+
+
+def test_archives_asked_for_differently_are_another_listing(folder: Path) -> None:
+    root = folder.parent / "tars"
+
+    def archive(name: str) -> None:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w") as file:
+            file.add(folder / "train/a/1.png", "1.png")
+            label = tarfile.TarInfo("1.cls")
+            label.size = 1
+            file.addfile(label, io.BytesIO(b"3"))
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+
+    archive("train/a.tar")
+    archive("val/b.tar")
+    assert open_data(root / "train/a.tar").train.labels is not None
+    assert open_data(root / "train/a.tar", "none").train.labels is None
+    for held in (1, 2):
+        validation = open_data(root).validation
+        assert validation is not None and len(validation) == held
+        archive("val/c.tar")
 
 
 @pytest.mark.parametrize("change", ["new", "gone", "new folder", "renamed", "same time"])

@@ -1,14 +1,18 @@
 """The command line: its flags, its sentences, its exit codes."""
 
+import importlib
+import inspect
 import json
 import platform
 import re
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from mocokit import cli
 
@@ -183,3 +187,88 @@ def test_a_run_folder_is_not_taken_for_images(mocokit, tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1")
     code, _, err = mocokit("pretrain", tmp_path)
     assert code == 2 and "is a run folder, not images; repeat its run with" in err
+
+
+SHARED = "--size 40 --resize 50 --device cpu --precision bfloat16 --seed 7 --no-baseline"
+SHARED += " --per-class --confusion --json x.json"
+SHARED_AS = {
+    "size": 40, "resize": 50, "device": "cpu", "precision": "bfloat16", "seed": 7,
+    "baseline": False, "per_class": True, "confusion": True, "json": "x.json",
+}  # fmt: skip
+HANDED_ON = {
+    "evaluate knn": (
+        f"RUN DATA -k 3 --k 5 --temperature 0.2 --layer head --no-cache {SHARED}",
+        "mocokit.evaluate.api.evaluate_knn",
+        {"run": "RUN", "data": "DATA", "k": [3, 5], "temperature": [0.2], "layer": "head",
+         "cache": False, **SHARED_AS},
+    ),
+    "evaluate linear": (
+        "RUN DATA --protocol quick --train-views centre --epochs 3 --lr 2 --layer head --no-cache "
+        + SHARED,
+        "mocokit.evaluate.api.evaluate_linear",
+        {"run": "RUN", "data": "DATA", "protocol": "quick", "train_views": "centre", "epochs": 3,
+         "lr": 2.0, "layer": "head", "cache": False, **SHARED_AS},
+    ),
+    "evaluate finetune": (
+        f"RUN DATA --percent 3 --percent 5 --epochs 3 --lr 2 --layer-decay 0.5 {SHARED}",
+        "mocokit.evaluate.api.evaluate_finetune",
+        {"run": "RUN", "data": "DATA", "percent": [3.0, 5.0], "epochs": 3, "lr": 2.0,
+         "layer_decay": 0.5, **SHARED_AS},
+    ),
+    "evaluate voc": (
+        "RUN DATA --split 07 --trials 2 --seed 7 --steps 8 --batch-size 4 --set lr=0.2 "
+        "--classes cat,dog --every 3 --out o --device cpu --precision bfloat16 --pictures 9 "
+        "--json x.json --iterations 6 --ims-per-step 5",
+        "mocokit.evaluate.voc.evaluate_voc",
+        {"run": "RUN", "data": "DATA", "split": "07", "trials": 2, "seed": 7, "steps": 8,
+         "batch_size": 4, "settings": {"lr": 0.2}, "classes": ["cat", "dog"], "every": 3,
+         "out": "o", "device": "cpu", "precision": "bfloat16", "pictures": 9, "json": "x.json",
+         "iterations": 6, "ims_per_step": 5},
+    ),
+    "check": (
+        "mocov2 DATA --out o.png --quick --set seed=7 --allow-import math",
+        "mocokit.check.check",
+        {"recipe": "mocov2", "data": "DATA", "out": "o.png", "settings": {"seed": 7},
+         "quick": True, "allow_import": ["math"]},
+    ),
+    "pack": (
+        "DATA FILE --recipe demo --raw --set seed=7",
+        "mocokit.pack.pack",
+        {"data": "DATA", "file": "FILE", "recipe": "demo", "raw": True, "settings": {"seed": 7}},
+    ),
+    "pretrain": (
+        "mocov2 DATA --out o --resume --epochs 3 --batch-size 64 --device cpu --seed 7 "
+        "--deterministic --set optim.lr=0.1 --allow-import math",
+        "mocokit.train.pretrain",
+        {"recipe": "mocov2", "data": "DATA", "out": "o", "resume": True, "allow_import": ["math"],
+         "settings": {"train.epochs": 3, "train.batch_size": 64, "engine.device": "cpu", "seed": 7,
+                      "engine.deterministic": True, "optim.lr": 0.1}},
+    ),
+}  # fmt: skip
+# Of Python alone, handed on as settings, or taken care of before.
+NOT_OPTIONS = {"images", "epochs", "batch_size", "device", "seed", "extend", "method"}
+
+
+@pytest.mark.parametrize("verb", HANDED_ON)
+def test_every_option_is_handed_on(verb, tmp_path, monkeypatch):
+    """None of them at its default, and none left out."""
+    words, name, expected = HANDED_ON[verb]
+    home, _, function = name.rpartition(".")
+    module, seen = importlib.import_module(home), []
+    signature = inspect.signature(getattr(module, function))
+    monkeypatch.setattr(module, function, lambda *a, **b: seen.append(signature.bind(*a, **b)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DATA").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "DATA/a.png")
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        done = CliRunner().invoke(cli.app.app, [*verb.split(), *words.split()])
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert done.exit_code == 0, (done.output, done.exception)
+    ((given),) = seen
+    found = dict(given.arguments)
+    assert found == expected
+    for name, parameter in signature.parameters.items():
+        if name not in NOT_OPTIONS or name in expected:
+            assert name in found and found[name] != parameter.default, name

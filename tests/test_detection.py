@@ -12,6 +12,9 @@ from PIL import Image
 from shapes import SMALL, shapes, tiny_network, write_shapes
 from test_detection_data import opened
 
+from mocokit import chance
+from mocokit.chance import Slot
+from mocokit.detection import train
 from mocokit.detection.anchors import anchor_cells, anchors_of, draw, propose, select
 from mocokit.detection.c4 import Detector, Images, Target
 from mocokit.detection.dataset import Sample
@@ -451,8 +454,10 @@ def trainer(data, steps, **more):
     return Trainer(detector(plan), plan, data, 0, CPU, MEAN, STD)
 
 
-def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data):
+def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data, monkeypatch):
     ours = trainer(data, 4)
+    seeds, plain = [], train.ViewSampler
+    monkeypatch.setattr(train, "ViewSampler", lambda *of: seeds.append(of[2]) or plain(*of))
     before = copy.deepcopy(ours.detector.state_dict())
     norm = ours.detector.body[1]
     means, variances = [], []
@@ -471,6 +476,7 @@ def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data):
     after = ours.detector.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert norm.momentum == 0.1
+    assert seeds == [chance.library_seed(0, 2, Slot.DETECTION_DRAW)]  # not the training's views
 
 
 def test_it_learns_to_find_shapes(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 import mocokit.check
 from mocokit.data.examine import examine
 from mocokit.data.open import open_data
+from mocokit.data.sources.pack import write_pack
 
 
 def photo(path: Path, seed: int, kind: str = "JPEG", size: tuple[int, int] = (20, 30)) -> None:
@@ -69,7 +71,7 @@ def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         "train: 17 images, 2 classes of 8 to 9 (a, b)",
         "formats: 14 JPEG, 1 PNG",
-        "20 to 70 pixels high, 30 to 40 wide",
+        "20 to 70 pixels high, 30 to 40 wide, short side 20 in the middle",
         "duplicates: 2 images have the content of another",
         "a/x.jpg = b/03.jpg = b/y.jpg",
         "cannot be read: a/cut.jpg",
@@ -80,6 +82,40 @@ def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "17 images are too few",
     ):
         assert part in text, part
+
+
+def test_a_pack_is_told_what_it_lacks_for_these_views(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bound, told in ((16, True), (4000, False)):
+        pack = tmp_path / f"{bound}.pack"
+        write_pack(open_data(folder), pack, bound, False, 1, lambda count: None)
+        text = " ".join(said(pack, capsys, quick=True).split())
+        assert ("note: in was packed for canvases of 16 pixels, and these views" in text) == told
+        assert "packed for canvases" not in text or "whole images" not in text
+
+
+def test_images_without_a_class_are_in_none(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "list.txt"
+    lines = [f"train/a/{number:02}.jpg\t{'x' if number else ''}" for number in range(0, 12, 2)]
+    path.write_text("\n".join([*lines, "train/b/01.jpg\ty", "train/b/03.jpg\t"]))
+    assert "train: 8 images, 2 classes of 1 to 5 (y, x)" in said(path, capsys, quick=True)
+
+
+def test_the_sheet_has_the_images_and_the_seed_that_were_asked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def sheet(specs: Any, canvases: Any, numbers: Any, seed: int, *rest: Any, **named: Any) -> None:
+        seen.append((len(canvases), len(numbers), seed))
+
+    monkeypatch.setattr(mocokit.check, "contact_sheet", sheet)
+    changes = {"views.size": 16, "seed": 5}
+    mocokit.check.check("mocov2", folder, tmp_path / "x.png", changes, images=3, quick=True)
+    assert seen == [(3, 3, 5)]
 
 
 def test_a_quick_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,11 +144,19 @@ def test_of_much_data_a_part_chooses(monkeypatch):
     monkeypatch.setattr(
         linear_quick,
         "solve",
-        lambda data, *rest: seen.append(len(data.labels)) or plain(data, *rest),
+        lambda data, *rest: seen.append((len(data.labels), *rest[3:])) or plain(data, *rest),
     )
     split = labelled_split(source(300, 0), source(60, 1), seed=0)
-    fitted = fit_quick(split, features_of(subject(), split.train), CPU, seed=0)
-    assert seen == [18, 300] and fitted.details["train_loss"] < 0.5
+    table = features_of(subject(), split.train)
+    fitted = fit_quick(split, table, CPU, seed=0)
+    # The slack: 1 where the moments are of these images, else how many more they are of.
+    assert seen == [(18, 1.0), (300,)] and fitted.details["train_loss"] < 0.5
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        linear_quick, "solve", lambda data, *rest: seen.append(rest[3:]) or plain(data, *rest)
+    )
+    fit_quick(split, table, CPU, seed=0)
+    assert seen[2:] == [(300 / 270,), ()]
 
 
 def test_of_equally_good_penalties_the_strongest_is_chosen():

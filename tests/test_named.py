@@ -5,6 +5,7 @@ import http.server
 import io
 import pickle
 import re
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -112,6 +113,27 @@ def test_cifar_is_downloaded_once_and_read_as_torchvision_reads_it(
     assert open_data("cifar10", "none", root=root).train.labels is None
 
 
+def test_cifar100_has_its_fine_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torchvision_sets.CIFAR100
+    rows = bytes(DRAW.integers(0, 256, 3 * 3072, np.uint8))
+    content = {b"data": np.frombuffer(rows, np.uint8).reshape(3, 3072)}
+    content |= {b"coarse_labels": [0, 0, 0], b"fine_labels": [1, 0, 2]}
+    texts = [b"apple", b"bear", b"cup"]
+    meta = {b"coarse_label_names": [b"all"], b"fine_label_names": texts}
+    files = {"train": content, "test": content, "meta": meta}
+    packed = {name: pickle.dumps(one, protocol=2) for name, one in files.items()}
+    sums = {name: md5(one) for name, one in packed.items()}
+    for part in ("train", "test"):
+        monkeypatch.setattr(kind, f"{part}_list", [[part, sums[part]]])
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": sums["meta"]})
+    (tmp_path / kind.base_folder).mkdir()
+    for name, one in packed.items():
+        (tmp_path / kind.base_folder / name).write_bytes(one)
+    train = open_data("cifar100", root=tmp_path).train
+    assert train.classes == ("apple", "bear", "cup") and train.labels is not None
+    assert train.labels.tolist() == [1, 0, 2]
+
+
 def test_without_a_network_one_sentence_says_what_to_do(
     cifar: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +141,7 @@ def test_without_a_network_one_sentence_says_what_to_do(
     with pytest.raises(UserError, match=r"cannot be downloaded .* by other means") as caught:
         open_data("cifar10", root=cifar[0])
     assert "\n" not in str(caught.value) and "data.root" in str(caught.value)
+    assert socket.getdefaulttimeout() is None  # that of a download is for it alone
 
 
 def test_another_file_than_the_published_is_refused(

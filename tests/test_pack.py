@@ -259,9 +259,21 @@ def test_at_any_smaller_bound_canvases_have_the_size_of_the_originals(
                 assert found.read(number, bound).shape == expected.shape
 
 
+@pytest.mark.parametrize(
+    ("raw", "bound", "settled"),
+    [(False, None, False), (False, BOUND, True), (True, None, True), (True, BOUND, True)],
+)
+def test_what_was_shrunk_keeps_its_scale(
+    folder: Path, tmp_path: Path, raw: bool, bound: int | None, settled: bool
+) -> None:
+    for source in packed(folder, tmp_path / "x.pack", raw, bound):
+        assert isinstance(source, PackedSource) and source.settled == settled
+
+
 def test_labels_of_a_pack(folder: Path, tmp_path: Path) -> None:
     packed(folder, tmp_path / "x.pack")
-    assert open_data(tmp_path / "x.pack", "none").train.labels is None
+    train = open_data(tmp_path / "x.pack", "none").train
+    assert train.labels is None and train.classes == ()
     with pytest.raises(UserError, match="set it when packing"):
         open_data(tmp_path / "x.pack", "folders")
 
@@ -343,3 +355,9 @@ def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(UserError, match="there is no folder"):
         mocokit.pack.pack(folder, tmp_path / "gone/x.pack")
     assert Image.open(io.BytesIO(open_data(target).train.content(0) or b"")).format == "JPEG"
+    (tmp_path / "x.txt").write_text(f"{folder}/train/a/0.jpg\tdog\n{folder}/train/a/1.jpg\t\n")
+    wide = settings | {"monitor.resize": 2000}  # a score may need more than the crops
+    mocokit.pack.pack(tmp_path / "x.txt", tmp_path / "y.pack", settings=wide)
+    assert isinstance(seen := open_data(tmp_path / "y.pack").train, PackedSource)
+    assert seen.bound == 2000
+    assert "note: 1 of 2 images have nothing behind the tab" in capsys.readouterr().err

@@ -164,6 +164,12 @@ def test_classes_of_any_type(tmp_path: Path, given: Any, classes: Any, numbers: 
     assert open_data(path, "none").train.labels is None
 
 
+def test_a_class_without_a_name_has_its_number(tmp_path: Path) -> None:
+    features = {"kind": {"_type": "ClassLabel", "names": ["ant", None, " "]}}
+    path = write(tmp_path / "a.parquet", [1, 2, 3], [0, 1, 2], features)
+    assert open_data(path).train.classes == ("ant", "1", "2")
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [

@@ -4,12 +4,14 @@ import errno
 import io
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_cli import call
@@ -22,6 +24,7 @@ from mocokit.engine.record import Console
 from mocokit.errors import MocokitError, UserError
 from mocokit.evaluate import results
 from mocokit.files import check_result, write_result
+from mocokit.protocols.scores import Scores
 
 OLD, NEW = b"ours, old", b"ours, new"
 
@@ -164,6 +167,22 @@ def test_what_the_system_refuses_is_a_sentence_and_leaves_the_old_file(
     assert place.read_bytes() == OLD and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_of_many_classes_the_commonest_mistakes_are_shown(capsys):
+    confusion = np.diag([50] * 21)
+    confusion[3, 5], confusion[7, 2], confusion[4, 6] = 2, 9, 1
+    names = tuple(f"class{number}" for number in range(21))
+    found = results.Result("ours", {}, Scores(confusion), {})
+    evaluation = results.Evaluation(
+        kind="knn", run="r", data="d", protocol="p", results=(found,), classes=names, notes=(),
+        weights="w", fingerprint="f", seconds=1.0, peak_memory_gib=0.1,
+    )  # fmt: skip
+    results.publish(evaluation, Console(), None, None, per_class=False, confusion=True)
+    lines = [" ".join(one.split()) for one in capsys.readouterr().err.splitlines()]
+    assert re.findall(r"class(\d+) taken for class(\d+)\D+(\d+)", "\n".join(lines)) == [
+        ("7", "2", "9"), ("3", "5", "2"), ("4", "6", "1"),
+    ]  # fmt: skip
+
+
 RECORD = {
     "kind": "knn", "run": "r", "data": "caf\udce9/[x]", "protocol": "kNN", "results": [],
     "notes": ["\udcff"], "date": "2026-11-28", "seconds": 1.0, "hardware": "a CPU",
@@ -180,7 +199,21 @@ def test_a_path_that_is_no_utf8_is_kept_in_a_stated_form(tmp_path, capsys):
     assert json.loads(content)["notes"] == ["\\udcff"] and "\\\\udce9" in content
     assert len(folder.evaluations.read_text().splitlines()) == 2
     assert "udce9" in folder.readme.read_text()
-    assert capsys.readouterr().err.count("added to") == 2
+    results.keep(RECORD, Console(), folder, None)
+    said = capsys.readouterr().err
+    assert said.count("added to") == 3 and "no run folder keeps this" not in said
+    results.keep(RECORD, Console(), None, None)
+    assert "no run folder keeps this; --json FILE" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_result_like_an_earlier_one_must_be_written_too(tmp_path, capsys, monkeypatch):
+    folder = RunFolder(tmp_path)
+    for name in ("first", "second"):
+        results.keep(RECORD | {"data": name}, Console(), folder, None)
+    monkeypatch.setattr(results.readme, "append", lambda *_: None)
+    results.keep(RECORD | {"data": "first"}, Console(), folder, None)
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("added to") == 2 and "does not hold what was written" in said
 
 
 @pytest.mark.parametrize("damage", [b'{"kind": "kn', b"\xff\xfe\n", b"[1]\n", b"null\n", b"{{\n"])

@@ -5,6 +5,8 @@ import pytest
 from sklearn import metrics
 
 from mocokit.chance import Slot
+from mocokit.data.sources.arrays import ArraySource
+from mocokit.protocols.labelled import labelled_split
 from mocokit.protocols.scores import Scores
 from mocokit.protocols.split import hold_out, stratified
 
@@ -48,6 +50,14 @@ def test_a_share_of_the_labels_is_a_share_of_each_class(share):
     if share < 1:
         assert set(kept) != set(stratified(labels, share, 1, Slot.LABELS))
         assert set(kept) <= set(stratified(labels, 2 * share, 0, Slot.LABELS))
+
+
+def test_what_is_held_out_follows_the_seed():
+    images = ArraySource(np.zeros((60, 2, 2, 3), np.uint8), np.arange(60) % 3, "toy")
+    tested = [labelled_split(images, None, seed=seed).test_numbers for seed in (0, 1)]
+    assert tested[0].tolist() != tested[1].tolist()
+    for seed, numbers in enumerate(tested):
+        np.testing.assert_array_equal(numbers, hold_out(images.labels, 0.2, seed, Slot.TEST)[1])
 
 
 def test_holding_out_leaves_something_of_every_class():

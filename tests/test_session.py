@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
-from mocokit.errors import UserError
-from mocokit.evaluate import results
+from mocokit.engine.stop import raise_if_interrupted
+from mocokit.errors import Interrupted, UserError
+from mocokit.evaluate import api, results, session, stopping
 from mocokit.evaluate.session import Options, Session
 from mocokit.health import knn_monitor
 from mocokit.protocols.finetune import Plan
@@ -64,6 +67,32 @@ def test_a_missing_connection_is_one_sentence(fetched, toy_npz, caplog):
         mocokit.evaluate_knn("resnet18", toy_npz)
     assert fetched == ["resnet18"] and caplog.records == []
     assert logging.getLogger("huggingface_hub").level != logging.ERROR
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_stopped_evaluation_has_the_code_of_its_signal(number, code):
+    @stopping.stoppable
+    def evaluate():
+        os.kill(os.getpid(), number)
+        raise_if_interrupted()
+
+    with pytest.raises(Interrupted) as stopped:
+        evaluate()
+    assert stopped.value.exit_code == code and stopping._current.get() is None
+
+
+def test_the_model_is_opened_as_the_options_say(toy_npz, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def watched(run, device, **asked):
+        raise Opened(run, device, asked)
+
+    monkeypatch.setattr(session, "open_model", watched)
+    asked = {"layer": "head", "precision": "bfloat16", "size": 40, "resize": 50, "seed": 7}
+    with pytest.raises(Opened) as opened:
+        Session("random", Options(data=toy_npz, device="cpu", **asked))
+    assert opened.value.args == ("random", CPU, asked)
 
 
 def test_a_place_for_json(tmp_path):
@@ -213,6 +242,17 @@ def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr("mocokit.evaluate.session.PIXEL_LIMIT", 15)
     found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and found.notes == ()
+
+
+def test_pixels_are_centred_by_the_bank(tmp_path, monkeypatch):
+    data, seen = arrays(tmp_path / "x.npz", [0, 1] * 4, [0, 1, 0]), []
+    plain = api.knn_grid_of
+    monkeypatch.setattr(
+        api, "knn_grid_of", lambda *of: seen.append((of[0].mean(0), of[2].mean(0))) or plain(*of)
+    )
+    mocokit.evaluate_knn("random:resnet_tiny", data, size=8, cache=False)
+    bank, queries = seen[-1]
+    assert bank.abs().max() < 1e-5 and queries.abs().max() > 1e-2
 
 
 def test_fine_tuning_says_ahead_what_it_will_do():

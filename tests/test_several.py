@@ -121,6 +121,8 @@ def test_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lines = ["# my photos", "1.png", "  2.png  ", "~/3.png", "#4.png", " 5.png", "#"]
     (tmp_path / "x.txt").write_text("\n".join(lines))
     assert levels(open_data(tmp_path / "x.txt").train) == [1, 2, 3, 4, 5]
+    (tmp_path / "z.txt").write_text("\ufeff1.png\n2.png\n", encoding="utf-8")  # as Windows does
+    assert levels(open_data(tmp_path / "z.txt").train) == [1, 2]
     (tmp_path / "y.txt").write_text("# class behind a tab\n1.png\tdog\n 2.png \tcat\n")
     train = open_data(tmp_path / "y.txt").train
     assert train.labels is not None and train.labels.tolist() == [1, 0]
@@ -172,6 +174,13 @@ def test_what_is_gone_is_bad_and_what_is_new_is_not_seen(tmp_path: Path) -> None
     assert source.describe(1) == "b/3.png" and source.fingerprint == index.fingerprint
     assert source.labels is not None and source.labels.tolist() == [0, 0, 1, 1]
     assert source.classes == ("b", "c") and source.index().fingerprint == index.fingerprint
+
+
+def test_half_of_the_images_are_enough(tmp_path: Path) -> None:
+    index = index_of(open_data(make(tmp_path, "1.png", "2.png", "3.png", "4.png")).train, tmp_path)
+    for name, same in (("1.png", True), ("2.png", True), ("3.png", False)):
+        (tmp_path / name).unlink()
+        assert (renumbered(open_data(tmp_path).train, index) is not None) == same
 
 
 def test_other_data_is_refused(tmp_path: Path) -> None:

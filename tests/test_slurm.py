@@ -69,6 +69,7 @@ def test_the_verb(tmp_path, toy_npz):
     file, out = tmp_path / "job", tmp_path / "run"
     command = [sys.executable, "-m", "mocokit", "slurm", "mocov2_cifar10", str(toy_npz)]
     options = ["--gpus", "2", "--file", str(file), "--epochs", "3", "--set", "optim.lr=0.1"]
+    options += ["--batch-size", "256", "--seed", "7", "--allow-import", "math"]
     refused = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--out" in refused.stderr and not file.exists()
     subprocess.run([*command, *options, "--out", out], check=True, capture_output=True)
@@ -76,7 +77,8 @@ def test_the_verb(tmp_path, toy_npz):
     words = shlex.split(line)
     assert words[4:] == [
         sys.executable, "-m", "mocokit", "pretrain", "mocov2_cifar10", str(toy_npz), "--out",
-        str(out), "--epochs", "3", "--set", "optim.lr=0.1",
+        str(out), "--epochs", "3", "--batch-size", "256", "--seed", "7", "--set", "optim.lr=0.1",
+        "--allow-import", "math",
     ]  # fmt: skip
 
 

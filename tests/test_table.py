@@ -190,6 +190,27 @@ def test_what_is_no_table_is_made_anew(tmp_path, how):
         assert not path.is_symlink() and (tmp_path / "elsewhere").read_bytes() == content
 
 
+def test_a_table_is_brought_to_the_disk_once_it_is_whole(tmp_path, monkeypatch):
+    synced, plain = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(number), plain(number)))
+    for _ in range(2):
+        features_of(subject(), source(), folder=tmp_path)
+        assert len(synced) == 1
+
+
+def test_a_batch_counts_only_in_its_own_place(tmp_path):
+    """Two whole batches that changed places, each with its checksum."""
+    judged, images = subject(), source()
+    whole = np.array(features_of(judged, images, folder=tmp_path).rows)
+    (path,) = tmp_path.glob("*.npy")
+    content, size = path.read_bytes(), 16 * 64 * 4
+    for at, length in ((HEAD, size), (HEAD + ROWS, 8)):
+        first, second = content[at : at + length], content[at + length : at + 2 * length]
+        content = content[:at] + second + first + content[at + 2 * length :]
+    path.write_bytes(content)
+    np.testing.assert_array_equal(features_of(judged, images, folder=tmp_path).rows, whole)
+
+
 @pytest.mark.parametrize("why", [PermissionError, TimeoutError, FileNotFoundError, OSError])
 def test_what_could_not_be_read_for_a_while_is_tried_again(tmp_path, monkeypatch, why):
     """Rights, a disk that was away; a file that is broken stays unread, at the cost of a try."""
