@@ -159,7 +159,7 @@ def read_regular(path: str | Path, limit: int = 2**30) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "neither a file nor a link to one")
         if status.st_size > limit:
-            most = f"{limit / 2**20:,.0f} MiB" if limit >= 2**20 else f"{limit:,} bytes"
+            most = f"{limit / 2**20:,g} MiB" if limit >= 2**16 else f"{limit:,} bytes"
             raise OSError(errno.EFBIG, f"larger than {most}, refused")
         return file.readall()
 

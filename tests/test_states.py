@@ -117,7 +117,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("at", range(1, EPOCHS * STEPS + 1))
+@pytest.mark.parametrize(
+    "at",
+    [
+        pytest.param(at, marks=[] if at in (2, 4, 9) else pytest.mark.slow)
+        for at in range(1, EPOCHS * STEPS + 1)
+    ],
+)
 def test_a_killed_probe_repeats_what_its_state_lacks(probe, at, straight, reached, tmp_path):
     def kill(count):
         if count == at:
