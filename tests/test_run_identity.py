@@ -14,6 +14,7 @@ from test_contract import interrupted_at
 from test_full_disk import SETTINGS, left
 
 import mocokit
+from mocokit.data.open import open_data
 from mocokit.data.sources.folder import open_folder
 from mocokit.engine import checkpoint, identity
 from mocokit.engine.finite import check_progress
@@ -374,6 +375,18 @@ def test_a_copy_with_other_times_is_the_same_data_and_other_sizes_are_not(images
     assert marks.replaced(before, open_folder(copy, "auto")[0]) == ""
     _rewrite(copy, 31)
     assert "64 of the 64" in marks.replaced(before, open_folder(copy, "auto")[0])
+
+
+def test_each_of_several_places_has_marks_of_its_own(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        shutil.copytree(images, name)
+    source = open_data("one::two").train
+    before = identity.Identity("a", "", "", marks.places_of(source), marks.marks_of(source))
+    assert before.places == (str(tmp_path / "one"), str(tmp_path / "two"))  # from anywhere
+    assert len(before.files) == 128 and marks.replaced(before, source) == ""
+    (tmp_path / "two" / "00.png").write_bytes(b"other")
+    assert "1 of the 128 image files" in marks.replaced(before, source)
 
 
 WHOLE = {"run": "a", "start": "", "fingerprint": "", "places": [], "files": {}}
