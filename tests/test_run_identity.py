@@ -383,7 +383,7 @@ def test_each_of_several_places_has_marks_of_its_own(images, tmp_path, monkeypat
         shutil.copytree(images, name)
     source = open_data("one::two").train
     before = identity.Identity("a", "", "", marks.places_of(source), marks.marks_of(source))
-    assert before.places == (str(tmp_path / "one"), str(tmp_path / "two"))  # from anywhere
+    assert before.places == (str(tmp_path / "one"), str(tmp_path / "two"))
     assert len(before.files) == 128 and marks.replaced(before, source) == ""
     (tmp_path / "two" / "00.png").write_bytes(b"other")
     assert "1 of the 128 image files" in marks.replaced(before, source)
