@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -32,6 +33,7 @@ from mocokit.nets.batchnorm import set_groups
 from mocokit.run import begin, build
 from mocokit.run.begin import begun
 from mocokit.run.build import settle
+from mocokit.run.recording import Recording, finish
 from mocokit.settings import get, methods
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
@@ -630,3 +632,28 @@ def test_metrics_are_shares_of_the_batch(small, tmp_path, monkeypatch):
         for name, value in metrics.items():
             assert line[name] == pytest.approx(value, rel=1e-5)
     assert recorded[-1]["chance_loss"] == pytest.approx(math.log(1 + BATCH - 1), rel=1e-5)
+
+
+def test_waiting_for_images_is_told_once_and_not_for_its_start(small, tmp_path, monkeypatch):
+    run = Built(small, {}, tmp_path / "run").run
+    record, told = Recording.__new__(Recording), []
+    record.run, record._waits, record._advised = run, [], False
+    monkeypatch.setattr(run.console, "note", told.append)
+    for share, count in [(1.0, 2), (0.0, 5), (0.1, 9), (0.2, 4)]:
+        for _ in range(count):
+            record._advise(share)
+            assert not told or (share == 0.2 and record._advised)
+    record._advise(0.2)
+    record._advise(0.2)
+    assert len(told) == 1 and "of the time went into waiting for images" in told[0]
+
+
+def test_what_a_finished_run_stands_on_is_there(small, tmp_path, monkeypatch):
+    """Also where somebody made room while the last scores were taken."""
+    built = Built(small, {}, tmp_path / "run")
+    built.trained()
+    built.run.hold = None
+    shutil.rmtree(built.run.folder.checkpoints)
+    monkeypatch.setattr(build, "build_monitor", lambda *rest: None)
+    assert finish(built.run)["finished"]
+    assert checkpoint.is_saved(built.run.folder.checkpoints, STEPS)

@@ -199,11 +199,15 @@ def test_processes_tell_each_other_at_every_record_and_at_an_epochs_end():
     An image that fails once is to be replaced from the next epoch on, whoever then has it.
     """
     shared: list[int] = []
+    noted: list[int] = []
     state = SimpleNamespace(
         step=0,
         effect=SimpleNamespace(steps_per_epoch=5),
-        bad=SimpleNamespace(note=lambda bad, step: None, share=lambda: shared.append(state.step)),
+        bad=SimpleNamespace(
+            note=lambda bad, step: noted.append(step), share=lambda: shared.append(state.step)
+        ),
     )
     for state.step in range(1, 13):
         RunState.note_bad(state, (), state.step % 4 == 0)  # type: ignore[arg-type]
     assert shared == [4, 5, 8, 10, 12]
+    assert noted == [*range(12)]  # steps are counted from 0 there

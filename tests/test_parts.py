@@ -1,5 +1,7 @@
 """The queue against a list, the follower against its formula, pieces against the whole."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from mocokit.methods.parts import Bank, Queue, follow
 from mocokit.methods.processes import gather, gather_with_gradient, rank_and_world
+from mocokit.run.recording import _filled
 from mocokit.transfer import to_device
 
 
@@ -100,3 +103,11 @@ def test_numbers_on_their_way_to_a_device_are_a_copy():
     numbers += 1
     assert all(tensor.tolist() == [0, 1, 2, 3] for tensor in sent)
     assert to_device(fixed, torch.device("cpu"), torch.float32).dtype == torch.float32
+
+
+def test_the_emptiest_queue_says_how_full_they_are():
+    queues = {"a": Queue(8, 3), "b": Queue(4, 3)}
+    for queue, count in zip(queues.values(), (6, 1), strict=True):
+        queue.enqueue(torch.zeros(count, 3))
+    assert _filled(SimpleNamespace(queues=queues)) == {"queue_filled": 0.25}
+    assert _filled(SimpleNamespace(queues={})) == {}
