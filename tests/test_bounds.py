@@ -243,6 +243,20 @@ def test_what_an_npz_claims_is_not_believed(header: Any, tmp_path: Path) -> None
     assert "a.npy" in refusal(tmp_path / "a.npy")
 
 
+def test_columns_first_and_bytes_too_many(tmp_path: Path) -> None:
+    """numpy writes an array as it lies in memory; a file longer than it says is damaged."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    np.save(tmp_path / "a.npy", np.asfortranarray(images))
+    np.savez(tmp_path / "a.npz", train_images=np.asfortranarray(images))
+    for name in ("a.npy", "a.npz"):
+        train = open_data(tmp_path / name).train
+        found = np.stack([train.read(number) for number in range(5)])
+        np.testing.assert_array_equal(found, images)
+    with (tmp_path / "a.npy").open("ab") as file:
+        file.write(b"\0")
+    assert "its shape is not that of its content" in refusal(tmp_path / "a.npy")
+
+
 def test_an_npz_that_does_not_fit_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

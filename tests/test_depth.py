@@ -9,6 +9,7 @@ import tarfile
 import zlib
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from mocokit.data.decode import BadImage, decode, look_at
 from mocokit.data.index import load_index, save_index
 from mocokit.data.loader import Loader
 from mocokit.data.open import open_data
+from mocokit.data.source import Splits
 from mocokit.data.sources.pack import write_pack
 from mocokit.detection.open import open_boxes
 from mocokit.detection.views import view
@@ -407,3 +409,20 @@ def test_detection_reads_on_one_scale_too(tmp_path: Path) -> None:
     for sample in (*data.train.samples, *data.test.samples):
         seen = view(sample, 40, 60, False).pixels
         np.testing.assert_array_equal(seen, expected(levels[sample.path.stem], 4095))
+
+
+def test_which_images_say_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First and last are among them; more are measured than are looked at for deep ones."""
+    assert list(depth.spread(100, 3)) == [0, 49, 99] and list(depth.spread(2, 9)) == [0, 1]
+    deep = SimpleNamespace(left_out=0, deep=True)
+    monkeypatch.setattr(depth, "_look", lambda content, number: deep)
+    monkeypatch.setattr(depth, "_reached", lambda content, number: 1023)
+    found = depth.measure(lambda number: b"", 1000)
+    assert found.top == 1023 and "that holds the 256 looked at" in found.notes[0]
+
+
+def test_a_kept_scale_leaves_what_is_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [SimpleNamespace(settled=True, top=255), SimpleNamespace(settled=False, top=None)]
+    monkeypatch.setattr(depth, "encoded", lambda *sources: parts)
+    depth.keep(Splits(None, None), 4095)  # type: ignore[arg-type]
+    assert [part.top for part in parts] == [255, 4095]

@@ -162,7 +162,9 @@ class TestEnded:
         assert isinstance(error, Interrupted) and error.exit_code == 75
 
     def test_killed_or_failed(self):
-        assert "process 1 was ended by SIGKILL" in str(launch.ended([], {0: 1, 1: -9}))
+        told = str(launch.ended([], {0: 1, 1: -9}))
+        assert "process 1 was ended by SIGKILL (out of memory, or killed by a user)" in told
+        assert "(out of memory" not in str(launch.ended([], {0: 1, 1: -11}))
         error = launch.ended([], {2: 1})
         assert "process 2 failed" in str(error) and error.exit_code == MocokitError.exit_code
         assert "before the processes had saved" in str(launch.ended([], {}))

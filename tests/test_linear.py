@@ -159,6 +159,27 @@ def test_of_much_data_a_part_chooses(monkeypatch):
     assert seen[2:] == [(300 / 270,), ()]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "shares", "told"),
+    [
+        (9.0, [0.5, 0.6, 0.7], True),
+        (9.0, [0.5, 0.7, 0.7], False),
+        (1.0, [0.7, 0.6, 0.5], False),
+        (1.0, [], False),
+    ],
+)
+def test_a_best_penalty_that_is_the_strongest_is_told(monkeypatch, chosen, shares, told):
+    seen = []
+    monkeypatch.setattr(linear_quick, "_choose", lambda *of: seen.append(of[2]) or (chosen, shares))
+    split = labelled_split(source(60, 0), source(20, 1), seed=0)
+    table = features_of(subject(), split.train)
+    fitted = fit_quick(split, table, CPU, seed=0, penalties=(1.0, 3.0, 9.0))
+    assert seen == [(1.0, 3.0, 9.0)] and fitted.details["penalties"] == [1.0, 3.0, 9.0]
+    assert fitted.notes == (
+        ("the best penalty, 9, is the strongest of those tried",) if told else ()
+    )
+
+
 def test_of_equally_good_penalties_the_strongest_is_chosen():
     """Classes far apart: every penalty is right about every image held out."""
     labels = torch.arange(200) % 2

@@ -137,6 +137,32 @@ def test_a_folder_is_listed_once_whatever_links_to_it(tmp_path: Path) -> None:
         open_data(root)  # looks for others beside train/, not through the links to /
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+def test_which_link_counts_follows_from_the_tree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    """Not from the order in which the disk lists them."""
+    elsewhere, root, plain = make(tmp_path / "elsewhere", "1.png"), tmp_path / "in", walk.entries
+    root.mkdir()
+    for name in "cadb":
+        (root / name).symlink_to(elsewhere)
+    monkeypatch.setattr(
+        walk,
+        "entries",
+        lambda *of: sorted(plain(*of), key=lambda entry: entry.name, reverse=backwards),
+    )
+    assert names_of(open_data(root).train) == ["a/1.png"]
+
+
+def test_no_folder_of_the_system_is_looked_through_beside_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "in", "train/1.png")
+    (tmp_path / "in/proc").symlink_to("/proc")
+    monkeypatch.setattr(walk, "MOST_FOLDERS", 60)
+    assert names_of(open_data(tmp_path / "in").train) == ["1.png"]
+
+
 def test_too_many_folders_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, *(f"{n}/{n}.png" for n in range(12)))
     for name, most in (("MOST_FOLDERS", 10), ("MOST_FILES", 10)):
