@@ -454,6 +454,15 @@ def trainer(data, steps, **more):
     return Trainer(detector(plan), plan, data, 0, CPU, MEAN, STD)
 
 
+def test_a_view_is_drawn_anew_in_each_epoch(data, monkeypatch):
+    asked, plain = [], chance.uniform
+    monkeypatch.setattr(chance, "uniform", lambda *of: asked.append(of[:3]) or plain(*of))
+    views = trainer(data, 1).views
+    for epoch in (0, 3):
+        views._view(1, epoch)
+    assert {(0, 0, 1), (0, 3, 1)} == set(asked)
+
+
 def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data, monkeypatch):
     ours = trainer(data, 4)
     seeds, plain = [], train.ViewSampler
