@@ -132,7 +132,7 @@ def test_a_substitute_that_failed_before_is_passed_over(root: Path, tmp_path: Pa
     loader = Loader(source, workers=0, known_bad=bad.known, **options)
     step = next(s for s, batch in loader if batch.bad)
     stand_in = next(i for i in loader.batch_at(step).index if i not in _asked(loader, step))
-    bad.load(torch.tensor([[int(stand_in), -1]]))
+    bad.first[int(stand_in)] = -1  # before this epoch
     other = loader.batch_at(step)
     assert stand_in not in other.index and len(other.index) == BATCH
     assert [number for number, _, _ in other.bad] == [5]  # what is known is not named again

@@ -176,12 +176,12 @@ def arrays(path, train, test=None, size=(8, 8)):
 
 
 def test_small_and_odd_data(tmp_path, capsys):
-    """Two images, one class, a class without training images, images that are not square."""
+    """Four images, one class, a class without training images, images that are not square."""
     judged, quiet = "random:resnet_tiny", {"size": 8, "baseline": False}
-    two = arrays(tmp_path / "two.npz", [0, 1])
-    found = mocokit.evaluate_knn(judged, two, k=[1, 200], **quiet)
-    assert [one.setting["k"] for one in found.results] == [1, 1] and found.accuracy == 0
-    assert "kNN, k 1, 1," in found.protocol  # each has but one other
+    four = arrays(tmp_path / "four.npz", [0, 1, 0, 1])
+    found = mocokit.evaluate_knn(judged, four, k=[1, 200], **quiet)
+    assert [one.setting["k"] for one in found.results] == [1, 3]
+    assert "kNN, k 1, 3," in found.protocol  # each has but three others
     one = arrays(tmp_path / "one.npz", [0] * 9, [0] * 3)
     for evaluate, options in (
         (mocokit.evaluate_knn, {}),

@@ -121,8 +121,9 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    # As bytes, because numpy knows no bfloat16. reshape(-1), because a scalar has no bytes to view.
-    flat: Any = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+    # As bytes, because numpy knows no bfloat16. reshape(-1), because a scalar has no bytes to view;
+    # an expanded tensor has none either until it is contiguous.
+    flat: Any = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
     return memoryview(flat)
 
 

@@ -82,7 +82,9 @@ def verdict(lines: Lines) -> Verdict | None:
     if not steps:
         return None
     measured: Health = next((line for line in reversed(lines) if "rankme_head" in line), {})
-    health = _numbers(measured) | _scores(lines)
+    health: dict[str, Any] = _numbers(measured) | _scores(lines)
+    if isinstance(reason := measured.get("leak_unchecked"), str):
+        health["leak_unchecked"] = reason
     judges: tuple[Callable[[Lines, Health], Found], ...]
     if steps[-1].get("queue_filled", 1.0) < 1:
         judges = (_alike, _untrained, _pixels, _diverged, _momentum, _filling, _data_bound)
