@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 IMAGES, BATCH, EPOCHS = 96, 16, 2  # six steps an epoch, twelve in all
 STEPS_PER_EPOCH = IMAGES // BATCH
 CLOCKS = {"images_per_s", "data_wait", "peak_memory_gib", "seconds"}
+ADDED = {"scored_images"}  # what 796d664 did not record
 
 Words = tuple[str, ...]
 Leaves = dict[str, str]  # of what a run computed: name -> hash or number
@@ -59,9 +60,9 @@ ONE_THREAD = ("--device", "cpu", *assign(engine__threads=1))
 SMALL = (
     "{data}", "--epochs", str(EPOCHS), "--batch-size", str(BATCH), *ONE_THREAD,
     *assign(
-        net__backbone="resnet18", net__dim=32, views__size=32,
+        net__backbone="resnet18", net__dim=32, views__size=32, views__resize=32,
         method__group_size=8, engine__precision="float32", log__every_steps=1,
-        monitor__every_epochs=0,
+        monitor__every_epochs=0, monitor__k=200,
     ),
 )  # fmt: skip
 QUEUE = assign(method__queue_size=64)
@@ -72,7 +73,7 @@ KNN = assign(monitor__every_epochs=1, monitor__k=5)
 
 # Settings of the old side that the new side calls otherwise, such as {"a.b": "a.c"}. What only one
 # side takes goes into a case's `old` or `new`.
-RENAMED: dict[str, str] = {}
+RENAMED = {"views.resize": "monitor.resize"}
 
 CASES = [
     Case("chance", "chance", ()),
@@ -238,9 +239,9 @@ def tensors(state: Mapping[str, torch.Tensor]) -> Leaves:
 
 
 def numbers(tree: Any, place: str = "") -> Leaves:
-    """Every number by its place. Clocks are left out, and texts, whose wording may change."""
+    """Every number by its place. Clocks, added numbers and texts are left out."""
     if isinstance(tree, dict):
-        inner = ((f"{place}/{k}", branch) for k, branch in tree.items() if k not in CLOCKS)
+        inner = ((f"{place}/{k}", branch) for k, branch in tree.items() if k not in CLOCKS | ADDED)
     elif isinstance(tree, list):
         inner = ((f"{place}/{number}", branch) for number, branch in enumerate(tree))
     else:

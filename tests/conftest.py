@@ -3,13 +3,15 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from built import small_npz
 from forks import Forks
 from hypothesis import HealthCheck, settings
 from PIL import Image
@@ -21,6 +23,7 @@ settings.load_profile("shared")
 os.environ["MOCOKIT_CACHE"] = tempfile.mkdtemp(prefix="mocokit-tests-")  # not the user's own
 atexit.register(shutil.rmtree, os.environ["MOCOKIT_CACHE"], ignore_errors=True)
 
+Command = Callable[..., tuple[int, str, str]]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -40,6 +43,36 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HOME", "MOCOKIT_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.fixture
+def mocokit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    """A command run in this process: its exit code, standard output and standard error."""
+    from mocokit import cli
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mocokit", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `built.Built`."""
+    return small_npz(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests to which neither scores nor the sheet of views matter: both take time."""
+    monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
+    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest, **named: None)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import stubs
 import torch
-from built import BATCH, IMAGES, Built, small_npz
+from built import BATCH, IMAGES, Built
 from torch.nn import functional as F
 
 from mocokit import chance
@@ -38,20 +38,11 @@ from mocokit.settings import get, methods
 from mocokit.views.params import draw_table
 from mocokit.views.views import make_views
 
+pytestmark = pytest.mark.usefixtures("no_scores")
+
 PER_EPOCH, STEPS = 4, 8
 SIDE = 20  # of the images, and of their canvases: no crop has more pixels to give
 SYMMETRIC = {"method.symmetric": True}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_npz(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(autouse=True)
-def no_scores(monkeypatch):
-    monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
-    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest, **named: None)
 
 
 def lines(built):

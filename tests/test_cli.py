@@ -23,23 +23,6 @@ FLAGS = {
 }  # fmt: skip
 
 
-def call(capsys, monkeypatch, *arguments):
-    """(exit code, standard output, standard error) of a command."""
-    monkeypatch.setattr(sys, "argv", ["mocokit", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-@pytest.fixture
-def mocokit(capsys, monkeypatch):
-    return lambda *arguments: call(capsys, monkeypatch, *arguments)
-
-
 def test_the_flags_are_pinned(mocokit):
     code, out, _ = mocokit("pretrain", "--help")
     words = {word.strip(",") for word in out.split() if word.startswith("--")}

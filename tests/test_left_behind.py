@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import stubs
 import torch
-from built import Built, small_npz
+from built import Built
 
 import mocokit
 from mocokit.check import check
@@ -54,11 +54,6 @@ CASES = {
     "MultiCrop": {},
 }  # fmt: skip
 TORCH = torch.nn.Module().__dict__.keys() - {"training"}
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_npz(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import call
 
 import mocokit
 from mocokit import files
@@ -297,11 +296,11 @@ def test_check_replaces_its_own_sheet_alone(tmp_path, toy_npz, monkeypatch):
         check("demo", toy_npz, out="x.docx", quick=True)
 
 
-def test_slurm_replaces_its_own_file_alone(tmp_path, capsys, monkeypatch, toy_npz):
+def test_slurm_replaces_its_own_file_alone(tmp_path, mocokit, toy_npz):
     words = ["slurm", "demo", toy_npz, "--out", "run", "--gpus", "1", "--file", tmp_path / "job"]
     for _ in range(2):
-        assert call(capsys, monkeypatch, *words)[0] == 0
+        assert mocokit(*words)[0] == 0
     (tmp_path / "job").write_text("#!/bin/bash\n#SBATCH --time=1\necho mine\n")
-    code, _, err = call(capsys, monkeypatch, *words)
+    code, _, err = mocokit(*words)
     assert code == 2 and "would be lost" in err and "--file" in err
     assert "mine" in (tmp_path / "job").read_text()

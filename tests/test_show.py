@@ -7,29 +7,13 @@ import pytest
 import torch
 import yaml
 
-from mocokit import cli, recipes
+from mocokit import recipes
 from mocokit.cli import show, tables
 from mocokit.engine.runtime import default_precision
 from mocokit.run import command
 from mocokit.settings import flatten, from_yaml
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def mocokit(capsys, monkeypatch):
-    """(exit code, standard output, standard error) of a command."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mocokit", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def block(text, title):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import zipfile
 
 import numpy as np
@@ -12,7 +11,6 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from safetensors.torch import save as save_safe
 
-from mocokit import cli
 from mocokit.engine.record import Console
 from mocokit.errors import LONGEST, Interrupted, MocokitError, NonFiniteLoss, UserError
 from mocokit.files import brief, printable, reason_of, show
@@ -23,22 +21,6 @@ SMALL = [
     "--set", "net.backbone=resnet_tiny", "--set", "views.size=16", "--set", "engine.threads=1",
     "--device", "cpu", "--set", "data.workers=0", "--set", "views.blur_sigma=[0.1,1]",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def mocokit(capsys, monkeypatch):
-    """A command's exit code, standard output and standard error."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["mocokit", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def clean(text):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from shapes import SMALL, tiny_network, write_shapes
-from test_cli import call
 
 import mocokit
 from mocokit import evaluate_voc, published
@@ -182,7 +181,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(straight, root):
         evaluate(root, straight[1], settings=FEW | {"lr": 0.2})
 
 
-def test_the_command(root, tmp_path, capsys, monkeypatch):
+def test_the_command(root, tmp_path, mocokit):
     """Its table, its exit codes, its JSON; broken annotations are named."""
     (root / "Annotations/a003.xml").write_text("<!DOCTYPE a><annotation/>")
     values = [f"--set={name}={json.dumps(value)}" for name, value in FEW.items()]
@@ -199,15 +198,15 @@ def test_the_command(root, tmp_path, capsys, monkeypatch):
         "cpu",
     ]
     command += ["--ims-per-step", "4", "--out", tmp_path / "out", "--json", tmp_path / "r.json"]
-    code, _, err = call(capsys, monkeypatch, *command, *values)
+    code, _, err = mocokit(*command, *values)
     assert code == 0, err
     for words in ("mean of 2 ± std", "1 left out", "a003: declares a document type", "AP75"):
         assert words in err
     record = json.loads((tmp_path / "r.json").read_text())
     assert record["kind"] == "voc" and record["plan"]["lr"] == 0.1 and len(record["results"]) == 2
-    code, _, err = call(capsys, monkeypatch, *command, "--set", "roi_bach=3")
+    code, _, err = mocokit(*command, "--set", "roi_bach=3")
     assert code == 2 and "did you mean roi_batch" in err
-    code, _, err = call(capsys, monkeypatch, "evaluate", "voc", "random:vit_tiny_patch16_224", root)
+    code, _, err = mocokit("evaluate", "voc", "random:vit_tiny_patch16_224", root)
     assert code == 2 and "detection takes a ResNet" in err
 
 

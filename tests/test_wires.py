@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from built import BATCH, IMAGES, Built, small_npz
+from built import BATCH, IMAGES, Built
 from PIL import Image
 
 import mocokit
@@ -30,6 +30,8 @@ from mocokit.run.open import RunRequest, decide
 from mocokit.settings import fields, get, is_incidental, replace
 from mocokit.settings.methods import BUILT_IN
 from mocokit.settings.schema import Settings
+
+pytestmark = pytest.mark.usefixtures("no_scores")
 
 SIMCLR, BANK = {"method.name": "simclr"}, {"method.name": "memorybank"}
 ALL_OPS = ("crop", "flip", "jitter", "grayscale", "blur", "randaugment", "solarize")
@@ -435,18 +437,6 @@ def autocast_in_loop(built):
         built.trained()
     (dtype,) = found
     return dtype
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return small_npz(tmp_path_factory.mktemp("small"))
-
-
-@pytest.fixture(autouse=True)
-def no_scores(monkeypatch):
-    """Neither scores nor the sheet of views matter here, and both take time."""
-    monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
-    monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest, **named: None)
 
 
 def paths():

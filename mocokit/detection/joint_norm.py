@@ -9,6 +9,7 @@ sees the pixels of all pairs as one batch.
 from collections.abc import Sequence
 
 import torch
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from mocokit.errors import UserError
@@ -34,7 +35,7 @@ def joint(module: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
         for child in module:
             outputs = joint(child, outputs)
         return outputs
-    if hasattr(module, "downsample"):
+    if isinstance(module, BasicBlock | Bottleneck):
         return _block(module, outputs)
     if isinstance(module, GroupedBatchNorm2d) and len(outputs) > 1:
         return _joint_norm(module, outputs)
@@ -55,12 +56,11 @@ def _joint_norm(norm: GroupedBatchNorm2d, maps: list[Tensor]) -> list[Tensor]:
     return outputs
 
 
-def _block(block: nn.Module, maps: list[Tensor]) -> list[Tensor]:
-    names = _BOTTLENECK if hasattr(block, "conv3") else _BASIC
-    shortcut = maps if block.downsample is None else joint(block.downsample, maps)  # type: ignore
+def _block(block: BasicBlock | Bottleneck, maps: list[Tensor]) -> list[Tensor]:
+    names = _BOTTLENECK if isinstance(block, Bottleneck) else _BASIC
+    shortcut = maps if block.downsample is None else joint(block.downsample, maps)
     for name in names[:-1]:
-        layer = getattr(block, name, None)
-        if layer is not None:
+        if (layer := getattr(block, name)) is not None:  # se and drop_path may be off
             maps = joint(layer, maps)
     added = [one + short for one, short in zip(maps, shortcut, strict=True)]
     return joint(getattr(block, names[-1]), added)
@@ -71,10 +71,8 @@ def cut_resnet(network: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
 
     Afterwards every batch norm covers the whole step. Raises UserError for other networks.
     """
-    from timm.models.resnet import ResNet
-
     if not isinstance(network, ResNet) or not all(
-        set(type(block).__name__ for block in layer) <= {"BasicBlock", "Bottleneck"}
+        {type(block) for block in layer} <= {BasicBlock, Bottleneck}
         for layer in (network.layer1, network.layer2, network.layer3, network.layer4)
     ):
         name = type(network).__name__
