@@ -146,6 +146,21 @@ def json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return found, damaged
 
 
+def given(path: str | Path) -> Path:
+    """A path that a user gave, with ~ expanded, whether or not there is something.
+
+    Raises UserError if it cannot be known: a folder on the way is closed, a name is too long.
+    """
+    try:
+        full = Path(path).expanduser()
+        full.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ of an unknown user
+        raise UserError(
+            f"cannot look at {show(path)} ({reason_of(error)}); give another path"
+        ) from None
+    return full
+
+
 def read_regular(path: str | Path, limit: int = 2**30) -> bytes:
     """What a regular file of at most `limit` bytes holds.
 

@@ -10,7 +10,7 @@ from mocokit.data.sources.pack import write_pack
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import default_threads
 from mocokit.errors import Interrupted, UserError
-from mocokit.files import show
+from mocokit.files import shell_word, show
 from mocokit.run import command
 from mocokit.views.params import canvas_bound, scoring_bound
 from mocokit.weights.encoder import view_spec
@@ -54,6 +54,6 @@ def pack(
         console.say(f"{found.bad:,} cannot be read; they are bad images of the pack too", "yellow")
     console.say(
         f"{found.shrunk:,} were shrunk; {found.bytes / 2**20:,.1f} MiB; train on it with: "
-        f"mocokit pretrain {asked.recipe} {show(target)}"
+        f"mocokit pretrain {asked.recipe} {shell_word(target)}"
     )
     return target

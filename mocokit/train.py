@@ -30,6 +30,7 @@ from mocokit.run.extend import lengthened
 from mocokit.run.open import open_run
 from mocokit.run.state import RunState
 from mocokit.settings import methods
+from mocokit.settings.arguments import checked
 from mocokit.transfer import to_device
 
 
@@ -41,6 +42,7 @@ class Run:
     result: dict[str, Any]
 
 
+@checked
 def pretrain(
     recipe: str | None = None,
     data: str | Path | Source | Splits | None = None,

@@ -482,8 +482,14 @@ def test_fine_tuning_is_the_protocol_that_it_prints(monkeypatch, decay):
             assert group["weight_decay"] == 1e-4
     trained = sum(p.numel() for group in seen[0] for p in group["params"])
     assert trained == sum(p.numel() for p in subject().network.parameters()) + 64 * 3 + 3
-    words = plan.describe(subject(), 30)
-    for text in ("Nesterov momentum 0.9", "cosine per step", "weight decay 0.0001", "lr 0.05"):
+    words = plan.describe(subject())
+    for text in (
+        "Nesterov momentum 0.9",
+        "cosine per step",
+        "weight decay 0.0001",
+        "lr 0.05",
+        "batch 128, or all",
+    ):
         assert text in words
 
 

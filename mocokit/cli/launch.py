@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from mocokit.engine.stop import PREEMPTED
-from mocokit.engine.world import ATTEMPT, ProcessLost, attempts
+from mocokit.engine.world import ATTEMPT, ProcessLost, attempts, number_in
 from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import write_text
 
@@ -140,9 +140,11 @@ def _without_logs_of_sockets() -> Iterator[None]:
     name = "TORCH_CPP_LOG_LEVEL"
     asked = os.environ.get(name)
     os.environ.setdefault(name, "FATAL")
-    yield
-    if asked is None:
-        del os.environ[name]
+    try:
+        yield
+    finally:
+        if asked is None:
+            del os.environ[name]
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def report(error: MocokitError) -> bool:
     if _orphaned():  # nobody is left to read it, or to clean up
         shutil.rmtree(folder, ignore_errors=True)
         return False
-    rank, attempt = int(os.environ.get("RANK", "0")), attempts(os.environ)
+    rank, attempt = number_in(os.environ, "RANK", 0), attempts(os.environ)
     content: dict[str, Any] = {"rank": rank, "attempt": attempt, "time": time.time()}
     content |= {"code": error.exit_code, "text": str(error), "lost": isinstance(error, ProcessLost)}
     path = Path(folder) / f"{attempt}-{rank}.json"
@@ -253,7 +255,7 @@ def stopped(folder: Path, processes: int) -> MocokitError | None:
 def end_again() -> None:
     """In a restarted process, raise an error that a new start cannot cure: a mistake or a stop."""
     if REPORTS in os.environ and attempts(os.environ):
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        processes = number_in(os.environ, "LOCAL_WORLD_SIZE", 1)
         if error := stopped(Path(os.environ[REPORTS]), processes):
             raise error
 

@@ -189,7 +189,7 @@ def _id_or_none(one: Entry) -> Hashable:
 
 def _field(one: Any, name: str) -> Any:
     if not isinstance(one, dict) or name not in one:
-        raise BadAnnotation(f"an annotation without image, class or box: it lacks {name}")
+        raise BadAnnotation(f"it lacks {name}")
     return one[name]
 
 

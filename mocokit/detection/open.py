@@ -22,6 +22,7 @@ from mocokit.detection.dataset import (
     read_voc,
 )
 from mocokit.errors import UserError
+from mocokit.files import given
 
 Counting = Callable[[str, int], AbstractContextManager[Advance]]
 SPLITS = {
@@ -46,7 +47,7 @@ def open_boxes(
 
     Raises UserError if the folder has neither layout.
     """
-    root = Path(data).expanduser()
+    root = given(data)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; use {' or '.join(SPLITS)}")
     if not root.is_dir():
@@ -66,8 +67,8 @@ def open_boxes(
     found = depth.measure(lambda number: read_file(paths[number]), len(paths))
     sides = []
     for side, raws, problems in (("train", train, train_problems), ("test", test, test_problems)):
-        given = f"{root.name} {side}", raws, names, style, problems
-        sides.append(build(*given, train=side == "train", top=found.top))
+        named = f"{root.resolve().name} {side}", raws, names, style, problems
+        sides.append(build(*named, train=side == "train", top=found.top))
     sides[0] = replace(sides[0], notes=(*found.notes, *sides[0].notes))
     return DetectionData(sides[0], sides[1], words, devkit)
 

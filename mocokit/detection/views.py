@@ -99,7 +99,8 @@ class ViewSampler:
                 return seen._replace(boxes=seen.boxes[solid], labels=seen.labels[solid])
         first = next((f"{name} ({reason})" for name, reason in self.bad.items()), "none")
         raise UserError(
-            f"{_TRIES} images in a row cannot be used; the first unreadable one: {first}"
+            f"{min(_TRIES, images)} images in a row cannot be used; the first unreadable one: "
+            f"{first}"
         )
 
 

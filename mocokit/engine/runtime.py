@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
-from mocokit.engine.world import World, announced, attempts, lost
+from mocokit.engine.world import World, announced, attempts, check_name, lost, number_in
 from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import keep_freed_memory
 
@@ -33,6 +33,7 @@ def joined_world(device: str) -> Iterator[World]:
     if found is None:
         yield World()
         return
+    check_name(found.address)
     world = found.world
     os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size)}
     os.environ |= {"MASTER_ADDR": found.address, "MASTER_PORT": str(found.port)}
@@ -77,8 +78,9 @@ def local_rank(rank: int) -> int:
 
     Without LOCAL_RANK, all machines are assumed to have the same number of GPUs.
     """
-    found = os.environ.get("LOCAL_RANK")
-    return int(found) if found else rank % max(1, torch.cuda.device_count())
+    if os.environ.get("LOCAL_RANK"):
+        return number_in(os.environ, "LOCAL_RANK", 0)
+    return rank % max(1, torch.cuda.device_count())
 
 
 def claim_device(store: Store) -> None:

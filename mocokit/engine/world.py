@@ -1,6 +1,7 @@
 """The processes of a run, as the program that started them announces them."""
 
 import re
+import socket
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,10 +23,10 @@ def attempts(environment: Mapping[str, str]) -> int:
     torchrun's count is that of one machine, and may differ between machines; ours does not.
     """
     name = ATTEMPT if environment.get(ATTEMPT) else "TORCHELASTIC_RESTART_COUNT"
-    return _number(environment, name, 0)
+    return number_in(environment, name, 0)
 
 
-def _number(environment: Mapping[str, str], name: str, default: int, high: int = 10**9) -> int:
+def number_in(environment: Mapping[str, str], name: str, default: int, high: int = 10**9) -> int:
     """A whole number from 0 to `high` that a starter of processes sets. Raises UserError."""
     text = environment.get(name, str(default))
     if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > high:
@@ -35,6 +36,22 @@ def _number(environment: Mapping[str, str], name: str, default: int, high: int =
             "correct it"
         )
     return int(text)
+
+
+def check_name(address: str) -> None:
+    """Raise UserError for the name of a machine that nobody knows: it would be waited for in vain.
+
+    A name server that does not answer now may answer later.
+    """
+    try:
+        socket.getaddrinfo(address, None)
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_NONAME:
+            return
+        raise UserError(
+            f"MASTER_ADDR, the machine of the first process, is {brief(address)!r}, which no "
+            "machine is called; correct it"
+        ) from None
 
 
 def lost(error: RuntimeError) -> ProcessLost | None:
@@ -88,18 +105,18 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
         place = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         address, port = get("MASTER_ADDR"), 29500
     # Before SLURM, because SLURM may have started mpirun.
-    elif _number(environment, "OMPI_COMM_WORLD_SIZE", 1) > 1:
+    elif number_in(environment, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         place = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
         one_machine = get(place[1]) == get(place[3])
         address = "127.0.0.1" if one_machine else None
         job = get("PMIX_NAMESPACE") or get("OMPI_MCA_ess_base_jobid")  # Open MPI 4 and 5; up to 4
         port = _port(zlib.crc32(job.encode())) if job else 29500
     # Not SLURM_NTASKS, which a batch script has outside of any step.
-    elif _number(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    elif number_in(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
         place = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"
         address = first_host(get("SLURM_STEP_NODELIST", ""))
         names = "SLURM_JOB_ID", "SLURM_STEP_ID"
-        number, step = (_number(environment, name, 0, 2**32) for name in names)
+        number, step = (number_in(environment, name, 0, 2**32) for name in names)
         port = _port(number * 16 + step)
     else:
         return None
@@ -114,7 +131,7 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
             f"MASTER_ADDR, the machine of the first process, is {brief(address)!r}, which is "
             "neither a name nor an address"
         )
-    rank, size, local_rank = (_number(environment, name, 0) for name in place[:3])
+    rank, size, local_rank = (number_in(environment, name, 0) for name in place[:3])
     if max(rank, local_rank) >= size:
         raise UserError(
             f"the environment announces process {rank}, on its machine {local_rank}, of {size} "
@@ -127,7 +144,7 @@ def announced(environment: Mapping[str, str]) -> Announced | None:
         int(local[0]) if local else 1,
         place[0] != "RANK",
         address,
-        _number(environment, "MASTER_PORT", port, 2**16 - 1),
+        number_in(environment, "MASTER_PORT", port, 2**16 - 1),
     )
 
 

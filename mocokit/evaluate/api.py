@@ -26,8 +26,10 @@ from mocokit.protocols.defaults import (
 from mocokit.protocols.knn import knn_grid_of, suited
 from mocokit.protocols.limits import check_numbers
 from mocokit.protocols.table import CENTRE, Transform
+from mocokit.settings.arguments import checked
 
 
+@checked
 @stoppable
 def evaluate_knn(
     run: str | Path,
@@ -111,6 +113,7 @@ def _neighbours(asked: Sequence[int], trial: Session) -> tuple[Sequence[int], st
     return (one,), words
 
 
+@checked
 @stoppable
 def evaluate_linear(
     run: str | Path,
@@ -188,6 +191,7 @@ def evaluate_linear(
     return trial.finish(f"linear ({protocol})", words)
 
 
+@checked
 @stoppable
 def evaluate_finetune(
     run: str | Path,
@@ -222,7 +226,7 @@ def evaluate_finetune(
     )  # fmt: skip
     trial = Session(run, options)
     plan = finetune.Plan(epochs=epochs, lr=lr, layer_decay=layer_decay)
-    words = plan.describe(trial.opened.subject, len(trial.split.train_numbers))
+    words = plan.describe(trial.opened.subject)
     for share in percent:
         part = trial.split.with_share(share / 100, trial.options.seed)
         trial.console.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")

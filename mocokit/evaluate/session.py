@@ -23,7 +23,7 @@ from mocokit.engine.runtime import (
 from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.evaluate.stopping import at_once
-from mocokit.files import cache_folder
+from mocokit.files import cache_folder, given
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import Layer, Precision, Shared
@@ -240,10 +240,10 @@ def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
             raise UserError(
                 f"{where}; pass their new location, or other images, as the second argument"
             )
-    if path is not None and (Path(path).expanduser() / "config.yaml").is_file():
+    if path is not None and (given(path) / "config.yaml").is_file():
         raise UserError(f"{path} is a run folder, not images; leave it out to take the run's own")
     splits = open_data(path, labels, root)
-    if splits.train.labels is None and path is not None and Path(path).expanduser().is_dir():
+    if splits.train.labels is None and path is not None and given(path).is_dir():
         try:
             splits = open_data(path, "folders", root)
         except UserError as error:

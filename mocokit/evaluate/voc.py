@@ -33,9 +33,11 @@ from mocokit.evaluate.voc_results import Detected, DetectionReport
 from mocokit.files import write_text
 from mocokit.protocols.defaults import DetectorPrecision, Shared, Split, Voc
 from mocokit.protocols.limits import check_numbers
+from mocokit.settings.arguments import checked
 from mocokit.weights.resolve import Opened, open_model
 
 
+@checked
 def evaluate_voc(
     run: str | Path,
     data: str | Path,

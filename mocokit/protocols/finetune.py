@@ -19,7 +19,7 @@ from mocokit import chance
 from mocokit.chance import Slot
 from mocokit.engine.finite import FiniteWatch, check_weights
 from mocokit.engine.runtime import seed_libraries
-from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.errors import NonFiniteLoss
 from mocokit.nets.modes import evaluating
 from mocokit.protocols.defaults import FineTune
 from mocokit.protocols.features import evaluation_batches, probe_spec
@@ -59,7 +59,7 @@ class Plan:
             f"{steps:,} steps{least * (epochs > self.epochs)}"
         )
 
-    def describe(self, subject: FrozenModel, images: int) -> str:
+    def describe(self, subject: FrozenModel) -> str:
         layers = (
             "" if self.layer_decay == 1 else f" (times {self.layer_decay:g} for each layer below)"
         )
@@ -67,8 +67,8 @@ class Plan:
         return (
             f"fine-tuning of all layers, {lasting} and at least {LEAST_STEPS} "
             f"steps, SGD lr {self.lr:g}{layers} with Nesterov momentum {self.momentum:g}, cosine "
-            f"per step, weight decay {self.weight_decay:g}, batch {min(self.batch_size, images)}; "
-            "trained on random crops of area .08 to 1 and flips, tested on: "
+            f"per step, weight decay {self.weight_decay:g}, batch {self.batch_size}, or all images "
+            "of fewer; trained on random crops of area .08 to 1 and flips, tested on: "
             f"{CENTRE.describe(subject.spec)}; last epoch"
         )
 
@@ -270,5 +270,5 @@ def _predict(
             predicted.append(model(views).argmax(1).cpu())
             truth.append(torch.from_numpy(labels[batch.index]))
     if not predicted:
-        raise UserError(f"none of the test images of {split.test.name} can be read")
+        raise split.unreadable_test()
     return torch.cat(predicted), torch.cat(truth).numpy()

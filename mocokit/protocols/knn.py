@@ -113,7 +113,9 @@ def suited(labels: ArrayLike, left_out: int = 0) -> tuple[int, str]:
     images = int(np.median(counts)) - left_out if len(counts) else 0
     if images // 2 >= NEIGHBOURS:
         return NEIGHBOURS, str(NEIGHBOURS)
-    k = max(1, images // 2)
+    if images < 2:
+        return 1, "1 (most classes have one image in the bank)"
+    k = images // 2
     return k, f"{k} (half of a class's {images} images in the bank)"
 
 

@@ -48,6 +48,9 @@ class LabelledSplit:
             return [f"{what}, which nothing can vote for: they are counted as wrong"]
         return []
 
+    def unreadable_test(self) -> UserError:
+        return UserError(f"none of the test images of {self.test.name} can be read")
+
     def with_share(self, share: float, seed: int) -> "LabelledSplit":
         """The same test images, with a stratified share of the training images."""
         if share >= 1:
@@ -92,8 +95,9 @@ def labelled_split(
     check_classes(train.labels, train.name)
     everything = np.flatnonzero(train.labels >= 0)  # the others have no class
     classes = _classes(train, validation)
-    if validation is not None and validation.labels is not None and len(validation):
-        tested = np.flatnonzero(validation.labels >= 0)
+    known = None if validation is None else validation.labels
+    if validation is not None and known is not None and (known >= 0).any():
+        tested = np.flatnonzero(known >= 0)
         description = f"{len(everything):,} training images, {len(tested):,} test images"
         return LabelledSplit(train, everything, validation, tested, classes, description)
     if leave_one_out:

@@ -67,5 +67,5 @@ def _within(value: Any, limit: Limit) -> bool:
 def _words(limit: Limit) -> str:
     kind = "a whole number" if limit.whole else "a number"
     low = f"above {limit.low:g}" if limit.open else f"of at least {limit.low:g}"
-    high = f"{limit.high:,.0f}" if limit.high < 2**63 else f"{limit.high:g}"
+    high = f"{limit.high:,}" if isinstance(limit.high, int) else f"{limit.high:,g}"
     return f"{kind} {low} and at most {high}"

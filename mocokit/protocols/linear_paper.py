@@ -189,8 +189,10 @@ class _Fit:
 
 
 def test_features(split: LabelledSplit, table: Table) -> tuple[Tensor, NDArray[np.int64]]:
-    """Features and labels of all test images that can be read."""
+    """Features and labels of all test images that can be read. Raises UserError if none can."""
     good = np.isin(split.test_numbers, table.good)
+    if not good.any():
+        raise split.unreadable_test()
     return table.take(split.test_numbers[good]), split.test_labels[good]
 
 

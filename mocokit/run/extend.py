@@ -138,8 +138,11 @@ def told(settings: Settings) -> str:
     if settings.train.parent is None:
         return ""
     weights = str(settings.train.parent_weights)[:12]
+    optim = settings.optim
+    warmup = f"{optim.warmup_epochs:g} epochs of" if optim.warmup_epochs else "no"
+    fall = "as a cosine" if optim.schedule == "cosine" else "in steps"
     return (
         f"Lengthens {show(settings.train.parent)} by {settings.train.epochs} epochs: starts from "
         f"its last weights ({weights}), queue and key encoder, with a fresh optimiser, another "
-        "seed, no warm-up, and a learning rate that falls as a cosine from a tenth of the recipe's"
+        f"seed, {warmup} warm-up, and a learning rate that falls {fall} from optim.lr {optim.lr:g}"
     )

@@ -253,4 +253,10 @@ class Settings(Section):
                 f"monitor.resize {self.monitor.resize} cannot be smaller than views.size "
                 f"{self.views.size}, the centre crop"
             )
+        side = round(self.views.size / self.monitor.centre)
+        if self.monitor.resize is None and side > LARGEST_SIDE:
+            raise ValueError(
+                f"monitor.centre {self.monitor.centre:g} of views.size {self.views.size} is a "
+                f"scoring view of {side:,} pixels; at most {LARGEST_SIDE:,} are possible"
+            )
         return self

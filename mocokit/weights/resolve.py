@@ -19,10 +19,11 @@ from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.runtime import autocast, seed_libraries
 from mocokit.errors import UserError
-from mocokit.files import brief, reason_of, show
+from mocokit.files import brief, given, reason_of, shell_word, show
 from mocokit.nets.backbones import build_backbone, check_model
 from mocokit.settings import sizes
-from mocokit.settings.schema import Settings
+from mocokit.settings.arguments import checked
+from mocokit.settings.schema import LARGEST_SIDE, Settings
 from mocokit.views.params import ViewSpec
 from mocokit.weights.encoder import build_encoder, view_spec
 from mocokit.weights.stored import Stored, fit, read_stored
@@ -49,7 +50,7 @@ def is_ours(run: str | Path) -> bool:
 
     Raises UserError if it names nothing. Downloads nothing.
     """
-    if Path(run).expanduser().exists():
+    if given(run).exists():
         return True
     name = str(run)
     if name == RANDOM or name.startswith(f"{RANDOM}:"):
@@ -76,7 +77,7 @@ def open_model(
     that it is the centre of.
     """
     place = partial(_subject, device=device, precision=precision, size=size, resize=resize)
-    path = Path(run).expanduser()
+    path = given(run)
     if path.exists():
         return _open_path(path, place, layer, seed)
     name = str(run)
@@ -124,7 +125,13 @@ def _subject(
 def _scored(spec: ViewSpec, size: int | None, resize: int | None) -> ViewSpec:
     """With another size and short side of the scoring view. Raises UserError."""
     if size is not None:
-        spec = dataclasses.replace(spec, size=size, resize=round(size * spec.resize / spec.size))
+        side = round(size * spec.resize / spec.size)
+        if resize is None and side > LARGEST_SIDE:
+            raise UserError(
+                f"size {size} is the centre of a photo of {side:,} pixels by this model's ratio, "
+                f"and at most {LARGEST_SIDE:,} are possible; state the short side with --resize"
+            )
+        spec = dataclasses.replace(spec, size=size, resize=side)
     if resize is None:
         return spec
     if resize < spec.size:
@@ -288,6 +295,7 @@ def timm_spec(config: dict[str, Any]) -> ViewSpec:
     )
 
 
+@checked
 def load(path: str | Path) -> nn.Module:
     """The backbone of a run folder, a checkpoint, a backbone.safetensors or a ResNet of others.
 
@@ -308,13 +316,13 @@ def read(path: str | Path) -> tuple[Settings, dict[str, Tensor]]:
 
 def file_of(path: str | Path) -> Path:
     """The file that holds the backbone of a run folder, or the file itself. Raises UserError."""
-    path = Path(path)
+    path = given(path)
     if path.is_dir():
         if (path / "config.yaml").is_file() and not (path / "last.pt").is_file():
-            where = show(path)
             raise UserError(
-                f"the run in {where} ended before its first checkpoint, so it has no weights yet; "
-                f"resume it: mocokit pretrain {where}/config.yaml --out {where}"
+                f"the run in {show(path)} ended before its first checkpoint, so it has no weights "
+                f"yet; resume it: mocokit pretrain {shell_word(path / 'config.yaml')} "
+                f"--out {shell_word(path)}"
             )
         finished = path / "backbone.safetensors"
         path = finished if finished.is_file() else path / "last.pt"

@@ -258,6 +258,8 @@ def _configuration(text: str, folder: Path, files: list[Path], wanted: str) -> l
     if wanted or len(set(tops.values())) > 1:
         known = ", ".join(map(printable, sorted(set(tops.values()) - {""})))
         form = f"{locations.HUB}OWNER/NAME/CONFIGURATION"
+        if not known:
+            raise UserError(f"{text}: that set has no configurations; leave {wanted} out")
         raise UserError(f"{text} names no configuration of that set: give {form}, one of {known}")
     return files
 
