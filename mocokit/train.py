@@ -23,6 +23,7 @@ from mocokit.engine.runtime import autocast, decided_by_rank_zero, joined_world,
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.methods.method import Method, Output, Step
+from mocokit.protocols.limits import check_numbers
 from mocokit.run import build, command, messages, recording
 from mocokit.run.begin import begun, calibrate_on_first_group
 from mocokit.run.diagnosis import diagnose
@@ -77,6 +78,7 @@ def pretrain(
         flags["method.name"] = f"{method.__module__}:{method.__qualname__}"
         methods.use(flags["method.name"], method)
     changes = command.merge(flags, settings or {})
+    check_numbers(extend=extend)
     if extend is not None:
         recipe, changes = lengthened(recipe, extend, changes)
     given = None if data is None or isinstance(data, str | Path) else as_splits(data)

@@ -83,7 +83,7 @@ def test_a_wrong_value_is_a_sentence():
     for wrong in ({"layer": "haed"}, {"precision": "float8"}):
         with pytest.raises(mocokit.UserError, match=f"unknown {next(iter(wrong))} .*; use "):
             mocokit.evaluate_knn("random", "nowhere", **wrong)
-    with pytest.raises(mocokit.UserError, match=r"unknown split '2007'; use 07\+12 or 07"):
+    with pytest.raises(mocokit.UserError, match=r"unknown split '2007'; use 07\+12, 07"):
         mocokit.evaluate_voc("random", "nowhere", split="2007")
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from mocokit.data.decode import decode
 from mocokit.data.index import Index
 from mocokit.errors import UserError
+from mocokit.files import brief
 
 UNLABELLED = -1  # the label of an image that has no class, among others that have one
 
@@ -87,7 +88,7 @@ class Splits(NamedTuple):
     train: Source
     validation: Source | None
 
-    def check_classes(self) -> None:
+    def check_classes(self, remedy: str = "remove or rename it, or set data.labels=none") -> None:
         """Raises UserError for a class to validate on that no training image has.
 
         Sources number such classes after those of training. A run that lost a class since it began
@@ -99,7 +100,7 @@ class Splits(NamedTuple):
         for name in other.classes:
             if name not in train.classes:
                 what = f"{other.name} has a class {name} to validate on that no training image has"
-                raise UserError(f"{what}: remove or rename it, or set data.labels=none")
+                raise UserError(f"{what}: {remedy}")
 
     def numbered_by(self, classes: tuple[str, ...]) -> "Splits":
         """The same, with validation's labels numbered by these names; others come after them."""
@@ -112,7 +113,20 @@ class Splits(NamedTuple):
 
 
 def as_splits(source: Source | Splits) -> Splits:
-    """A source's images to train on alone, or both splits as they are given."""
+    """A source's images to train on alone, or both splits as they are given.
+
+    Raises UserError for what is neither.
+    """
+    for one in source if isinstance(source, Splits) else (source,):
+        names = sorted(
+            set(Source.__annotations__) | {"read", "content", "describe", "stamp", "index"}
+        )
+        lacking = [name for name in names if not hasattr(one, name)]
+        if one is not None and lacking:
+            raise UserError(
+                f"data = {brief(repr(one))}: must be text, a path, or a source of images "
+                f"(docs/adding/source.md), and lacks {', '.join(lacking)}"
+            )
     return source if isinstance(source, Splits) else Splits(source, None)
 
 

@@ -24,7 +24,7 @@ from mocokit.protocols.defaults import (
     TrainViews,
 )
 from mocokit.protocols.knn import knn_grid_of, suited
-from mocokit.protocols.limits import check_numbers
+from mocokit.protocols.limits import check_numbers, several
 from mocokit.protocols.table import CENTRE, Transform
 from mocokit.settings.arguments import checked
 
@@ -35,8 +35,8 @@ def evaluate_knn(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    k: Sequence[int] = Knn.k,
-    temperature: Sequence[float] = Knn.temperature,
+    k: int | Sequence[int] = Knn.k,
+    temperature: float | Sequence[float] = Knn.temperature,
     layer: Layer = Shared.layer,
     device: str = Shared.device,
     precision: Precision = Shared.precision,
@@ -59,6 +59,7 @@ def evaluate_knn(
     features for the next time. `per_class` and `confusion` print more, `json` names a file for the
     result. Raises UserError.
     """
+    k, temperature = several(k), several(temperature)
     check_numbers(k=k or None, temperature=temperature)
     options = Options(
         data=data, layer=layer, device=device, precision=precision, size=size,
@@ -142,12 +143,8 @@ def evaluate_linear(
     UserError, and NonFiniteLoss if the probe diverges.
     """
     check_numbers(epochs=epochs, lr=lr)
-    if train_views not in ("crops", "centre"):
-        raise UserError(f"unknown train_views {train_views!r}; use crops or centre")
     if protocol == "paper" and train_views != "crops":
         raise UserError("--train-views belongs to --protocol quick; paper trains on crops")
-    if protocol not in ("paper", "quick"):
-        raise UserError(f"unknown protocol {protocol!r}; use paper or quick")
     if protocol == "quick" and (epochs, lr) != (Linear.epochs, Linear.lr):
         raise UserError("--epochs and --lr belong to --protocol paper; quick sets its own step")
     options = Options(
@@ -197,7 +194,7 @@ def evaluate_finetune(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    percent: Sequence[float] = FineTune.percent,
+    percent: float | Sequence[float] = FineTune.percent,
     epochs: int = FineTune.epochs,
     lr: float = FineTune.lr,
     layer_decay: float = FineTune.layer_decay,
@@ -216,6 +213,7 @@ def evaluate_finetune(
     The other arguments are those of `evaluate_knn`, without `layer` and `cache`. Raises UserError,
     and NonFiniteLoss if training diverges.
     """
+    percent = several(percent)
     check_numbers(percent=percent, epochs=epochs, lr=lr, layer_decay=layer_decay)
     if precision == "float16":
         raise UserError("float16 gradients would vanish in fine-tuning; take bfloat16 or float32")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,7 +26,7 @@ from mocokit.evaluate.stopping import at_once
 from mocokit.files import cache_folder, given
 from mocokit.health.knn_monitor import PIXEL_LIMIT, calibrated
 from mocokit.nets.modes import evaluating
-from mocokit.protocols.defaults import Layer, Precision, Shared
+from mocokit.protocols.defaults import Shared
 from mocokit.protocols.labelled import LabelledSplit, check_classes, labelled_split
 from mocokit.protocols.limits import check_numbers
 from mocokit.protocols.linear_paper import EpochProgress, Fitted, test_features
@@ -54,9 +54,6 @@ class Options(Shared):
 
     def __post_init__(self) -> None:
         check_numbers(size=self.size, resize=self.resize, seed=self.seed)
-        for name, allowed in (("layer", get_args(Layer)), ("precision", get_args(Precision))):
-            if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"unknown {name} {value!r}; use {', '.join(allowed)}")
 
 
 class Session:
@@ -250,7 +247,7 @@ def labelled(data: str | Path | None, settings: Settings | None) -> Splits:
             reason, _, _ = str(error).partition(":")
             what = f"{splits.train.name} has no labels ({reason})"
             raise UserError(f"{what}; put each image into a folder of its class") from None
-    splits.check_classes()
+    splits.check_classes("remove or rename it")
     return splits
 
 

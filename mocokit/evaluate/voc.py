@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -68,9 +68,7 @@ def evaluate_voc(
     `iterations` and `ims_per_step` are the names that 0.1 had for `steps` and `batch_size`.
     """
     check_numbers(trials=trials, every=every, pictures=pictures, seed=seed, batch_size=batch_size)
-    check_numbers(steps=steps if iterations is None else iterations, batch_size=ims_per_step)
-    if split not in get_args(Split):
-        raise UserError(f"unknown split {split!r}; use {' or '.join(get_args(Split))}")
+    check_numbers(steps=steps, iterations=iterations, ims_per_step=ims_per_step)
     if json is not None:
         check_writable(json)
     sizes = {"steps": steps, "batch_size": batch_size}
@@ -129,9 +127,6 @@ def _room_for(plan: Plan, device: torch.device) -> Iterator[None]:
 
 
 def _precision(asked: str, device: torch.device) -> str:
-    if asked not in get_args(DetectorPrecision):
-        allowed = ", ".join(get_args(DetectorPrecision))
-        raise UserError(f"unknown precision {asked!r}; use {allowed}")
     best = default_precision(device)
     own = "float32" if best == "float16" else best  # in which gradients would vanish
     return own if asked == "auto" else asked

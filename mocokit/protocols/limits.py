@@ -4,8 +4,10 @@ A number outside of it, NaN, infinity, or a value of another kind is one sentenc
 """
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from mocokit.errors import UserError
 from mocokit.files import brief
@@ -35,6 +37,9 @@ LIMITS = {
     "pictures": Limit(0, 10**4),
     "steps": Limit(0, 10**9),
     "batch_size": Limit(1, 10**5),
+    "extend": Limit(1, 10**6),
+    "iterations": Limit(0, 10**9),  # the names that 0.1 had for the last two
+    "ims_per_step": Limit(1, 10**5),
 }
 
 
@@ -44,14 +49,18 @@ def check_numbers(**given: Any) -> None:
     None stands for a value that is not given.
     """
     for name, value in given.items():
-        values = (
-            list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        )
+        values = several(value)
         if not values:
             raise UserError(f"{name} = []: name at least one value")
         for one in values:
             if one is not None and not _within(one, LIMITS[name]):
                 raise UserError(f"{name} = {brief(repr(one))}: must be {_words(LIMITS[name])}")
+
+
+def several(value: Any) -> list[Any]:
+    """The members of a list of values, or a value alone as the only one."""
+    alone = isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable)
+    return [value] if alone else value.tolist() if isinstance(value, np.ndarray) else list(value)
 
 
 def _within(value: Any, limit: Limit) -> bool:

@@ -40,6 +40,11 @@ def lengthened(
         raise UserError(f"--extend {epochs} needs a run folder, not {named}: name a finished run")
     folder = RunFolder(Path(run).resolve())
     settings, result = folder.settings(), folder.result()
+    if not folder.metrics.is_file():
+        raise UserError(
+            f"{show(folder.metrics)} is not there, which tells whether that run is finished; "
+            "restore it"
+        )
     if result is None:
         raise UserError(
             f"{show(run)} is not finished, so it is resumed and not lengthened: "

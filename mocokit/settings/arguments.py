@@ -1,12 +1,12 @@
 """The arguments of the public functions: a value of another kind is one sentence, before any work.
 
-Numbers have ranges of their own (protocols/limits.py, the settings), words have their lists.
+Numbers have ranges of their own (protocols/limits.py, the settings).
 """
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
 LONGEST_PATH = 4095  # bytes; the most that Linux takes
-# Checked elsewhere, with their ranges and lists.
+# Checked elsewhere, with their ranges; words are checked by their list.
 CHECKED = {int, float, Literal}
 KINDS: dict[Any, str] = {
     str: "text",
@@ -46,7 +46,12 @@ def checked(function: Callable[Arguments, Returned]) -> Callable[Arguments, Retu
 
 def check(name: str, value: Any, hint: Any) -> None:
     """Raise UserError if a value is not what an annotation of KINDS allows, or no possible path."""
-    allowed = [get_origin(one) or one for one in _parts(hint)]
+    allowed = [_kind(one) for one in _parts(hint)]
+    if value is None and NoneType not in allowed:
+        raise UserError(f"{name} = None: give a value, or leave {name} out")
+    if allowed == [Literal] and not any(value == word for word in get_args(hint)):
+        words = ", ".join(get_args(hint))
+        raise UserError(f"unknown {name} {brief(repr(value))}; use {words}")
     if not CHECKED.isdisjoint(allowed):
         return
     # Other classes of an annotation, as of a data source, are contracts that are checked there.
@@ -58,6 +63,11 @@ def check(name: str, value: Any, hint: Any) -> None:
         if "\0" in text or length > LONGEST_PATH:
             why = "holds a zero byte" if "\0" in text else f"is {length:,} bytes long"
             raise UserError(f"{name} = {brief(repr(text))}: {why}, which no path may")
+
+
+def _kind(hint: Any) -> Any:
+    kind = get_origin(hint) or hint
+    return Collection if kind is Sequence and get_args(hint) == (str,) else kind
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
