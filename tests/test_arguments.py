@@ -120,7 +120,7 @@ def test_the_largest_number_that_a_sentence_names_is_taken():
 
 def test_a_lone_k_is_the_list_of_it(toy_npz):
     found = [
-        mocokit.evaluate_knn("random", toy_npz, k=k, size=32, device="cpu", baseline=False)
+        mocokit.evaluate_knn("random:resnet18", toy_npz, k=k, size=32, device="cpu", baseline=False)
         for k in (3, [3], np.array([3]))
     ]
     scores = [[one.scores.confusion.tolist() for one in each.results] for each in found]

@@ -488,7 +488,7 @@ def test_fine_tuning_is_the_protocol_that_it_prints(monkeypatch, decay):
         "cosine per step",
         "weight decay 0.0001",
         "lr 0.05",
-        "batch 128, or all",
+        f"batch {plan.batch_size}, or all",
     ):
         assert text in words
 

@@ -37,7 +37,11 @@ def checked(function: Callable[Arguments, Returned]) -> Callable[Arguments, Retu
     @functools.wraps(function)
     def call(*args: Arguments.args, **named: Arguments.kwargs) -> Returned:
         hints = get_type_hints(function)
-        for name, value in inspect.signature(function).bind(*args, **named).arguments.items():
+        try:
+            given = inspect.signature(function).bind(*args, **named).arguments
+        except TypeError:  # the call itself says best which name is unknown or missing
+            given = {}
+        for name, value in given.items():
             check(name, value, hints[name])
         return function(*args, **named)
 
