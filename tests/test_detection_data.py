@@ -10,6 +10,8 @@ from shapes import write_shapes, write_voc, xml
 from mocokit.detection import annotations
 from mocokit.detection.annotations import BadAnnotation, read_xml
 from mocokit.detection.open import open_boxes
+from mocokit.detection.protocol import plan_for
+from mocokit.detection.views import ViewSampler
 from mocokit.errors import UserError
 
 
@@ -40,6 +42,28 @@ def test_pixels_from_one_become_edges_from_zero(tmp_path):
     assert data.train.classes == ("cat", "dog") and sample.labels.tolist() == [0, 1]
     assert sample.difficult.tolist() == [False, True] and not data.train.problems
     assert data.test.classes == ("cat", "dog") and data.split == "trainval -> test"
+
+
+def test_a_data_set_of_the_current_folder_has_its_name(tmp_path, monkeypatch):
+    pictures = {"a": (grey(), xml(GOOD)), "b": (grey(), xml(GOOD))}
+    root = write_voc(tmp_path / "shapes", {"trainval": ["a"], "test": ["b"]}, pictures)
+    monkeypatch.chdir(root)
+    for named in (".", root, root / "JPEGImages" / ".."):
+        data = opened(named)
+        assert (data.train.name, data.test.name) == (f"{root.name} train", f"{root.name} test")
+
+
+def test_images_of_which_none_can_be_used(tmp_path):
+    names = ["a", "b", "c"]
+    pictures = {name: (grey(), xml(GOOD)) for name in [*names, "t"]}
+    root = write_voc(tmp_path, {"trainval": names, "test": ["t"]}, pictures)
+    samples = opened(root).train.samples
+    for name in names:
+        (root / f"JPEGImages/{name}.jpg").write_bytes(b"no picture")
+    with pytest.raises(
+        UserError, match=r"^3 images in a row cannot be used; the first .*/[abc] \("
+    ):
+        ViewSampler(samples, plan_for("07", 10, 3, None), 0).step(0)
 
 
 def test_the_devkit_and_its_splits(tmp_path):

@@ -185,6 +185,22 @@ def test_what_does_not_fit_is_refused(parent, tmp_path, changes, sentence):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "no warm-up, and a learning rate that falls as a cosine from optim.lr 0.003"),
+        (
+            {"optim.lr": 0.3, "optim.warmup_epochs": 2.0, "optim.schedule": "steps"},
+            "2 epochs of warm-up, and a learning rate that falls in steps from optim.lr 0.3",
+        ),
+    ],
+)
+def test_what_it_says_of_its_schedule_is_so(parent, changes, said):
+    _, found = extend.lengthened(str(parent), 5, changes)
+    words = extend.told(replace(load(parent / "config.yaml"), found))
+    assert words.endswith(said) and " by 5 epochs: " in words
+
+
 def test_what_the_user_states_is_kept(parent):
     _, changes = extend.lengthened(str(parent), 3, {"optim.lr": 0.5, "seed": 7, "net.dim": 128})
     assert (changes["optim.lr"], changes["seed"], changes["train.epochs"]) == (0.5, 7, 3)

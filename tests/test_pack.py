@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -345,10 +346,11 @@ def test_files_are_copied_as_they_are_without_a_bound(folder: Path, tmp_path: Pa
 def test_the_verb(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import mocokit.pack
 
-    target = tmp_path / "x.pack"
+    target = tmp_path / "my x.pack"
     settings = {"views.size": 16}
     assert mocokit.pack.pack(folder, target, settings=settings) == target
     said = capsys.readouterr().err
+    assert said.rstrip().endswith(f"mocokit pretrain mocov2 {shlex.quote(str(target))}")
     assert "31 images" in said and "1 cannot be read" in said and "were shrunk" in said
     with pytest.raises(UserError, match="is there already"):
         mocokit.pack.pack(folder, target)

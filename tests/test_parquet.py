@@ -131,6 +131,11 @@ def test_sets_of_the_hub(hub: Path) -> None:
     assert levels(open_data("hub:me/two/small@v1").train) == [8]
     with pytest.raises(UserError, match="one of big, small"):
         open_data("hub:me/two@v1")
+    write(hub / "me/flat/main/0.parquet", [9])
+    with pytest.raises(
+        UserError, match="hub:me/flat/big: that set has no configurations; leave big"
+    ):
+        open_data("hub:me/flat/big")
 
 
 def test_without_a_network(hub: Path) -> None:

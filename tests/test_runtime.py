@@ -1,5 +1,6 @@
 """Which device each of several processes takes; no GPU is asked, torch's answers are made up."""
 
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,46 @@ def test_a_local_rank_that_nobody_set(machine, monkeypatch, set_to, rank, device
     if set_to:
         monkeypatch.setenv("LOCAL_RANK", set_to)
     assert local_rank(rank) == expected
+
+
+@pytest.mark.parametrize("wrong", ["first", "-1", "1.5"])
+def test_a_local_rank_that_is_no_number(machine, monkeypatch, wrong):
+    machine(cuda=4)
+    monkeypatch.setenv("LOCAL_RANK", wrong)
+    with pytest.raises(UserError, match=f"the environment has LOCAL_RANK={wrong}, which is no"):
+        local_rank(1)
+
+
+def test_a_machine_that_nobody_knows_is_not_waited_for(machine, monkeypatch):
+    """A name server that fails for now is: it may answer later."""
+    machine()
+    answer = {}
+
+    def look_up(host, port, *rest, **named):
+        raise socket.gaierror(answer[host], "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "gpu-1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    class Joined(Exception):
+        pass
+
+    def join(cuda):
+        raise Joined
+
+    monkeypatch.setattr("mocokit.engine.runtime._join_group", join)
+    answer["gpu-1"] = socket.EAI_NONAME
+    with (
+        pytest.raises(UserError, match=r"^MASTER_ADDR, .*, is 'gpu-1', which no machine is called"),
+        joined_world("cpu"),
+    ):
+        pass
+    answer["gpu-1"] = socket.EAI_AGAIN
+    with pytest.raises(Joined), joined_world("cpu"):
+        pass
 
 
 def test_processes_of_the_callers_own_group_take_a_device_each(machine, monkeypatch):

@@ -1,8 +1,10 @@
 """What every evaluation does before it works: mistakes are told first, and for what they are."""
 
+import dataclasses
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 
@@ -24,6 +26,7 @@ from mocokit.health import knn_monitor
 from mocokit.protocols.finetune import Plan
 from mocokit.run import command
 from mocokit.weights import resolve
+from mocokit.weights.encoder import view_spec
 
 CPU = torch.device("cpu")
 
@@ -119,6 +122,25 @@ def test_what_is_missing_is_named(recipe, data, said):
     with pytest.raises(UserError) as caught:
         command.asked(recipe, data, {})
     assert said in str(caught.value) and "endtoend" not in str(caught.value)
+
+
+def test_a_command_to_copy_is_quoted(tmp_path):
+    place = tmp_path / "my runs; rm -r" / "first"
+    RunFolder(place).create(recipes.demo(), {})
+    with pytest.raises(UserError) as caught:
+        resolve.file_of(place)
+    words = shlex.split(str(caught.value).partition("resume it: ")[2])
+    assert words == ["mocokit", "pretrain", str(place / "config.yaml"), "--out", str(place)]
+
+
+def test_a_scoring_view_fits_into_memory():
+    """By the ratio of its recipe, a large size may be the centre of a photo beyond all bounds."""
+    spec = dataclasses.replace(view_spec(recipes.mocov2()), size=64, resize=640)
+    assert resolve._scored(spec, 1638, None).resize == 16380
+    for size in (1639, 4096):
+        with pytest.raises(UserError, match=f"^size {size} is the centre of .*--resize"):
+            resolve._scored(spec, size, None)
+    assert resolve._scored(spec, 4096, 4096).resize == 4096
 
 
 def test_a_run_that_ended_before_its_first_checkpoint(tmp_path):

@@ -167,6 +167,26 @@ def test_what_equal_names_mean_is_known_of_own_methods_alone(monkeypatch):
     assert replace(there, {"method.name": "moco"}).method.temperature == 0.2
 
 
+def test_settings_of_an_outside_method_are_its_own(monkeypatch):
+    """A class without settings of its own has those that all methods share, and no more."""
+    only = SimpleNamespace(settings=methods.MethodSettings)
+    monkeypatch.setitem(methods._outside, "here:Plain", only)
+    with pytest.raises(UserError) as caught:
+        replace(Settings(), {"method.name": "here:Plain", "method.queue_size": 5})
+    said = str(caught.value)
+    assert "method.queue_size does not exist" in said and "did you mean method.queue" not in said
+
+
+def test_a_scoring_view_has_the_bounds_of_any_view():
+    """By `monitor.centre` it may be ten times the size."""
+    assert replace(Settings(), {"views.size": 1638, "monitor.centre": 0.1})
+    for centre, size, side in ((0.1, 1640, "16,400"), (0.12, 2048, "17,067")):
+        with pytest.raises(UserError, match=f"scoring view of {side} pixels"):
+            replace(Settings(), {"views.size": size, "monitor.centre": centre})
+    stated = {"views.size": 2048, "monitor.centre": 0.1, "monitor.resize": 2048}
+    assert replace(Settings(), stated).monitor.resize == 2048
+
+
 @pytest.mark.parametrize(
     ("changes", "path"),
     [

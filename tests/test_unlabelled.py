@@ -57,6 +57,15 @@ def test_an_empty_label_is_none(listed: Path, tmp_path: Path) -> None:
     assert both.labels.tolist()[:6] == [0, -1, 3, -1, 2, 1]
 
 
+def test_test_images_without_any_class_are_not_the_test(listed: Path) -> None:
+    train = open_data(listed).train
+    validation = open_data(listed.with_name("list.txt")).train
+    validation.labels = np.full(len(validation), UNLABELLED)
+    for loo in (True, False):
+        split = labelled_split(train, validation, seed=0, leave_one_out=loo)
+        assert split.test is train and len(split.test_numbers) and split.leave_one_out == loo
+
+
 @pytest.mark.parametrize(
     "blank", ["", " ", "\u00a0", "\u200b", "\ufeff", "\u3000", " \u2009\u200d "]
 )
