@@ -63,7 +63,7 @@ def tiff(levels: np.ndarray, *, end: str = "<", packed: bool = False, **tags: An
     return start + struct.pack(f"{end}H", len(fields)) + entries + b"\0\0\0\0" + after + body
 
 
-def png(levels: np.ndarray, *, significant: int = 0) -> bytes:
+def png(levels: np.ndarray, *, significant: int | tuple[int, ...] = 0) -> bytes:
     """A PNG of 16 bits: gray (H, W), with transparency, colours, or both (H, W, C)."""
     height, width = levels.shape[:2]
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[1 if levels.ndim == 2 else levels.shape[2]]
@@ -79,8 +79,10 @@ def png(levels: np.ndarray, *, significant: int = 0) -> bytes:
         )
 
     head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
-    bits = chunk(b"sBIT", bytes([significant] * {0: 1, 4: 2, 2: 3, 6: 4}[colour]))
-    middle = (bits if significant else b"") + chunk(b"IDAT", zlib.compress(lines))
+    if isinstance(significant, int):
+        significant = (significant,) * {0: 1, 4: 2, 2: 3, 6: 4}[colour]
+    bits = chunk(b"sBIT", bytes(significant))
+    middle = (bits if any(significant) else b"") + chunk(b"IDAT", zlib.compress(lines))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + middle + chunk(b"IEND", b"")
 
 
@@ -135,6 +137,11 @@ def test_gray_with_transparency_of_sixteen_bits(tmp_path: Path) -> None:
     levels = np.dstack([noise(1023, 6, 7), np.full((6, 7), WHITE, np.uint16)])
     source = open_data(folder(tmp_path / "a", [png(levels)])).train
     np.testing.assert_array_equal(source.read(0), expected(levels[..., 0], 1023))
+    levels[..., 1] = 800  # on the scale of the gray levels: 199 of 255
+    source = open_data(folder(tmp_path / "b", [png(levels)])).train
+    gray = expected(levels[..., 0], 1023).astype(int)
+    over_white = 255 + (gray - 255) * 199 / 255
+    assert np.abs(source.read(0) - over_white).max() <= 1
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits"])
@@ -162,6 +169,9 @@ def test_packed_twelve_bits_and_what_files_declare(tmp_path: Path) -> None:
     for ending, content in full.items():
         source = open_data(folder(tmp_path / ending, [content], ending)).train
         np.testing.assert_array_equal(source.read(0), expected(dark, WHITE), err_msg=ending)
+    uneven = png(noise(700, 6, 8, 3), significant=(10, 12, 11))  # the scale holds every band
+    source = open_data(folder(tmp_path / "uneven", [uneven])).train
+    np.testing.assert_array_equal(source.read(0), expected(noise(700, 6, 8, 3), 4095))
     bare = open_data(folder(tmp_path / "bare", [tiff(dark)], "tif")).train
     np.testing.assert_array_equal(bare.read(0), expected(dark, 1023))
 

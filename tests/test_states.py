@@ -156,6 +156,33 @@ def test_a_probe_stopped_after_every_step_repeats_nothing(probe, straight, reach
     assert [step for step, _ in reached.seen] == list(range(1, EPOCHS * STEPS + 1))
 
 
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    """By a clock of our own: a save takes 3 seconds, so the next is due 60 seconds later."""
+    monkeypatch.setattr(states_, "SAVING_SHARE", 1 / 20)
+    now, saved = [1000.0], []
+
+    def save(folder, step, content):
+        saved.append((step, now[0]))
+        now[0] += 3.0
+
+    monkeypatch.setattr(states_.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(states_.checkpoint, "save", save)
+    monkeypatch.setattr(states_.checkpoint, "prune", lambda *rest: None)
+    state = State("probe", tmp_path, "identity", "machine", lambda text: None, _saved_at=now[0])
+    for step in range(1, 20):
+        now[0] += 10.0
+        state.reached(step, "words", dict, "epoch")
+    assert [step for step, _ in saved] == [1, 7, 13, 19]
+    # Within an epoch, at least STEP_SECONDS apart.
+    saved.clear()
+    for step in range(20, 100):
+        now[0] += 10.0
+        state.reached(step, "words", dict, "step")
+    assert [step for step, _ in saved] == [49, 79]
+    state.reached(100, "words", dict, "end")
+    assert saved[-1][0] == 100
+
+
 def test_what_is_finished_is_not_done_again(straight, reached, tmp_path, monkeypatch):
     states = States(tmp_path)
     assert tune(states) == straight["finetune"] and fit(states) == straight["linear"]
@@ -198,6 +225,7 @@ OTHERS = {
         "images": {"split": labelled_split(source(30, 5), source(12, 1), seed=0)},
         "test images": {"split": labelled_split(source(30), source(12, 7), seed=0)},
         "labels": {"split": relabelled()},
+        "a class": {"split": dataclasses.replace(SPLIT, classes=(*SPLIT.classes, "no image"))},
         "a share": {"split": SPLIT.with_share(0.5, 0)},
         "another share": {"split": SPLIT.with_share(0.5, 1)},
         **{

@@ -169,6 +169,11 @@ def _named_folder(out: str | Path, resume: bool) -> RunFolder:
     if not folder.is_run and folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     empty = folder.is_begun or not (folder.path.is_dir() and any(folder.path.iterdir()))
+    if not folder.is_run and checkpoint.steps(folder.checkpoints):
+        raise UserError(
+            f"--out {out} has checkpoints, but its config.yaml is gone; put it back to resume, or "
+            "name a new folder"
+        )
     if not folder.is_run and not empty:
         raise UserError(f"--out {out} holds other files and no run; name a new folder")
     if resume and not folder.is_run:
