@@ -248,6 +248,9 @@ def test_parents_that_cannot_be_lengthened(parent, tmp_path, toy_npz):
     (unfinished / "metrics.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(UserError, match="is not finished, so it is resumed"):
         longer(unfinished, tmp_path / "out", 1)
+    (unfinished / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is not there, .*; restore it"):
+        longer(unfinished, tmp_path / "out", 1)
     (unfinished / "metrics.jsonl").write_text("".join(lines))
     checkpoints = sorted((unfinished / "checkpoints").iterdir())
     checkpoints[-1].unlink()

@@ -164,6 +164,11 @@ def test_a_run_that_was_killed_before_it_wrote_anything(toy_npz, tmp_path):
     (tmp_path / "other/mine.txt").touch()
     with pytest.raises(UserError, match="holds other files and no run"):
         mocokit.pretrain("demo", toy_npz, tmp_path / "other")
+    folder.config.unlink()
+    kept = sorted(path for path in folder.path.rglob("*"))
+    with pytest.raises(UserError, match=r"has checkpoints, but its config\.yaml is gone; put it"):
+        mocokit.pretrain("demo", toy_npz, folder.path, epochs=1)
+    assert sorted(path for path in folder.path.rglob("*")) == kept
 
 
 def save(path, level):
