@@ -238,3 +238,16 @@ def test_a_norm_without_scale_is_grouped_too(dimensions):
     grouped.eval(), plain.eval()
     grouped.load_state_dict(plain.state_dict())
     torch.testing.assert_close(grouped(inputs), plain(inputs))
+
+
+def test_calibration_that_fails_leaves_momentum_and_mode():
+    net = nn.Sequential(GroupedBatchNorm2d(3, 4))
+
+    def batches():
+        yield torch.randn(4, 3, 5, 5)
+        raise OSError("unreadable")
+
+    before = net[0].momentum
+    with pytest.raises(OSError, match="unreadable"):
+        calibrate(net.eval(), batches())
+    assert net[0].momentum == before and not net.training and not net[0].training

@@ -386,12 +386,14 @@ def calibrate(module: nn.Module, batches: Iterable[Tensor]) -> None:
     for layer in layers:
         layer.momentum = None
         layer.num_batches_tracked.zero_()
-    module.train()
-    for batch in batches:
-        module(batch)
-    module.train(was_training)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    try:
+        module.train()
+        for batch in batches:
+            module(batch)
+    finally:
+        module.train(was_training)
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
 def _layers(module: nn.Module) -> Iterator[_GroupedBatchNorm]:

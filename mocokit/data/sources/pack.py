@@ -205,17 +205,13 @@ def _taken_up(
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     found = file.read(len(start))
-    same = found == start
     if not (anew or start.startswith(found)):
         ours = found.startswith(MAGIC)
         other = "an unfinished pack of other images or settings" if ours else "no unfinished pack"
         raise _not_ours(part, other)
     heads: list[Head] = []
     offsets: list[int] = []
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    same = file.read(len(start)) == start
-    if same:
+    if found == start:
         while True:
             offset = file.tell()
             try:
