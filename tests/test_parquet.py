@@ -333,8 +333,8 @@ def test_a_damaged_record_of_a_copy_is_not_kept_for_good(tmp_path: Path, monkeyp
         ["sub/train/0.parquet", "sub/train/1.PARQUET", "sub/test/0.parquet"],
         ["data/train-0.parquet", "data/x/train-1.parquet", "data/validation-0.parquet"],
         ["test/train/0.parquet", "test/train/1.parquet", "train/test/0.parquet"],
-        ["test/train/a/0.parquet", "val/train/b/c/1.parquet", "train/a/val/b/0.parquet"],
-        ["test/train-0.parquet", "test/train/1.parquet", "train/test-0.parquet"],
+        ["test/train/a/0.parquet", "test/val/train/b/1.parquet", "train/a/val/b/0.parquet"],
+        ["test/train-0.parquet", "test/x/train-1.parquet", "train/test-0.parquet"],
     ],
 )
 def test_splits_by_folders_at_any_depth(tmp_path: Path, layout: list[str]) -> None:
