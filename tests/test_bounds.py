@@ -284,6 +284,20 @@ def test_a_zip_of_a_million_entries(tmp_path: Path) -> None:
     assert "directory is larger" in refusal(tmp_path / "a.npz")
 
 
+def test_the_size_of_a_directory_counts_not_that_of_its_file(tmp_path: Path) -> None:
+    """Twenty long names fill it; 2 MiB of pixels, a hundred arrays and a comment do not."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        for number in range(20):
+            file.writestr(f"{number}{'x' * 60_000}.npy", b"")
+    assert "directory is larger than 1 MiB" in refusal(tmp_path / "a.npz")
+    images = np.zeros((170, 64, 64, 3), np.uint8)
+    rest = {f"more_{number}": np.zeros(1) for number in range(100)}
+    np.savez(tmp_path / "b.npz", train_images=images, **rest)
+    with zipfile.ZipFile(tmp_path / "b.npz", "a") as file:
+        file.comment = b"PK\5\7" * (2**14 - 1)
+    assert len(open_data(tmp_path / "b.npz").train) == 170
+
+
 @pytest.mark.parametrize("field", range(5))
 @pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1])
 def test_absurd_records_of_a_pack_and_of_its_part(field: int, value: int, tmp_path: Path) -> None:
