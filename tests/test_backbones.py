@@ -91,6 +91,23 @@ def test_views_that_a_backbone_cannot_take_are_named():
         build_encoder(settings)
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet_tiny", "resnet18", "mobilenetv3_small_050", "vit_tiny_patch16_224"]
+)
+def test_a_new_encoder_has_seen_no_image(backbone, head):
+    """Whether it can take the views is tried on two of zeros: that leaves no trace."""
+    size = 224 if backbone.startswith("vit") else 32
+    changes = {"net.backbone": backbone, "net.head": head, "views.size": size}
+    encoder = build_encoder(replace(recipes.mocov2(), changes))
+    fresh = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    seen = [(name.rpartition(".")[2], value) for name, value in encoder.named_buffers()]
+    assert all((value == fresh[name]).all() for name, value in seen)
+    assert {name for name, _ in seen} == (set() if size == 224 else set(fresh))
+    assert all(module.training for module in encoder.modules())
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+
+
 def test_heads_are_the_papers():
     linear, mlp = build_head("linear", 20, None, 8), build_head("mlp", 20, None, 8)
     assert [type(m) for m in linear] == [nn.Linear]

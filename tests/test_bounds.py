@@ -284,6 +284,47 @@ def test_a_zip_of_a_million_entries(tmp_path: Path) -> None:
     assert "directory is larger" in refusal(tmp_path / "a.npz")
 
 
+def test_the_size_of_a_directory_counts_not_that_of_its_file(tmp_path: Path) -> None:
+    """Twenty long names fill it; 2 MiB of pixels, a hundred arrays and a comment do not."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        for number in range(20):
+            file.writestr(f"{number}{'x' * 60_000}.npy", b"")
+    assert "directory is larger than 1 MiB" in refusal(tmp_path / "a.npz")
+    images = np.zeros((170, 64, 64, 3), np.uint8)
+    rest = {f"more_{number}": np.zeros(1) for number in range(100)}
+    np.savez(tmp_path / "b.npz", train_images=images, **rest)
+    with zipfile.ZipFile(tmp_path / "b.npz", "a") as file:
+        file.comment = b"PK\5\7" * (2**14 - 1)
+    assert len(open_data(tmp_path / "b.npz").train) == 170
+    images[0, 0, :8].reshape(-1)[:24] = [*b"PK\5\6", *[255] * 20]  # as the end of another
+    np.savez(tmp_path / "c.npz", train_images=images[:4])
+    assert open_data(tmp_path / "c.npz").train.read(0)[0, 0].tolist() == [80, 75, 5]
+
+
+@pytest.mark.parametrize("comment", [0, 7, 2**16 - 1])
+@pytest.mark.parametrize("side", [3, 200])
+def test_an_end_in_64_bits_is_bounded_too(
+    comment: int, side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As zipfile writes it for files above 4 GiB; it is believed before the end in 32 bits."""
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 0)
+    np.savez(tmp_path / "a.npz", train_images=np.zeros((4, side, side, 3), np.uint8))
+    content = (tmp_path / "a.npz").read_bytes()[:-2] + struct.pack("<H", comment) + b"x" * comment
+    (tmp_path / "b.npz").write_bytes(content)
+    assert len(open_data(tmp_path / "b.npz").train) == 4
+    record, where, end = (content.index(mark) for mark in (b"PK\6\6", b"PK\6\7", b"PK\5\6"))
+    for place, said in ((record + 40, "directory is larger than 1 MiB"), (where + 8, "elsewhere")):
+        changed = bytearray(content)
+        struct.pack_into("<Q", changed, place, 2**21)
+        (tmp_path / "c.npz").write_bytes(changed)
+        assert said in refusal(tmp_path / "c.npz")
+    monkeypatch.setattr(npz, "_LARGEST_DIRECTORY", 60)  # of this array it is 62 bytes
+    changed = bytearray(content)
+    struct.pack_into("<L", changed, end + 12, 50)
+    (tmp_path / "d.npz").write_bytes(changed)
+    assert "directory is larger" in refusal(tmp_path / "d.npz")
+
+
 @pytest.mark.parametrize("field", range(5))
 @pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1])
 def test_absurd_records_of_a_pack_and_of_its_part(field: int, value: int, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from shapes import write_voc, xml
 
+from mocokit.detection.annotations import read_xml
 from mocokit.detection.dataset import BoxDataset
 from mocokit.detection.open import DetectionData, open_boxes
 from mocokit.errors import UserError
@@ -368,6 +369,37 @@ def test_what_a_file_of_voc_contradicts(inside: str, said: str, tmp_path: Path) 
         boxes = sum(len(sample.boxes) for sample in side.samples)
         lost = any(part in said for part in ("annotated", "its image", "its size"))
         assert boxes == (1 if lost else 2) + (not said and "<object>" in inside)
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize(
+    "again, alike",
+    [
+        ("<name>cow</name>", False),
+        ("<difficult>1</difficult>", False),
+        ("<bndbox><xmin>12</xmin></bndbox>", False),
+        ("<bndbox><ymin>7</ymin></bndbox>", False),
+        ("<bndbox><xmax>31</xmax></bndbox>", False),
+        ("<bndbox><ymax>26</ymax></bndbox>", False),
+        ("<name>cat</name><difficult> 0 </difficult><bndbox><xmin>11</xmin></bndbox>", True),
+        ("<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>", True),
+    ],
+)
+def test_an_object_that_contradicts_itself_is_the_one_left_out(
+    again: str, alike: bool, at: int, tmp_path: Path
+) -> None:
+    boxes: list[tuple[str, tuple[int, int, int, int]]] = [
+        (name, (11, 6, 30, 25)) for name in ("ant", "bee", "owl")
+    ]
+    boxes[at] = "cat", boxes[at][1]
+    parts = xml(boxes).split("</object>")
+    parts[at] += again
+    (tmp_path / "a.xml").write_text("</object>".join(parts))
+    objects, reasons, _ = read_xml(tmp_path / "a.xml")
+    kept = [name for name, _ in boxes if alike or name != "cat"]
+    assert objects == [(name, (11, 6, 30, 25), False) for name in kept]
+    said = [] if alike else [f"object {at + 1}: states the same twice, and not alike"]
+    assert reasons == said
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "binary", "huge"])

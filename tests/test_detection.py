@@ -8,16 +8,16 @@ import pytest
 import timm
 import torch
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from shapes import SMALL, shapes, tiny_network, write_shapes
 from test_detection_data import opened
 
 from mocokit import chance
 from mocokit.chance import Slot
-from mocokit.detection import train
+from mocokit.detection import pictures, train
 from mocokit.detection.anchors import anchor_cells, anchors_of, draw, propose, select
 from mocokit.detection.c4 import Detector, Images, Target
-from mocokit.detection.dataset import Sample
+from mocokit.detection.dataset import BoxDataset, Sample
 from mocokit.detection.joint_norm import cut_resnet, joint, whole_norm
 from mocokit.detection.protocol import Plan, plan_for
 from mocokit.detection.train import Outcome, Trainer, detect_in, parameter_groups
@@ -26,7 +26,7 @@ from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.batchnorm import GroupedBatchNorm2d
-from mocokit.protocols.voc_ap import Detection
+from mocokit.protocols.voc_ap import Detection, Precisions
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -446,6 +446,105 @@ def test_the_true_boxes_are_a_perfect_result(data):
     assert sum(map(len, unread)) == sum(map(len, found)) - len(data.samples[0].labels)
 
 
+@pytest.mark.parametrize("style", ["voc", "coco"])
+@pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True), (True, True)])
+def test_what_is_difficult_need_not_be_found(tmp_path, style, flags):
+    """Of two boxes of a class the first is found, with certainty, and of another class the only."""
+    boxes = np.array([[0, 0, 20, 10], [30, 20, 60, 40], [5, 5, 15, 25]], float)
+    sample = Sample("a", tmp_path / "a.jpg", boxes, np.array([0, 0, 1]), np.array([*flags, False]))
+    unread = Sample("b", tmp_path / "b.jpg", boxes, np.array([0, 0, 1]), np.zeros(3, bool))
+    data = BoxDataset("set", (unread, sample), ("bar", "disc"), style, ())
+    outcome = Outcome(
+        [[Detection(1, 0.9, (0, 0, 20, 10))], [Detection(1, 0.8, (5, 5, 15, 25))]],
+        {0: "cannot be read"},
+    )
+    shift = 1 if style == "voc" else 0  # VOC's corners count from 1, and both are inside
+    corners = [(left + shift, top + shift, right, down) for left, top, right, down in boxes]
+    pair = [(1, box, flag) for box, flag in zip(corners, flags, strict=False)]
+    assert outcome.truths(data) == [pair, [(1, corners[2], False)]]
+    for metric, scores in outcome.scores(data).items():
+        assert scores.classes == ("bar", "disc") and scores.wanted == (2 - sum(flags), 1)
+        assert scores.values[1] == pytest.approx(1)
+        # Half of what is wanted is found: 6 of VOC 2007's 11 recalls, 51 of COCO's 101.
+        half = {"voc07": 6 / 11, "area": 1 / 2, "coco": 51 / 101}[metric]
+        expected = {(0, 0): half, (1, 0): 0, (0, 1): 1, (1, 1): 0}[flags]
+        assert scores.values[0] == pytest.approx(expected)
+
+
+# Pictures.
+
+
+def shown(image, colour):
+    """The box (left, top, right, bottom) of all pixels of a colour, with both ends inside."""
+    rows, columns = np.nonzero((np.asarray(image) == colour).all(-1))
+    return columns.min(), rows.min(), columns.max(), rows.max()
+
+
+def test_the_bars_are_as_long_as_the_numbers_beside_them(monkeypatch):
+    """AP50 is the first of ten overlaps, AP their mean; 400 pixels are 100 percent."""
+    values = np.array([np.linspace(0.9, 0.0, 10), np.zeros(10), np.repeat([1, 0.25], 5)])
+    scores = Precisions(("bar", "cat", "disc"), values, (3, 0, 2))
+    texts, plain = [], ImageDraw.ImageDraw.text
+
+    def text(pen, place, text, **how):
+        texts.append((place[1], text))
+        plain(pen, place, text, **how)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    image = pictures.bars(scores, "shapes, voc07")
+    said = [text for _, text in texts]
+    assert said[0] == "shapes, voc07: AP50 (light) and AP (dark), percent"
+    assert said[1:7] == ["0", "20", "40", "60", "80", "100"]
+    beside = ["bar", "90.0 / 45.0", "cat", "none in the test images", "disc", "100.0 / 62.5"]
+    assert said[7:] == beside
+    at = {text: place for place, text in texts}
+    for name, ap50, ap in (("bar", 0.9, 0.45), ("disc", 1, 0.625)):
+        row = image.crop((0, at[name] - 1, image.width, at[name] + 16))
+        for colour, share in (((160, 190, 230), ap50), ((40, 80, 150), ap)):
+            left, _, right, _ = shown(row, colour)
+            assert right - left == 400 * share
+    row = image.crop((0, at["cat"], image.width, at["cat"] + 16))
+    assert not (np.asarray(row) == (40, 80, 150)).all(-1).any()
+
+
+def test_true_boxes_stand_on_the_left_and_what_was_found_on_the_right(tmp_path):
+    """Of each image that could be read; a cell is 360 pixels wide, so a pixel is 4 of them."""
+    Image.new("RGB", (90, 45)).save(tmp_path / "a.png")
+    boxes = np.array([[10, 5, 30, 25], [40, 10, 80, 40]], float)
+    labels, easy = np.array([0, 1]), np.zeros(2, bool)
+    samples = tuple(
+        Sample(name, tmp_path / f"{name}.png", boxes, labels, easy) for name in ("a", "gone")
+    )
+    data = BoxDataset("set", samples, ("bar", "disc"), "voc", ())
+    found = [
+        [Detection(0, 0.5, (50, 5, 60, 25)), Detection(1, 0.9, (0, 0, 90, 45))],
+        [Detection(0, 0.49, (0, 0, 90, 45))],
+    ]
+    assert pictures.chosen(data, Outcome(found, {1: "gone"}), 5) == [0]
+    image = pictures.sheet(data, Outcome(found, {1: "gone"}), 5)
+    assert image.size == (2 * 360 + 3 * 8, 18 + 180 + 18 + 8 + 8)
+    left, right = (image.crop((x, 18 + 8, x + 360, 18 + 8 + 180)) for x in (8, 360 + 16))
+    bar, disc = pictures._colour(0), pictures._colour(1)
+    assert bar != disc
+    # The label of a box stands above it, or inside where there is no room.
+    assert shown(left, bar)[::2] == (40, 119) and shown(left, bar)[3] == 99
+    assert shown(left, disc)[::2] == (160, 319) and shown(left, disc)[3] == 159
+    assert shown(right, bar)[0] == 200 and shown(right, bar)[3] == 99
+    assert not (np.asarray(right) == disc).all(-1).any()
+
+
+def test_the_images_shown_are_spread_over_those_that_could_be_read(data):
+    bad = {0: "", 3: "", len(data.samples) - 1: ""}
+    tested = Outcome([[], []], bad)
+    good = [number for number in range(len(data.samples)) if number not in bad]
+    assert pictures.chosen(data, tested, 1000) == good
+    assert pictures.chosen(data, tested, 1) == good[:1]
+    few = pictures.chosen(data, tested, 4)
+    assert few[0] == good[0] and few[-1] == good[-1] and few == sorted({*few} & {*good})
+    gaps = np.diff([good.index(one) for one in few])
+    assert len(few) == 4 and gaps.max() - gaps.min() <= 1
+
+
 # Training.
 
 
@@ -467,24 +566,33 @@ def test_precise_statistics_are_the_mean_over_batches_and_leave_no_trace(data, m
     ours = trainer(data, 4)
     seeds, plain = [], train.ViewSampler
     monkeypatch.setattr(train, "ViewSampler", lambda *of: seeds.append(of[2]) or plain(*of))
+    norms = [m for m in ours.detector.modules() if isinstance(m, GroupedBatchNorm2d)]
+    for norm in norms:  # as after a training of other images
+        norm.running_mean.fill_(3)
+        norm.running_var.fill_(7)
+        norm.num_batches_tracked.fill_(50)
     before = copy.deepcopy(ours.detector.state_dict())
-    norm = ours.detector.body[1]
-    means, variances = [], []
-
-    def note(module, inputs, output):
-        pixels = inputs[0].permute(1, 0, 2, 3).flatten(1)
-        means.append(pixels.mean(1))
-        variances.append(pixels.var(1))
-
-    hook = norm.register_forward_hook(note)
+    inputs = {norm: [] for norm in norms}
+    hooks = [
+        norm.register_forward_hook(lambda module, given, _: inputs[module].append(given[0]))
+        for norm in norms
+    ]
     with ours.precise(lambda done, total: None):
-        hook.remove()
-        assert len(means) == SMALL["precise_bn"]
-        assert torch.allclose(norm.running_mean, torch.stack(means).mean(0), atol=1e-5)
-        assert torch.allclose(norm.running_var, torch.stack(variances).mean(0), rtol=1e-4)
+        for hook in hooks:
+            hook.remove()
+        assert len(norms) > 8
+        for norm, maps in inputs.items():
+            assert len(maps) == SMALL["precise_bn"] == norm.num_batches_tracked
+            pixels = [one.permute(1, 0, 2, 3).flatten(1) for one in maps]
+            mean, variance = (
+                torch.stack(some).mean(0)
+                for some in ([one.mean(1) for one in pixels], [one.var(1) for one in pixels])
+            )
+            assert torch.allclose(norm.running_mean, mean, atol=1e-4)
+            assert torch.allclose(norm.running_var, variance, rtol=1e-3, atol=1e-6)
     after = ours.detector.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert norm.momentum == 0.1
+    assert all(norm.momentum == 0.1 for norm in norms)
     assert seeds == [chance.library_seed(0, 2, Slot.DETECTION_DRAW)]  # not the training's views
 
 

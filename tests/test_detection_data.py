@@ -84,6 +84,27 @@ def test_the_devkit_and_its_splits(tmp_path):
         opened(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a\nb\nc\n", "abc"),
+        ("a\nb\na\na\nc\nb", "abc"),  # each once, where it is first named
+        ("c\r\nb\r\n\r\na", "cba"),
+        ("\ufeffa\n \n\t\n  b  \n", "ab"),
+        ("a  1\nb -1\nc  0\na -1\n", "abc"),  # a list of one class, as VOC has them
+    ],
+)
+def test_a_list_names_each_image_once(tmp_path, text, names):
+    pictures = {name: (grey(), xml(GOOD)) for name in "abc"}
+    root = write_voc(tmp_path, {"trainval": "abc", "test": "abc"}, pictures)
+    for name in ("trainval", "test"):
+        (root / f"ImageSets/Main/{name}.txt").write_text(text, encoding="utf-8", newline="")
+    data = opened(root)
+    for side in (data.train, data.test):
+        assert [sample.path.stem for sample in side.samples] == list(names)
+        assert side.problems == side.notes == ()
+
+
 def test_broken_annotations_are_named_and_left_out(tmp_path):
     names = ["good", "flat", "out", "half", "noxml", "noimage", "cut", "suffix", "noname", "text"]
     boxes = {

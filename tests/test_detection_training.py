@@ -1,5 +1,6 @@
 """Training a detector, watched from outside; its trial where files are damaged or refused."""
 
+import json
 import math
 import os
 import shutil
@@ -9,9 +10,10 @@ import torch
 from shapes import write_shapes
 from test_detection import trainer
 from test_detection_data import opened
-from test_voc import evaluate, same, weights
+from test_voc import FEW, evaluate, same, weights
 
 from mocokit.detection import c4, trial
+from mocokit.detection.train import Trainer
 from mocokit.engine import checkpoint
 from mocokit.errors import MocokitError, NonFiniteLoss
 from mocokit.evaluate import voc
@@ -130,6 +132,40 @@ def test_a_loss_that_is_not_finite_names_its_step_and_the_remedy(data, monkeypat
 
 
 # The files of a trial.
+
+
+def test_each_line_of_its_log_is_of_its_own_step(root, tmp_path, monkeypatch):
+    """What the optimiser took and what was lost in that step, whichever steps are written."""
+    took, lost, plain = [], [], torch.optim.SGD.step
+    train_losses = Trainer._losses
+
+    def losses(self, views, stream, step):
+        found = train_losses(self, views, stream, step)
+        if torch.is_grad_enabled():
+            lost.append({name: one.item() for name, one in found.items()})
+        return found
+
+    def watched(self, closure=None):
+        took.append([group["lr"] for group in self.param_groups])
+        return plain(self, closure)
+
+    monkeypatch.setattr(Trainer, "_losses", losses)
+    monkeypatch.setattr(torch.optim.SGD, "step", watched)
+    monkeypatch.setattr(trial, "LOG_STEPS", 2)
+    changes = {"warmup": 2, "drop_steps": (3, 4), "lr": 0.008, "warmup_factor": 0.001}
+    evaluate(root, tmp_path / "out", steps=5, every=0, pictures=0, settings=FEW | changes)
+    rates = [0.008 * 0.001, 0.008 * (0.001 / 2 + 1 / 2), 0.008, 0.0008, 0.00008]
+    assert took == [pytest.approx([rate, rate], rel=1e-9) for rate in rates]
+    text = (tmp_path / "out/trial-0/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]  # the last one too
+    for line in lines:
+        of = line["step"] - 1
+        assert line["lr"] == pytest.approx(rates[of], rel=1e-6)
+        assert len(lost[of]) == 4
+        assert {name: line[name] for name in lost[of]} == pytest.approx(lost[of], rel=1e-5)
+        assert line["loss"] == pytest.approx(sum(lost[of].values()), rel=1e-5)
+        assert line["bad_images"] == 0
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,18 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import mocokit
-from mocokit import cli
+from mocokit import cli, recipes
+from mocokit.chance import Slot
+from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
+from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.protocols.finetune import Classifier, Plan, block_of, parameter_groups
 from mocokit.protocols.labelled import labelled_split
+from mocokit.protocols.table import features_of
+from mocokit.settings import replace
+from mocokit.weights.encoder import build_encoder
 from mocokit.weights.resolve import folder_of, open_model, timm_spec
 from mocokit.weights.subject import weights_hash
 
@@ -182,6 +188,56 @@ def test_the_head_is_another_subject(run, command):
     assert code == 0 and "trained, head's output" in said and "head features" in said
     with pytest.raises(UserError, match="give the run folder"):
         open_model(run / "backbone.safetensors", CPU, layer="head")
+
+
+@pytest.mark.parametrize("layer", ["backbone", "head"])
+def test_features_of_an_encoder_in_bfloat16_are_float32(run, toy_npz, layer):
+    exact, coarse = (
+        open_model(run, CPU, layer=layer, precision=precision).subject
+        for precision in ("float32", "bfloat16")
+    )
+    views = torch.randn(8, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = exact.network(views)
+    assert expected.dtype == torch.bfloat16
+    found = coarse.features(views)
+    assert found.dtype == exact.features(views).dtype == torch.float32
+    assert torch.equal(found, expected.float())
+    scale = exact.features(views).abs().max()
+    assert 0 < (found - exact.features(views)).abs().max() < 0.05 * scale
+    source = open_data(toy_npz).validation
+    tables = [features_of(subject, source).rows for subject in (exact, coarse)]
+    assert tables[1].dtype == np.float32
+    assert 0 < np.abs(tables[0] - tables[1]).max() < 0.05 * np.abs(tables[0]).max()
+
+
+@pytest.mark.parametrize("which", ["run", "head", "file", "of others", "timm"])
+def test_the_untrained_network_is_the_one_of_the_seed_that_is_asked_for(
+    run, tmp_path, monkeypatch, which
+):
+    """That with which a training of this seed would begin. The trained one has no part in it."""
+    import timm
+
+    made, layer = timm.create_model, "head" if which == "head" else "backbone"
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **o: made(name, **o))
+    place = {"file": run / "backbone.safetensors", "timm": "resnet18"}.get(which, run)
+    if which == "of others":
+        place = tmp_path / "resnet18.pth"
+        torch.save(made("resnet18").state_dict(), place)
+
+    def first(seed):
+        if which in ("of others", "timm"):
+            seed_libraries(seed, 0, Slot.INITIALISE)
+            return build_backbone("resnet18")
+        encoder = build_encoder(replace(recipes.demo(), {"seed": seed}))
+        return encoder if layer == "head" else encoder.backbone
+
+    opened = {seed: open_model(place, CPU, layer=layer, seed=seed) for seed in (0, 1)}
+    found = [weights_hash(one.untrained().network) for one in opened.values()]
+    assert found == [weights_hash(first(seed)) for seed in opened] and len(set(found)) == 2
+    assert weights_hash(opened[1].untrained().network) == found[1]  # however often
+    if which != "timm":  # whose weights are drawn here
+        assert len({one.subject.weights for one in opened.values()} - set(found)) == 1
 
 
 def test_an_exported_file_alone_is_enough(run, tmp_path, toy_npz, command):

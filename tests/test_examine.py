@@ -1,15 +1,17 @@
 """mocokit check: every image is read, and what is wrong is named."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 from PIL import Image
 
 import mocokit.check
-from mocokit.data.examine import examine
+from mocokit.data.examine import Examined, examine
 from mocokit.data.open import open_data
 from mocokit.data.sources.pack import write_pack
 
@@ -56,6 +58,32 @@ def test_equal_pixels_in_arrays_are_twins(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", images)
     found = examine(open_data(tmp_path / "x.npy").train, 32, 1, lambda count: None)
     assert [group.tolist() for group in found.twins()] == [[1, 4]] and not found.bad
+
+
+UNREAD = bytes(16)
+# Contents that differ at one end alone, as a text or a number would not tell.
+DIGESTS = [UNREAD, bytes(15) + b"\1", b"\1" + bytes(15), b"\2" + bytes(15), b"\xff" * 16]
+CONTENTS = st.lists(st.sampled_from(DIGESTS), max_size=40)
+
+
+@given(CONTENTS, CONTENTS)
+def test_twins_are_those_of_equal_content_in_the_order_of_the_set(
+    own: list[bytes], others: list[bytes]
+) -> None:
+    first, second = (
+        Examined(
+            Counter(), np.array([], np.int64), np.array([], np.int64), [],
+            np.frombuffer(b"".join(some), np.uint8).reshape(-1, 16),
+        )
+        for some in (own, others)
+    )  # fmt: skip
+    places: dict[bytes, list[int]] = {}  # by their first
+    for number, content in enumerate(own):
+        places.setdefault(content, []).append(number)
+    groups = [some for content, some in places.items() if content != UNREAD and some[1:]]
+    assert [group.tolist() for group in first.twins()] == groups
+    shared = [n for n, content in enumerate(own) if content != UNREAD and content in others]
+    assert [group.tolist() for group in first.twins(second)] == ([shared] if shared else [])
 
 
 def said(folder: Path, capsys: pytest.CaptureFixture[str], **options: bool) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,61 @@ def test_a_tga_of_the_first_version_has_no_mark_at_its_end() -> None:
         if not rle:
             with pytest.raises(BadImage):
                 decode(bare[:-20], None)
+
+
+RED, BLUE = (0x7C00).to_bytes(2, "little"), (0x001F).to_bytes(2, "little")
+
+
+def tga(
+    kind: int, depth: int, flags: int, pixels: bytes, palette: bytes = b"", entry: int = 0
+) -> bytearray:
+    """Two pixels beside each other, written by hand; of the first version, and with a title."""
+    entries = 8 * len(palette) // entry if entry else 0
+    head = 3, int(entry > 0), kind, 0, entries, entry, 0, 0, 2, 1, depth, flags
+    return bytearray(struct.pack("<3B2HB4H2B", *head) + b"abc" + palette + pixels)
+
+
+TGAS = {  # how, and red and blue, or black and white
+    "16 bits": (2, 16, 0, RED + BLUE),
+    "16 bits with one of alpha": (2, 16, 1, RED + BLUE),
+    "24 bits": (2, 24, 0, b"\0\0\xff\xff\0\0"),
+    "32 bits": (2, 32, 0, b"\0\0\xff\xff\xff\0\0\xff"),
+    "32 bits with 8 of alpha": (2, 32, 8, b"\0\0\xff\xff\xff\0\0\xff"),
+    "from the upper left": (2, 24, 0x20, b"\0\0\xff\xff\0\0"),
+    "packed": (10, 16, 1, b"\0" + RED + b"\0" + BLUE),
+    "packed, both as they are": (10, 24, 0, b"\1\0\0\xff\xff\0\0"),
+    "palette of 16 bits": (1, 8, 0, b"\1\0", BLUE + RED, 16),
+    "palette of 24 bits": (1, 8, 0, b"\1\0", b"\xff\0\0\0\0\xff", 24),
+    "palette of 32 bits": (1, 8, 8, b"\1\0", b"\xff\0\0\xff\0\0\xff\xff", 32),
+    "packed palette": (9, 8, 0, b"\1\1\0", BLUE + RED, 16),
+    "gray": (3, 8, 0, b"\0\xff"),
+    "gray with alpha": (3, 16, 8, b"\0\xff\xff\xff"),
+    "packed gray": (11, 8, 0, b"\1\0\xff"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", TGAS)
+def test_a_tga_is_known_by_a_head_that_fits(how: str) -> None:
+    content = tga(*TGAS[how])
+    colours = [[0] * 3, [255] * 3] if "gray" in how else [[255, 0, 0], [0, 0, 255]]
+    assert is_tga(io.BytesIO(content)) and decode(bytes(content), None).tolist() == [colours]
+    assert is_tga(io.BytesIO(content + b"behind it"))
+    if "packed" not in how:  # of which only the least size is known
+        assert not is_tga(io.BytesIO(content[:-1]))
+    kind = TGAS[how][0]
+    fields: dict[int, set[int]] = {  # the values of each field that this image may have
+        1: {int(kind & 7 == 1)},
+        16: {1: {8}, 2: {16, 24, 32}, 3: {8, 16}}[kind & 7],
+        17: {upper | alpha for upper in (0x00, 0x10, 0x20, 0x30) for alpha in (0, 1, 8)},
+    }
+    for place, known in fields.items():
+        for value in range(256):
+            other = content.copy()
+            other[place] = value
+            # Pixels of more bits need more bytes, which are there.
+            assert is_tga(io.BytesIO(other + b"more")) == (value in known), (place, value)
+    for place in (12, 14):
+        assert not is_tga(io.BytesIO(content[:place] + b"\0\0" + content[place + 2 :]))
 
 
 @given(st.binary(max_size=400), st.sampled_from([one for one, _ in STRANGE.values()]))

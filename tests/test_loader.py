@@ -5,11 +5,13 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -478,7 +480,82 @@ def test_a_script_without_a_guard_is_not_run_again(folder: FolderSource, tmp_pat
     assert (done.stdout, done.stderr) == ("once\n20\n", "")
 
 
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A user's script, as if this process ran it, that defines a source of its own."""
+    text = """
+        class Mine:
+            name = "mine"
+
+            def __len__(self):
+                return 7
+
+            def read(self, index, bound=None):
+                import numpy
+                return numpy.full((1, 1, 3), index, numpy.uint8)
+
+        if __name__ == "__main__":
+            raise AssertionError("trains")
+    """
+    (tmp_path / "own.py").write_text(textwrap.dedent(text))
+    main = ModuleType("__main__")
+    main.__file__ = str(tmp_path / "own.py")
+    main.__spec__ = None  # which python gives a script
+    exec(textwrap.dedent(text).partition("if __name__")[0], main.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    return main
+
+
+def test_a_script_may_define_its_own_source(script: ModuleType) -> None:
+    """Workers import the script for it, under another name than that which its guard asks for."""
+    batches = [batch for _, batch in loader(script.Mine(), epochs=1, workers=1)]
+    assert sorted(number for batch in batches for number in batch.index.tolist()) == [*range(7)]
+    for batch in batches:
+        assert (batch.pixels.reshape(-1, 3).numpy() == batch.index[:, None]).all()
+
+
+def test_only_what_the_script_defines_needs_it(folder: FolderSource, script: ModuleType) -> None:
+    own = script.Mine()
+    for content in (own, type(own), {"in": [own]}, partial(read_batch, own), (folder, own)):
+        assert Packed(content).needs_main
+    for content in (folder, Plain(3), partial(read_batch, folder), 3, None):
+        assert not Packed(content).needs_main
+
+
 # What does not fit
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 16])
+@pytest.mark.parametrize("size", [1, 3, 4096])
+def test_a_batch_is_shared_where_two_of_every_worker_fit(
+    monkeypatch: pytest.MonkeyPatch, workers: int, size: int
+) -> None:
+    """Each worker makes one while its last one is read; what does not fit ends it by a signal."""
+    monkeypatch.setattr(
+        torch.utils.data, "get_worker_info", lambda: SimpleNamespace(num_workers=workers)
+    )
+    for free in (0, size, 2 * size, workers * size, 2 * workers * size):
+        monkeypatch.setattr(batch_module, "free_shared_memory", lambda free=free: free)
+        room = batch_module._room(size)
+        assert (room.shape, room.dtype) == ((size,), torch.uint8) and not room.is_shared()
+    monkeypatch.setattr(batch_module, "free_shared_memory", lambda: 2 * workers * size + 1)
+    room = batch_module._room(size)
+    assert (room.shape, room.dtype) == ((size,), torch.uint8) and room.is_shared()
+    assert not batch_module._room(0).is_shared()
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: None)  # not a worker
+    assert not batch_module._room(size).is_shared()
+
+
+@pytest.mark.parametrize("free, shared", [(0, False), (1000, False), (2000, False), (2049, True)])
+def test_what_workers_read_is_shared_where_it_fits_twice(
+    monkeypatch: pytest.MonkeyPatch, free: int, shared: bool
+) -> None:
+    monkeypatch.setattr(sharing_module, "free_shared_memory", lambda: free)
+    numbers = np.arange(1024, dtype=np.uint8)
+    packed = Packed(numbers)
+    assert packed._memory.is_shared() == shared
+    np.testing.assert_array_equal(packed.content, numbers)
+    assert not Packed(3)._memory.is_shared()  # without arrays there is nothing to share
 
 
 def test_arrays_of_a_packed_object_are_shared_and_equal(folder: FolderSource) -> None:

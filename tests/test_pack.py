@@ -21,6 +21,7 @@ from mocokit.data.decode import BadImage
 from mocokit.data.loader import Loader
 from mocokit.data.open import open_data
 from mocokit.data.source import Splits
+from mocokit.data.sources import pack
 from mocokit.data.sources.pack import HEAD, TRAILER, write_pack
 from mocokit.data.sources.packed import PackedSource, lacking
 from mocokit.data.sources.several import RenumberedSource
@@ -315,6 +316,31 @@ def test_ctrl_c_says_that_the_same_command_goes_on(folder: Path, tmp_path: Path)
     bound = canvas_bound(view_spec(asked("mocov2", str(folder), {})[0]))
     write_pack(open_data(folder), target, bound, False, 1, counts.append)
     assert 0 < counts[0] < 31 == sum(counts)
+
+
+def test_a_stopped_command_leaves_what_it_packed(
+    folder: Path, tmp_path: Path, mocokit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """130 is a shell's code for Ctrl-C; 75 would tell a batch system to start it again."""
+    target, record = tmp_path / "x.pack", pack._record
+    done: list[bytes] = []
+
+    def stopped(*image: Any, **how: Any) -> Any:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(b"")
+        return record(*image, **how)
+
+    monkeypatch.setattr(pack, "_CHUNK", 2)
+    monkeypatch.setattr(pack, "_record", stopped)
+    words = ("pack", folder, target, "--set", "views.size=16")
+    code, out, said = mocokit(*words)
+    assert (code, out) == (130, "")
+    assert said.splitlines()[-1] == "mocokit: stopped; the same command goes on where it ended"
+    assert not target.exists() and (tmp_path / "x.pack.part").stat().st_size > 0
+    monkeypatch.setattr(pack, "_record", record)
+    assert mocokit(*words)[0] == 0
+    assert len(open_data(target).train) == 21 and os.listdir(tmp_path) == ["x.pack"]
 
 
 def test_a_full_disk_is_one_sentence(

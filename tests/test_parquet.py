@@ -176,6 +176,29 @@ def test_a_class_without_a_name_has_its_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "names", "classes"),
+    [
+        ([0, 1, 2], ["ant", "bee", "owl"], ("ant", "bee", "owl")),
+        ([0, 1, 0], ["ant", "bee", "owl"], ("ant", "bee", "owl")),  # a class that no row has
+        ([2, 2, 2], ["ant", "bee", "owl"], ("ant", "bee", "owl")),
+        ([0, 1, 2], ["ant", "bee"], ("0", "1", "2")),
+        ([0, 3, 1], ["ant"], ("0", "1", "2", "3")),
+        ([1, 1, 1], ["ant"], ("0", "1")),
+        ([0, 1, 2], [], ("0", "1", "2")),
+        ([0, 1, 2], None, ("0", "1", "2")),
+        ([0, 1, 2], "ant", ("0", "1", "2")),
+    ],
+)
+def test_names_are_taken_where_every_class_has_one(
+    tmp_path: Path, given: Any, names: Any, classes: Any
+) -> None:
+    features = {"kind": {"_type": "ClassLabel", "names": names}}
+    train = open_data(write(tmp_path / "a.parquet", [1, 2, 3], given, features)).train
+    assert train.labels is not None and train.labels.tolist() == given
+    assert train.classes == classes and max(given) < len(train.classes)
+
+
+@pytest.mark.parametrize(
     ("given", "why"),
     [
         ([1, None, 0], "gives no class for 1 of 3 rows"),
@@ -314,6 +337,9 @@ def test_a_damaged_record_of_a_copy_is_not_kept_for_good(tmp_path: Path, monkeyp
         ["train.parquet/part-0.parquet", "train.parquet/part-1.parquet", "test.parquet/0.parquet"],
         ["sub/train/0.parquet", "sub/train/1.PARQUET", "sub/test/0.parquet"],
         ["data/train-0.parquet", "data/x/train-1.parquet", "data/validation-0.parquet"],
+        ["test/train/0.parquet", "test/train/1.parquet", "train/test/0.parquet"],
+        ["test/train/a/0.parquet", "test/val/train/b/1.parquet", "train/a/val/b/0.parquet"],
+        ["test/train-0.parquet", "test/x/train-1.parquet", "train/test-0.parquet"],
     ],
 )
 def test_splits_by_folders_at_any_depth(tmp_path: Path, layout: list[str]) -> None:

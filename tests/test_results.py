@@ -104,6 +104,45 @@ def test_what_is_no_file_has_a_name(tmp_path, monkeypatch):
     os.close(reading)
 
 
+@pytest.mark.parametrize("extra", [0, os.O_APPEND, os.O_NONBLOCK])
+@pytest.mark.parametrize("mode", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
+def test_an_open_file_is_written_where_it_is_open_to_write(tmp_path, mode, extra):
+    """A terminal's standard output is open to read too."""
+    (tmp_path / "file").write_bytes(b"mine ")
+    number = os.open(tmp_path / "file", mode | extra)
+    names = [f"/dev/fd/{number}", f"/proc/self/fd/{number}", f"/proc/{os.getpid()}/fd/{number}"]
+    try:
+        if mode == os.O_RDONLY:
+            for name in names:
+                assert "it is open to be read alone" in refused(name)
+        else:
+            os.lseek(number, 0, os.SEEK_END)
+            for name in names:
+                check_result(name, "--json", lambda there: False)
+                write(name)
+    finally:
+        os.close(number)
+    times = 0 if mode == os.O_RDONLY else len(names)
+    assert (tmp_path / "file").read_bytes() == b"mine " + times * NEW
+
+
+def test_a_terminal_is_written_into(tmp_path):
+    """As its device, as the open file that it is, and as what a link leads to."""
+    import pty
+    import tty
+
+    reader, terminal = pty.openpty()
+    try:
+        tty.setraw(terminal)
+        (tmp_path / "link").symlink_to(f"/dev/fd/{terminal}")
+        for place in (f"/dev/fd/{terminal}", os.ttyname(terminal), tmp_path / "link"):
+            write(place)
+            assert os.read(reader, 100) == NEW
+    finally:
+        os.close(reader)
+        os.close(terminal)
+
+
 @pytest.mark.skipif(not hasattr(os, "mknod") or os.geteuid() != 0, reason="makes devices")
 def test_devices_are_written_into_and_disks_are_not(tmp_path):
     for name, kind, number in (("null", stat.S_IFCHR, (1, 3)), ("full", stat.S_IFCHR, (1, 7))):

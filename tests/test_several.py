@@ -53,6 +53,32 @@ def test_images_follow_one_another_and_classes_meet_by_name(tmp_path: Path) -> N
     assert train.content(0) == (tmp_path / "a/train/cat/2.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("names", "classes", "more"),
+    [
+        ("a/train/dog/1 a/train/cat/2 a/val/dog/3 b/train/ant/4", "ant cat dog", ""),
+        ("a/train/dog/1 a/val/dog/2 b/train/ant/3 b/val/cat/4", "ant dog", "cat"),
+        ("a/train/dog/1 b/train/cat/2 b/val/ant/3 b/val/cat/4", "cat dog", "ant"),
+        ("a/train/dog/1 a/val/bee/2 b/train/cat/3 b/val/ant/4", "cat dog", "ant bee"),
+        ("a/train/10/1 a/val/10/2 b/train/9/3 b/train/11/4", "9 10 11", ""),
+        ("a/train/10/1 a/val/2/2 b/train/9/3 b/val/9/4", "9 10", "2"),
+    ],
+)
+def test_what_is_validated_on_has_the_numbers_of_training(
+    tmp_path: Path, names: str, classes: str, more: str
+) -> None:
+    """Where a part has no images to validate on too, or has classes that nobody trains on."""
+    make(tmp_path, *(f"{name}.png" for name in names.split()))
+    own = {int(name.split("/")[3]): name.split("/")[2] for name in names.split()}
+    train, validation = open_data(f"{tmp_path / 'a'}::{tmp_path / 'b'}")
+    assert validation is not None and train.classes == tuple(classes.split())
+    assert validation.classes == (*train.classes, *more.split())
+    for source in (train, validation):
+        assert source.labels is not None
+        called = [source.classes[number] for number in source.labels]
+        assert called == [own[level] for level in levels(source)]
+
+
 def test_one_part_without_labels_leaves_none(tmp_path: Path) -> None:
     make(tmp_path / "a", "train/dog/1.png", "val/dog/2.png")
     make(tmp_path / "b", "3.png")
@@ -85,6 +111,42 @@ def test_fingerprints_follow_the_parts_and_their_order(tmp_path: Path) -> None:
     one, two = arrays(tmp_path / "a.npz", 1, [0, 1]), arrays(tmp_path / "b.npz", 5, [0, 1])
     prints = {open_data(text).train.fingerprint for text in (f"{one}::{two}", f"{two}::{one}")}
     assert len(prints) == 2 and open_data(f"{one}::{two}").train.fingerprint in prints
+
+
+def test_other_images_under_the_same_numbers_have_another_stamp(tmp_path: Path) -> None:
+    """Features are kept by it: a source opened again has its own, and no other source has it."""
+    make(tmp_path / "a", "2.png", "4.png", "6.png", "8.png")
+    make(tmp_path / "b", "2.png", "5.png")
+    for name, lines in (("up", "2 4 6 8"), ("down", "8 6 4 2"), ("fewer", "2 4")):
+        text = "".join(f"a/{number}.png\n" for number in lines.split())
+        (tmp_path / f"{name}.txt").write_text(text)
+    places = ["a", "b", "a::b", "b::a", "a::a", "b::up.txt", "up.txt", "down.txt", "fewer.txt"]
+
+    def opened(place: str) -> Any:
+        return open_data("::".join(str(tmp_path / part) for part in place.split("::"))).train
+
+    before = opened("a").index()
+    (tmp_path / "a/4.png").unlink()
+    make(tmp_path / "a", "1.png")
+    between = opened("a").index()
+    make(tmp_path / "a", "3.png")
+    sources: dict[str, Any] = {place: opened(place) for place in places}
+    for index in (before, between):
+        found = renumbered(sources["a"], index)
+        assert found is not None and isinstance(found[0], RenumberedSource)
+        sources[f"by the numbers of {index.fingerprint}"] = found[0]
+    stamps = {name: source.stamp() for name, source in sources.items()}
+    assert len(set(stamps.values())) == len(places) + 2
+    assert {place: opened(place).stamp() for place in places}.items() <= stamps.items()
+    for index in (before, between):  # the same numbers, and of its images another
+        old = stamps[f"by the numbers of {index.fingerprint}"]
+        again = renumbered(opened("a"), index)
+        assert again is not None and again[0].stamp() == old
+    Image.new("RGB", (9, 9)).save(tmp_path / "a/2.png")
+    for index in (before, between):
+        again = renumbered(opened("a"), index)
+        assert again is not None
+        assert again[0].stamp() not in stamps.values()
 
 
 # Lists

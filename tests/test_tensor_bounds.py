@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import struct
 import zipfile
 
 import pytest
@@ -20,6 +21,7 @@ SMALL = 1000  # bytes of structure and values, here
 def small(monkeypatch):
     monkeypatch.setattr(tensors, "STRUCTURE", SMALL)
     monkeypatch.setattr(tensors, "MOST", SMALL)
+    monkeypatch.setattr(tensors, "ENTRIES", SMALL)
 
 
 def entries_that_share():
@@ -36,7 +38,33 @@ def entries_that_share():
     return buffer.getvalue()
 
 
+def large(claimed=None, decoy=False):
+    """An archive of 30 entries, or of 3, with an end in 64 bits as in files above 4 GiB."""
+    names = [f"a/{'x' * 40}{number}" for number in range(30 if claimed or decoy else 3)]
+    content = archive({"a/data.pkl": b"\x80\x02N.", "a/version": "3", **dict.fromkeys(names, b"")})
+    plain, end = content[:-22], list(struct.unpack("<4s4H2LH", content[-22:]))
+    count, length, first = end[4:7]
+
+    def record(length, first):
+        return struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, first)
+
+    if decoy:  # before the list, with a small length in it
+        plain = plain[:first] + record(50, first) + plain[first:]
+    place = first if decoy else len(plain)
+    plain += record(length, first + 56 * decoy)
+    end[5] = 2**32 - 1 if claimed is None else claimed
+    return plain + struct.pack("<4sLQL", b"PK\6\7", 0, place, 1) + struct.pack("<4s4H2LH", *end)
+
+
 TORCH = {
+    "entries": (
+        lambda: archive({
+            "a/data.pkl": b"\x80\x02N.", **dict.fromkeys([f"{n:081}" for n in range(9)], b""),
+        }),
+        "its list of entries takes 1,199 bytes",
+    ),
+    "entries in 64 bits": (lambda: large(50), "its list of entries takes 2,"),
+    "entries elsewhere": (lambda: large(decoy=True), "its end in 64 bits lies elsewhere"),
     "compressed": (
         lambda: torch_archive(b"\x80\x02N.", bytes(9 * SMALL), zipfile.ZIP_DEFLATED),
         "it is compressed",
@@ -73,6 +101,11 @@ def test_a_file_of_torch_is_refused_for_its_own_reason(tmp_path, name):
     with pytest.raises(UserError, match=sentence):
         tensors.from_torch(tmp_path / "x")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_archive_with_an_end_in_64_bits_is_read(tmp_path):
+    (tmp_path / "x").write_bytes(large())
+    assert tensors.from_torch(tmp_path / "x") is None
 
 
 @pytest.mark.parametrize("name", SAFE)

@@ -69,7 +69,9 @@ def absolute(text: str) -> str:
 def _from_anywhere(part: str) -> str:
     if is_elsewhere(part):
         return part
-    if part.startswith("{") and not _there(part):  # what begins a path may be a choice of roots
+    # A choice is expanded where it may be one of roots, and where `..` inside it leads up from it.
+    parent = ".." in part.partition("{")[2].split("/")
+    if (part.startswith("{") or parent) and not _there(part):
         return "::".join(os.path.abspath(os.path.expanduser(path)) for path in expand(part))
     return os.path.abspath(os.path.expanduser(part))
 

@@ -22,6 +22,8 @@ DAMAGE = (
 )  # what reading a damaged .npz may raise
 _LARGEST_DIRECTORY = 2**20  # bytes, of some 10,000 arrays
 _END = struct.Struct("<4s4H2IH")  # the end of a zip's directory; the sixth field is its size
+# What stands before that end in files above 4 GiB: the same in 64 bits, and where that begins.
+_END64 = struct.Struct("<4sQ2H2L4Q4sLQL")
 _LONGEST_COMMENT = 2**16
 _LONGEST_HEADER = 10_000  # bytes, as numpy has it
 _NUMBERS = re.compile(r"[<>|=]?([uif][1248]|b1|f16)")
@@ -35,12 +37,8 @@ class Archive:
         if file.read(1) == b"\x80":
             raise ValueError("Python objects, which are pickled")
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _END.size - _LONGEST_COMMENT))
-        tail = file.read()
-        at = tail.rfind(b"PK\5\6")
-        if at < 0 or len(tail) < at + _END.size:
-            raise zipfile.BadZipFile("File is not a zip file")
-        if _END.unpack_from(tail, at)[5] > _LARGEST_DIRECTORY:
+        first = file.seek(max(0, size - _END64.size - _END.size - _LONGEST_COMMENT))
+        if _directory(file.read(), first) > _LARGEST_DIRECTORY:
             raise ValueError("its directory is larger than 1 MiB")
         self._zip = zipfile.ZipFile(file)
         self.files = [
@@ -66,6 +64,21 @@ class Archive:
         if total > memory():
             raise ValueError(f"it takes {total / 2**30:,.1f} GiB, more than this machine's memory")
         return {key: self[key] for key in self.files}
+
+
+def _directory(tail: bytes, first: int) -> int:
+    """Bytes of a zip's directory by its last bytes, which begin at `first`. Raises BadZipFile."""
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) < at + _END.size:
+        raise zipfile.BadZipFile("File is not a zip file")
+    size: int = _END.unpack_from(tail, at)[5]
+    if (at64 := at - _END64.size) >= 0:
+        mark, *fields = _END64.unpack_from(tail, at64)
+        if fields[9] == b"PK\6\7":  # then zipfile believes this size, and not the other
+            if mark != b"PK\6\6" or fields[11] != first + at64:
+                raise zipfile.BadZipFile("its directory lies elsewhere than it says")
+            size = max(size, fields[7])
+    return size
 
 
 class Header(NamedTuple):

@@ -119,7 +119,10 @@ def _check_archive(file: IO[bytes], size: int) -> None:
         raise _Refused("its end is missing")
     length = int.from_bytes(record[12:16], "little")
     if tail[:4] == b"PK\x06\x07":  # of a large archive
-        file.seek(min(struct.unpack_from("<Q", tail, 8)[0], size))
+        place = size - end - 20 - 56  # where zipfile reads it, whatever is said
+        if struct.unpack_from("<Q", tail, 8)[0] != place:
+            raise _Refused("its end in 64 bits lies elsewhere than it says")
+        file.seek(place)
         length = max(length % (2**32 - 1), int.from_bytes(file.read(48)[40:], "little"))
     if length > ENTRIES:
         raise _Refused(f"its list of entries takes {length:,} bytes")
