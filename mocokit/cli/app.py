@@ -162,13 +162,15 @@ def _launched(
         sizes.check_processes(asked, several.world.size)  # before they wait for one another
     if launch.REPORTS not in os.environ and several:
         given = {"--processes": processes, "--rdzv": rdzv, "--nodes": nodes > 1 or None}
+        given["--restarts"] = restarts or None
         if words := [name for name, value in given.items() if value is not None]:
             raise UserError(
                 f"{', '.join(words)}: this is a process of several already, started by somebody "
-                "else, who decides on their number; leave it out"
+                "else, who decides on their number and starts them again; leave it out"
             )
     launch.check_place(nodes, rdzv)
-    number = None if several else launch.count_processes(asked.engine.device, processes, nodes)
+    device = asked.engine.device
+    number = None if several else launch.count_processes(device, processes, nodes, restarts)
     if number is None:
         return False
     sizes.check_processes(asked, number * nodes)  # before so many are started
