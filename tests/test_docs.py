@@ -106,6 +106,7 @@ VERBS = {"pretrain", "check", "pack", "slurm", "recipes", "evaluate"}
 
 def test_the_verbs_are_all_here():
     assert {*COMMAND.commands} == VERBS
+    assert {*WAYS} == {f"evaluate {way}" for way in ("knn", "linear", "finetune", "voc")}
     assert len([*commands()]) >= 40
 
 

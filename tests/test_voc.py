@@ -228,6 +228,8 @@ def test_a_run_keeps_its_result(root, toy_npz, tmp_path):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
 def test_the_precision_is_that_of_the_network(root, tmp_path, monkeypatch, precision):
+    """Of what is no run, in a folder of `runs/`, under the seed that was asked for."""
+    monkeypatch.chdir(tmp_path)
     seen, plain = set(), torch.nn.Conv2d.forward
 
     def watched(self, images):
@@ -236,10 +238,12 @@ def test_the_precision_is_that_of_the_network(root, tmp_path, monkeypatch, preci
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
     monkeypatch.setattr(voc, "default_precision", lambda device: "float16")  # auto avoids it
-    options = {"steps": 1, "every": 0, "pictures": 0, "precision": precision}
-    found = evaluate(root, tmp_path / "out", **options)
+    options = {"steps": 1, "every": 0, "pictures": 0, "precision": precision, "seed": 3}
+    found = evaluate(root, None, **options)
     assert (torch.bfloat16 in seen) == (precision == "bfloat16") and torch.float16 not in seen
-    assert not (found.folder / "trial-0/predictions.png").exists()
+    assert str(found.folder.parent) == "runs"
+    names = {path.name for path in (found.folder / "trial-3").iterdir()}
+    assert "result.json" in names and "predictions.png" not in names
 
 
 def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
