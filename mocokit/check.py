@@ -39,7 +39,7 @@ def check(
 ) -> Path:
     """Report what was found and write a contact sheet of views; returns the sheet's path.
 
-    `recipe` and `data` are as in `pretrain`. Every image is read; `quick` reads 200 of them. The
+    `recipe` and `data` are as in `pretrain`. Every image is read; `quick` reads 200 of a split. The
     sheet shows `images` images beside the query and the key view that the first epoch would make
     of them, with every parameter drawn, and beside the view of which scores are taken.
     """

@@ -25,7 +25,7 @@ def pack(
 ) -> Path:
     """Write the images of `data` to one file, which then is data itself; returns its path.
 
-    Images are shrunk by whole factors, to no less than the largest crop of the recipe's views can
+    Images are shrunk by whole factors, to no less than the smallest crop of the recipe's views can
     use. What is shrunk becomes a JPEG of quality 95, all else stays as it is; with `raw`, bare
     pixels are stored, which need the most room and no decoding. An interrupted pack resumes.
     Nothing that is there already is replaced.

@@ -1,10 +1,12 @@
-"""What the documents promise: each command is one, and each claim has the test that runs it.
+"""What documents and `--help` promise: each command is one, each claim has the test that runs it.
 
-A claim without a test must say in its own paragraph that it was not run.
+A claim without a test must say in its own paragraph that it was not run. Of `--help`, each clause
+of each option, argument and verb is a claim.
 """
 
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,21 +26,68 @@ LINES = (ROOT / "tests/data/claims.txt").read_text(encoding="utf-8").splitlines(
 CLAIMS = [line.split(" | ") for line in LINES if not line.startswith("#")]
 
 
+COMMAND = typer.main.get_command(app.app)
+WAYS = {f"evaluate {name}": way for name, way in COMMAND.commands["evaluate"].commands.items()}
+COMMANDS = {"mocokit": COMMAND, **COMMAND.commands, **WAYS}
+# The name of a setting, and no more than that: tests/test_wires.py sees each of them arrive.
+PLAIN = {
+    f"help: {verb} {option}"
+    for verb in ("pretrain", "slurm")
+    for option in ("--epochs", "--batch-size", "--seed")
+}
+
+
 def flat(text):
     return " ".join(text.split())
 
 
+def help_texts():
+    """What `--help` says of each verb, "help: pack", and parameter, "help: pack --raw"."""
+    for name, verb in COMMANDS.items():
+        yield f"help: {name}", verb.help
+        for parameter in verb.params:
+            if not getattr(parameter, "hidden", False):
+                word = next((o for o in parameter.opts if o.startswith("--")), parameter.name)
+                yield f"help: {name} {word}", parameter.help
+
+
+HELP = dict(help_texts())
+
+
+def named(pages):
+    """The pages that a row names: `help: evaluate knn,linear --size` is two."""
+    return [" ".join(words) for words in product(*(word.split(",") for word in pages.split()))]
+
+
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim[1][:60])
 def test_a_claim_has_a_test_or_says_that_it_was_not_run(claim):
-    page, words, where = claim
-    paragraphs = [flat(part) for part in TEXTS[page].split("\n\n")]
-    found = [part for part in paragraphs if words in part]
-    assert found, f"{page} no longer says {words!r}: mend this table"
+    pages, words, where = claim
+    for page in named(pages):
+        paragraphs = [flat(part) for part in (TEXTS | HELP)[page].split("\n\n")]
+        found = [part for part in paragraphs if words in part]
+        assert found, f"{page} no longer says {words!r}: mend this table"
+        if where == "UNRUN":
+            assert re.search(r"\bnot (yet )?run|Nothing here was run", found[0])
     if where == "UNRUN":
-        assert re.search(r"\bnot (yet )?run|Nothing here was run", found[0])
         return
     file, name = where.split()
     assert f"def test_{name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), where
+
+
+@pytest.mark.parametrize("page", sorted(HELP.keys() - PLAIN))
+def test_every_clause_of_a_help_text_is_a_claim(page):
+    claimed = [words for pages, words, _ in CLAIMS if page in named(pages)]
+    for clause in re.split(r"; |\. |\.?\n\n|\.$", HELP[page]):
+        clause = flat(clause)
+        if clause != "repeatable":
+            assert any(words in clause or clause in words for words in claimed), clause
+
+
+def test_what_may_be_repeated_says_so():
+    for name, verb in COMMANDS.items():
+        for parameter in verb.params:
+            said = "repeatable" in (getattr(parameter, "help", "") or "")
+            assert said == getattr(parameter, "multiple", False), f"{name} {parameter.name}"
 
 
 def commands():
@@ -52,12 +101,12 @@ def commands():
                 yield pytest.param(words, id=f"{page}: {' '.join(words)[:70]}")
 
 
-COMMAND = typer.main.get_command(app.app)
 VERBS = {"pretrain", "check", "pack", "slurm", "recipes", "evaluate"}
 
 
 def test_the_verbs_are_all_here():
     assert {*COMMAND.commands} == VERBS
+    assert {*WAYS} == {f"evaluate {way}" for way in ("knn", "linear", "finetune", "voc")}
     assert len([*commands()]) >= 40
 
 
@@ -76,8 +125,7 @@ def test_a_command_is_one(words):
 
 
 def test_every_option_of_the_guide_is_one():
-    verbs = [*COMMAND.commands.values(), *COMMAND.commands["evaluate"].commands.values()]
-    options = [parameter for verb in verbs for parameter in verb.params]
+    options = [parameter for verb in COMMANDS.values() for parameter in verb.params]
     known = {text for option in options for text in (*option.opts, *option.secondary_opts)}
     for page, text in TEXTS.items():
         for option in re.findall(r"`(--[a-z][a-z-]+)", text):

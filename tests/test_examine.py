@@ -149,3 +149,16 @@ def test_the_sheet_has_the_images_and_the_seed_that_were_asked_for(
 def test_a_quick_look(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(folder, capsys, quick=True)
     assert "looked at" in text and "duplicates" not in text and "b/empty.png" in text
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_quick_look_reads_200_of_a_split(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    other = {"train": "test", "test": "train"}[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 16, 16, 3), np.uint8)
+    arrays = {f"{name}_images": pixels, f"{other}_images": pixels[:70]}
+    arrays |= {f"{name}_labels": np.arange(300) % 2, f"{other}_labels": np.arange(70) % 2}
+    np.savez(tmp_path / "x.npz", **arrays)
+    text = said(tmp_path / "x.npz", capsys, quick=True)
+    assert "200 looked at" in text and "70 looked at" in text

@@ -15,8 +15,8 @@ import torch
 import mocokit
 from mocokit.cli import launch
 from mocokit.engine import checkpoint
-from mocokit.engine.runtime import default_threads
-from mocokit.engine.world import World, announced, attempts, first_host
+from mocokit.engine.runtime import default_threads, joined_world
+from mocokit.engine.world import ATTEMPT, World, announced, attempts, first_host
 from mocokit.errors import Interrupted, MocokitError, UserError
 
 SLURM_STEP = {
@@ -203,6 +203,37 @@ def test_mistakes_before_the_start():
     assert launch.count_processes("cpu", None, 1) is None
     assert launch.count_processes("cpu", 2, 1) == 2
     assert launch.count_processes("cpu", None, 2) == 1
+    assert launch.count_processes("cpu", None, 1, restarts=1) == 1
+
+
+@pytest.mark.parametrize(("device", "started"), [("auto", 3), ("cuda", 3), ("cuda:1", None)])
+def test_without_a_number_each_visible_gpu_gets_a_process(monkeypatch, device, started):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert launch.count_processes(device, None, 1) == started
+    assert launch.count_processes(device, 2, 1) == 2
+
+
+def test_a_process_alone_is_started_again_too(mocokit, toy_npz, tmp_path, monkeypatch):
+    """By a program in place of Python that is killed the first time; alone it joins no group."""
+    program, starts = tmp_path / "python", tmp_path / "starts"
+    program.write_text(
+        f'#!/bin/sh\necho "$WORLD_SIZE" >> {starts}\n'
+        f'[ "$(wc -l < {starts})" -gt 1 ] || kill -9 $$\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    words = ["pretrain", "demo", toy_npz, "--device", "cpu", "--out", tmp_path / "run"]
+    code, _, said = mocokit(*words, "--restarts", 1)
+    assert code == 0 and starts.read_text() == "1\n1\n", said
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(ATTEMPT, "1")
+    with joined_world("cpu") as world:
+        assert world == World() and not torch.distributed.is_initialized()
+    code, _, said = mocokit(*words, "--restarts", 1)
+    assert code == 2 and "--restarts: this is a process of several already" in said
 
 
 STEPS = 40

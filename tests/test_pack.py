@@ -89,6 +89,9 @@ def test_images_come_back_under_their_numbers(folder: Path, tmp_path: Path) -> N
 
 def test_bare_pixels_are_exact_even_where_they_were_shrunk(folder: Path, tmp_path: Path) -> None:
     original, found = open_data(folder).train, packed(folder, tmp_path / "x.pack", raw=True).train
+    packed(folder, tmp_path / "files.pack")
+    raw, files = ((tmp_path / f"{name}.pack").stat().st_size for name in ("x", "files"))
+    assert raw > 2 * files  # it takes the most room
     for number in range(len(original)):
         if "bad" not in original.describe(number):
             expected = original.read(number, BOUND)
@@ -270,6 +273,29 @@ def test_what_was_shrunk_keeps_its_scale(
 ) -> None:
     for source in packed(folder, tmp_path / "x.pack", raw, bound):
         assert isinstance(source, PackedSource) and source.settled == settled
+
+
+@pytest.mark.parametrize(
+    ("recipe", "area", "bound"),
+    [
+        ("mocov2", (0.2, 1.0), 42), ("mocov2", (0.2, 0.3), 42), ("mocov2", (0.8, 1.0), 21),
+        ("mocov2_cifar10", None, 131),
+    ],
+)  # fmt: skip
+def test_the_smallest_crop_says_how_far_images_are_shrunk(
+    folder: Path, tmp_path: Path, recipe: str, area: tuple[float, float] | None, bound: int
+) -> None:
+    """The side of a view over the root of the smallest area times the narrowest ratio."""
+    import mocokit.pack
+
+    settings = {"views.size": 16, "views.crop_area": area} if area else {}
+    mocokit.pack.pack(folder, tmp_path / "x.pack", recipe, settings=settings)
+    found = open_data(tmp_path / "x.pack").train
+    assert isinstance(found, PackedSource) and found.bound == bound
+    for number in range(len(found)):
+        if "bad" not in found.describe(number):
+            original = open_data(folder).train.read(number)
+            assert min(found.read(number).shape[:2]) >= min(bound, *original.shape[:2])
 
 
 def test_labels_of_a_pack(folder: Path, tmp_path: Path) -> None:

@@ -69,12 +69,17 @@ def test_the_verb(tmp_path, toy_npz):
     file, out = tmp_path / "job", tmp_path / "run"
     command = [sys.executable, "-m", "mocokit", "slurm", "mocov2_cifar10", str(toy_npz)]
     options = ["--gpus", "2", "--file", str(file), "--epochs", "3", "--set", "optim.lr=0.1"]
-    options += ["--batch-size", "256", "--seed", "7", "--allow-import", "math"]
+    options += ["--batch-size", "256", "--seed", "7", "--allow-import", "math", "--nodes", "2"]
+    options += ["--cpus", "3", "--time", "1:00:00", "--sbatch", "partition=a", "--sbatch", "mem=9"]
     refused = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and "--out" in refused.stderr and not file.exists()
     subprocess.run([*command, *options, "--out", out], check=True, capture_output=True)
     line = next(line for line in file.read_text().splitlines() if line.startswith("srun"))
     words = shlex.split(line)
+    assert {
+        "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=3", "--time=1:00:00", "--partition=a",
+        "--mem=9",
+    } < {text.removeprefix("#SBATCH ") for text in file.read_text().splitlines()}  # fmt: skip
     assert words[4:] == [
         sys.executable, "-m", "mocokit", "pretrain", "mocov2_cifar10", str(toy_npz), "--out",
         str(out), "--epochs", "3", "--batch-size", "256", "--seed", "7", "--set", "optim.lr=0.1",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import mocokit
 from mocokit import recipes
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.engine import checkpoint
+from mocokit.engine.runtime import autocast
 from mocokit.engine.stop import Stopped, StopSignals
 from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
 from mocokit.files import locked
@@ -519,6 +521,24 @@ def test_fine_tuning_is_the_protocol_that_it_prints(monkeypatch, decay):
         f"batch {plan.batch_size}, or all",
     ):
         assert text in words
+
+
+def test_precision_is_that_of_every_convolution(monkeypatch):
+    """Of the frozen network, and of all steps and the test of fine-tuning."""
+    seen, plain = set(), torch.nn.Conv2d.forward
+
+    def watched(self, images):
+        seen.add((found := plain(self, images)).dtype)
+        return found
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        kind = partial(autocast, torch.device("cpu"), precision)
+        judged = dataclasses.replace(subject(), precision=precision, autocast=kind)
+        for computed in (lambda one: one.features(torch.zeros(2, 3, 16, 16)), partial(tune, None)):
+            seen.clear()
+            computed(judged)
+            assert seen == {dtype}
 
 
 def test_a_batch_of_one_image_trains_nothing_but_counts_as_a_step(monkeypatch):

@@ -220,9 +220,30 @@ def test_a_run_keeps_its_result(root, toy_npz, tmp_path):
         run.folder, root, trials=1, steps=0, batch_size=4, settings=FEW, device="cpu"
     )
     assert found.folder.parent == run.folder
+    assert [point["step"] for point in found.trials[0]["curve"]] == []  # --every 0: at the end
     text = (run.folder / "README.md").read_text()
     assert "### voc on" in text and "| trial | AP50 | AP | AP75 |" in text
     assert f"![predictions]({found.folder.name}/trial-0/predictions.png)" in text
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_the_precision_is_that_of_the_network(root, tmp_path, monkeypatch, precision):
+    """Of what is no run, in a folder of `runs/`, under the seed that was asked for."""
+    monkeypatch.chdir(tmp_path)
+    seen, plain = set(), torch.nn.Conv2d.forward
+
+    def watched(self, images):
+        seen.add((found := plain(self, images)).dtype)
+        return found
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", watched)
+    monkeypatch.setattr(voc, "default_precision", lambda device: "float16")  # auto avoids it
+    options = {"steps": 1, "every": 0, "pictures": 0, "precision": precision, "seed": 3}
+    found = evaluate(root, None, **options)
+    assert (torch.bfloat16 in seen) == (precision == "bfloat16") and torch.float16 not in seen
+    assert str(found.folder.parent) == "runs"
+    names = {path.name for path in (found.folder / "trial-3").iterdir()}
+    assert "result.json" in names and "predictions.png" not in names
 
 
 def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):

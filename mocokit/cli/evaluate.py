@@ -36,13 +36,16 @@ Run = Annotated[
     ),
 ]
 Data = Annotated[
-    str | None, typer.Argument(help="labelled images; default: the run's training images")
+    str | None, typer.Argument(help="labelled images; default: the run's own, if it is a run")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, or mps, which was not run yet")]
 NetworkPrecision = Annotated[Precision, typer.Option(help="precision of the frozen network")]
+TunedPrecision = Annotated[
+    Precision, typer.Option(help="precision of the network; float16 is refused")
+]
 Size = Annotated[
     int | None,
-    typer.Option(help="side of the evaluation views; default: as in training"),
+    typer.Option(help="side of the views; default: as in training"),
 ]
 Resize = Annotated[
     int | None,
@@ -55,7 +58,7 @@ Seed = Annotated[int, typer.Option(help="random seed of splits, crops and random
 Baseline = Annotated[
     bool, typer.Option("--baseline/--no-baseline", help="score random weights beside it")
 ]
-Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep features in $MOCOKIT_CACHE")]
+Cache = Annotated[bool, typer.Option("--cache/--no-cache", help="keep features for the next time")]
 PerClass = Annotated[bool, typer.Option("--per-class", help="print each class's accuracy")]
 Confusion = Annotated[
     bool,
@@ -110,7 +113,7 @@ def linear(
     data: Data = None,
     protocol: Annotated[
         LinearProtocol,
-        typer.Option(help="paper: MoCo's, on random crops; quick: a minute on cached features"),
+        typer.Option(help="paper: MoCo's, on random crops; quick: a regression on kept features"),
     ] = Linear.protocol,
     train_views: Annotated[
         TrainViews,
@@ -145,7 +148,9 @@ def linear(
 def finetune(
     run: Run,
     data: Data = None,
-    percent: Annotated[list[float], typer.Option(help="share of the labels; repeatable")] = PERCENT,
+    percent: Annotated[
+        list[float], typer.Option(help="share of each class's labels, in percent; repeatable")
+    ] = PERCENT,
     epochs: Annotated[
         int, typer.Option(help="passes over the labelled images, at least")
     ] = FineTune.epochs,
@@ -156,7 +161,7 @@ def finetune(
     size: Size = Shared.size,
     resize: Resize = Shared.resize,
     device: Device = Shared.device,
-    precision: NetworkPrecision = Shared.precision,
+    precision: TunedPrecision = Shared.precision,
     seed: Seed = Shared.seed,
     baseline: Baseline = Shared.baseline,
     per_class: PerClass = Shared.per_class,
@@ -213,9 +218,11 @@ def voc(
     iterations: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --steps
     ims_per_step: Annotated[int | None, typer.Option(hidden=True)] = None,  # 0.1's --batch-size
 ) -> None:
-    """Fine-tune a Faster R-CNN C4 as the MoCo papers do, and measure AP. Takes a GPU.
+    """Fine-tune a Faster R-CNN C4 as the MoCo papers do, and measure AP.
 
     The same command resumes an interrupted evaluation.
+
+    The papers' network takes a GPU, on which it was not run yet; tests run small ones on a CPU.
     """
     from mocokit.settings import parse_assignments
 

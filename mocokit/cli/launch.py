@@ -30,8 +30,10 @@ PATIENCE = 50  # seconds for processes to end after SIGTERM; then they are kille
 REMEDY = "resume from the last checkpoint with the same command and --out RUN_FOLDER"
 
 
-def count_processes(device: str, processes: int | None, nodes: int) -> int | None:
-    """How many processes to start on this machine; None to stay a single one."""
+def count_processes(
+    device: str, processes: int | None, nodes: int, restarts: int = 0
+) -> int | None:
+    """How many processes to start on this machine; None to be the only one, never restarted."""
     with _without_logs_of_sockets():
         import torch
 
@@ -46,7 +48,7 @@ def count_processes(device: str, processes: int | None, nodes: int) -> int | Non
             raise UserError(
                 f"--processes {number}, but {visible} GPUs are visible here; each process needs one"
             )
-    return None if number == 1 and nodes == 1 else number
+    return None if number == 1 and nodes == 1 and not restarts else number
 
 
 def check_place(nodes: int, rdzv: str | None) -> None:

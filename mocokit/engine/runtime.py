@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from mocokit.chance import Slot, library_seed
-from mocokit.engine.world import World, announced, attempts, check_name, lost, number_in
+from mocokit.engine.world import ATTEMPT, World, announced, attempts, check_name, lost, number_in
 from mocokit.errors import Interrupted, MocokitError, UserError
 from mocokit.files import keep_freed_memory
 
@@ -30,7 +30,8 @@ def joined_world(device: str) -> Iterator[World]:
         yield World(rank, dist.get_world_size(), local_rank(rank))
         return
     found = announced(os.environ)
-    if found is None:
+    alone = found is not None and found.world.size == 1 and ATTEMPT in os.environ  # of --restarts
+    if found is None or alone:
         yield World()
         return
     check_name(found.address)
