@@ -143,6 +143,8 @@ def test_a_grouped_norm_keeps_all_that_the_norm_had(kind, eps, momentum, affine)
         nn.init.uniform_(parameter, 0.5, 2)
     ours = use_groups(nn.Sequential(copy.deepcopy(plain)), 100)[0].double()
     plain.double()
+    frozen = use_groups(nn.Sequential(copy.deepcopy(plain).eval()), 100)[0]
+    assert ours.training and not frozen.training
     assert isinstance(ours, GroupedBatchNorm2d) == (kind != "with activation")
     for scale in (0.01, 0.03, 0.02):
         inputs = scale * torch.randn(8, 5, *[3] * (0 if kind == "vectors" else 2)).double() + 0.5

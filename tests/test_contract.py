@@ -181,6 +181,8 @@ def test_allowed_are_a_module_and_what_lies_below_it(tmp_path, monkeypatch, allo
             assert name in sys.modules or kept
         below = {".".join(name.split(".")[:depth]) for name in imported for depth in (1, 2, 3)}
         assert {name for name in marked if name in sys.modules} == below
+        methods.allow(["other"])  # by another call: what the first one allowed is past
+        assert not any(methods.may_import(f"{name}:It") for name in marked)
     finally:
         for name in marked:
             sys.modules.pop(name, None)

@@ -79,8 +79,6 @@ def test_health_verdict_and_advice_are_recorded(toy_npz, tmp_path):
         (0, [4], [4]),
         (1, [1, 2, 3, 4], [1, 2, 3, 4]),
         (2, [1, 2, 4], [2, 4]),
-        (3, [1, 3, 4], [3, 4]),
-        (9, [1, 4], [4]),
     ],
 )
 def test_scores_are_taken_every_few_epochs_and_once_at_the_end(
@@ -101,9 +99,8 @@ def test_scores_are_taken_every_few_epochs_and_once_at_the_end(
     for name in ("knn_backbone", "knn_head", "scored_images"):
         assert [line["epoch"] for line in found if name in line] == scored, name
     assert len(taken) == len(scored)
-    assert (
-        "knn_random_weights" in found[-1] and len([x for x in found if "knn_raw_pixels" in x]) == 1
-    )
+    for name in ("knn_random_weights", "knn_raw_pixels"):
+        assert [line["epoch"] for line in found if name in line] == [4], name
 
 
 def test_without_labels_health_is_still_measured(photos, tmp_path):
