@@ -16,6 +16,8 @@ import pytest
 import stubs
 import torch
 from built import BATCH, IMAGES, Built
+from PIL import Image
+from reference_views import crop_exact, picture
 from torch.nn import functional as F
 
 from mocokit import chance
@@ -36,7 +38,7 @@ from mocokit.run.build import settle
 from mocokit.run.recording import Recording, finish
 from mocokit.settings import get, methods
 from mocokit.views.params import draw_table
-from mocokit.views.views import make_views
+from mocokit.views.views import ViewsOnDemand, make_views
 
 pytestmark = pytest.mark.usefixtures("no_scores")
 
@@ -177,6 +179,37 @@ def test_each_step_has_its_own_images_views_and_numbers(small, tmp_path, monkeyp
         drawn = [seen.views[step][number][row] for step, row in at for number in (0, 1)]
         for one in range(len(drawn)):
             assert not any(torch.equal(drawn[one], other) for other in drawn[one + 1 :])
+
+
+@pytest.mark.parametrize("on_demand", [False, True])
+def test_a_method_is_told_where_each_view_was_cut(tmp_path, monkeypatch, on_demand):
+    """Canvas, box and mirror give each view again, by PIL; no image is square."""
+    monkeypatch.setattr("mocokit.run.state.HELD_VIEWS", 0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sizes = [(height, width) for height in range(20, 40, 2) for width in range(21, 37, 2)]
+    for number, size in enumerate(sizes):
+        Image.fromarray(picture(*size, number)).save(folder / f"{number:02}.png")
+    changes = {"views.order": ("crop", "flip"), "views.mean": (0, 0, 0), "views.std": (1, 1, 1)}
+    changes |= {"train.micro_batch": 16} if on_demand else {}
+    built = Built(folder, changes, tmp_path / "run")
+    batch = built.loader.batch_at(0)
+    views = built.run.views(0, batch)
+    names = [built.splits.train.describe(int(number)) for number in batch.index]
+    pixels = [np.asarray(Image.open(folder / name)) for name in names]
+    assert len(views) == 2 and not np.array_equal(views[0].boxes, views[1].boxes)
+    for view in views:
+        assert isinstance(view.images, ViewsOnDemand) == on_demand and len(view) == BATCH
+        assert view.canvas.tolist() == [[*image.shape[:2]] for image in pixels]
+        assert (view.boxes[:, :2] >= 0).all() and {*view.flipped.tolist()} == {False, True}
+        assert (view.boxes[:, :2] + view.boxes[:, 2:] <= view.canvas).all()
+        whole = view[:]
+        for row, image in enumerate(pixels):
+            expected = crop_exact(image, view.boxes[row], 16)
+            expected = expected.flip(2) if view.flipped[row] else expected
+            torch.testing.assert_close(whole[row], expected, atol=1 / 255, rtol=0)
+        rows = np.array([5, 0, 31])
+        assert torch.equal(view[rows], whole[rows]) and torch.equal(view[3:9], whole[3:9])
 
 
 RATES = {

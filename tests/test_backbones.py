@@ -7,12 +7,13 @@ import torch
 import torchvision
 from torch import nn
 
-from mocokit import recipes
+from mocokit import chance, recipes
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head, calibrate_head
 from mocokit.settings import replace
 from mocokit.weights.encoder import build_encoder
+from mocokit.weights.resolve import open_model
 
 
 def count(module):
@@ -45,6 +46,27 @@ def test_initialisation_is_torchvisions(name):
             assert float(parameter.std()) == pytest.approx(float(expected.std()), rel=0.1)
         else:
             assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        *((name, stem) for name in ("resnet18", "resnet50") for stem in ("imagenet", "small")),
+        ("resnet_tiny", "imagenet"),
+    ],
+)
+def test_every_convolution_starts_as_he_et_al_have_it_for_outputs(name, stem):
+    """Normal with variance 2 / (k k outputs), as torchvision's ResNets (arXiv 1502.01852)."""
+    torch.manual_seed(0)
+    found = [m for m in build_backbone(name, stem).modules() if isinstance(m, nn.Conv2d)]
+    assert len(found) > 8 and all(conv.bias is None for conv in found)
+    for conv in found:
+        weight, numbers = conv.weight.detach().flatten(), conv.weight.numel()
+        scale = math.sqrt(2 / (conv.out_channels * math.prod(conv.kernel_size)))
+        assert float(weight.std()) == pytest.approx(scale, rel=5 / math.sqrt(2 * numbers)), conv
+        assert abs(float(weight.mean())) < 5 * scale / math.sqrt(numbers)
+        normal = float((weight.abs() > 2 * scale).float().mean())  # none, if it were uniform
+        assert normal == pytest.approx(0.0455, abs=5 * 0.208 / math.sqrt(numbers)) and normal > 0.01
 
 
 def test_zero_init_last_starts_blocks_as_identities():
@@ -83,6 +105,21 @@ def test_what_cannot_be_built_says_so(name, stem, sentence):
 def test_num_features_is_what_comes_out():
     backbone = build_backbone("mobilenetv3_small_050")  # 288 maps, then 1024 features
     assert backbone(torch.randn(4, 3, 64, 64)).shape == (4, backbone.num_features)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_first_weights_come_from_their_own_stream(seed):
+    expected = chance.library_seed(seed, 0, chance.Slot.INITIALISE)
+    changes = {"net.backbone": "resnet_tiny", "views.size": 32, "seed": seed}
+    build_encoder(replace(recipes.mocov2(), changes))
+    assert torch.initial_seed() == expected
+    torch.manual_seed(1)
+    ours = open_model("random:resnet_tiny", torch.device("cpu"), seed=seed).subject.network
+    assert torch.initial_seed() == expected
+    torch.manual_seed(expected)
+    again = dict(build_backbone("resnet_tiny").named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, again[name]), name
 
 
 def test_views_that_a_backbone_cannot_take_are_named():

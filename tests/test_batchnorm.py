@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from hypothesis import given, strategies as st
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mocokit.nets import batchnorm
@@ -124,6 +125,36 @@ def test_every_batch_norm_of_timm_is_replaced_and_keeps_its_keys(name):
     torch.testing.assert_close(ours.eval()(inputs), plain.eval()(inputs))
     expected = torch.cat([plain.train()(part) for part in inputs.split(2)])
     torch.testing.assert_close(ours.train()(inputs), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["images", "vectors", "with activation"])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])
+@pytest.mark.parametrize("momentum", [0.1, 0.01, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_grouped_norm_keeps_all_that_the_norm_had(kind, eps, momentum, affine):
+    """Two batches of small levels, beside which eps is large, in float64; then in evaluation."""
+    options = {"eps": eps, "momentum": momentum, "affine": affine}
+    if kind == "with activation":
+        plain = BatchNormAct2d(5, **options, act_layer=nn.SiLU, drop_layer=nn.Hardtanh)
+    else:
+        plain = (nn.BatchNorm2d if kind == "images" else nn.BatchNorm1d)(5, **options)
+    torch.manual_seed(0)
+    for parameter in plain.parameters():
+        nn.init.uniform_(parameter, 0.5, 2)
+    ours = use_groups(nn.Sequential(copy.deepcopy(plain)), 100)[0].double()
+    plain.double()
+    frozen = use_groups(nn.Sequential(copy.deepcopy(plain).eval()), 100)[0]
+    assert ours.training and not frozen.training
+    assert isinstance(ours, GroupedBatchNorm2d) == (kind != "with activation")
+    for scale in (0.01, 0.03, 0.02):
+        inputs = scale * torch.randn(8, 5, *[3] * (0 if kind == "vectors" else 2)).double() + 0.5
+        if scale == 0.02:
+            ours.eval(), plain.eval()
+        torch.testing.assert_close(ours(inputs), plain(inputs), rtol=1e-9, atol=1e-9)
+    theirs = plain.state_dict()
+    assert [*theirs] == [*ours.state_dict()]
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_parts_of_a_batch_move_the_statistics_once():

@@ -11,6 +11,14 @@ N = 100_000
 GOLDEN = [0.6926401764953013, 0.024193666337138486, 0.7790460953899947]
 GOLDEN_ORDER = [8, 2, 4, 5, 7, 1, 9, 0, 3, 6]
 GOLDEN_SEED = 7456730726438319008
+GOLDEN_SEEDS = {  # of seed 5 and step 2, by a transcription of SplitMix64 in Python's integers
+    Slot.LIBRARY: 2566022893992198336,
+    Slot.INITIALISE: 8141860532702159996,
+    Slot.EVALUATION: 2536849902303648560,
+    Slot.DETECTION_ORDER: 4389865458311043799,
+    Slot.DETECTION_WEIGHTS: 3614920170855833809,
+    Slot.DETECTION_DRAW: 7099795660713278828,
+}
 
 
 def test_values_are_pinned():
@@ -19,6 +27,21 @@ def test_values_are_pinned():
     np.testing.assert_array_equal(got, GOLDEN)
     assert list(Order(3, 1, 10)[np.arange(10)]) == GOLDEN_ORDER
     assert library_seed(0, 1) == GOLDEN_SEED
+
+
+def test_every_slot_has_a_library_seed_of_its_own():
+    """The upper bits of the number that `uniform` has there; values pinned beside them."""
+    of = {
+        (seed, step, slot): library_seed(seed, step, slot)
+        for seed in (0, 5, 2**63 - 1)
+        for step in (0, 1, 2, 10**6)
+        for slot in Slot
+    }
+    assert len({*of.values()}) == len(of) and all(0 <= one < 2**63 for one in of.values())
+    for (seed, step, slot), found in of.items():
+        assert (found >> 10) * 2.0**-53 == uniform(seed, step, 0, 0, slot), (seed, step, slot)
+    assert library_seed(0, 1) == of[0, 1, Slot.LIBRARY]
+    assert {slot: of[5, 2, slot] for slot in GOLDEN_SEEDS} == GOLDEN_SEEDS
 
 
 def test_slots_are_pinned():

@@ -159,16 +159,19 @@ def test_a_class_that_vanishes_leaves_the_others_their_numbers(
     assert "knn_backbone" in done.result
 
 
-def test_too_many_missing_images_end_the_run_with_the_remedy(stopped):
+@pytest.mark.parametrize("every", [1, None])
+def test_too_many_missing_images_end_the_run_with_the_remedy(stopped, every):
+    """They are met in the middle of an epoch, where no checkpoint is due if not after each step."""
     folder, out = stopped
     for path in sorted(folder.rglob("*.jpg"))[:20]:
         path.unlink()
     said = r"more than the limit of 10; .* --set data\.bad_share"
     with pytest.raises(UserError, match=said):
-        run(folder, out)
+        run(folder, out, **{"save.every_steps": every})
     saved = checkpoint.steps(out / "checkpoints")[-1]
     lines = (out / "metrics.jsonl").read_text()
     assert saved > 2 and f'"step": {saved},' in lines.splitlines()[-1]  # nothing is lost
+    assert saved % 3 != 0 and checkpoint.load(out / "last.pt")["step"] == saved
     with pytest.raises(UserError, match=said):
         run(folder, out)
     assert (out / "metrics.jsonl").read_text() == lines

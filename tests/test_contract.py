@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,40 @@ def test_a_class_is_imported_only_if_this_command_says_so(toy_npz, tmp_path):
     named_here = mocokit.pretrain("demo", toy_npz, tmp_path / "n", epochs=1, settings=settings)
     assert_same(state_of(run.folder)["method"], state_of(named_here.folder)["method"])
     assert methods.settings_class("stubs:MoCoV3") is methods.OutsideSettings  # a class, no module
+
+
+@pytest.mark.parametrize(
+    ("allowed", "imported"),
+    [
+        ((), ()),
+        (("mine",), ("mine", "mine.deep", "mine.deeper", "mine.deep.er")),
+        (("mine.deep",), ("mine.deep", "mine.deep.er")),
+        (("mine.", "min", "Mine", "ine", "deep", ""), ()),
+        (("other", "mine_too"), ("mine_too",)),
+    ],
+)
+def test_allowed_are_a_module_and_what_lies_below_it(tmp_path, monkeypatch, allowed, imported):
+    """And no module whose name only begins alike: each leaves a mark when it is imported."""
+    marked = ["mine", "minefield", "mine_too", "mine.deep", "mine.deeper", "mine.deep.er"]
+    for name in marked:
+        package = tmp_path.joinpath(*name.split("."))
+        package.mkdir()
+        package.joinpath("__init__.py").write_text("from stubs import SimSiam as It\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        methods.allow(allowed)
+        for name in marked:
+            kept = methods.settings_class(f"{name}:It") is methods.OutsideSettings
+            assert kept == (name not in imported), name
+            assert kept == (f"{name}:It" not in methods._outside)
+            assert name in sys.modules or kept
+        below = {".".join(name.split(".")[:depth]) for name in imported for depth in (1, 2, 3)}
+        assert {name for name in marked if name in sys.modules} == below
+        methods.allow(["other"])  # by another call: what the first one allowed is past
+        assert not any(methods.may_import(f"{name}:It") for name in marked)
+    finally:
+        for name in marked:
+            sys.modules.pop(name, None)
 
 
 def test_a_method_that_does_not_declare_its_leak_is_refused():

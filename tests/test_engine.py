@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mocokit import recipes
+from mocokit.chance import Slot, library_seed
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
@@ -391,3 +392,8 @@ class TestDevices:
 
         assert number(0, 1) == number(0, 1)
         assert len({number(s, t) for s in (0, 1) for t in (0, 1)}) == 4
+
+    @pytest.mark.parametrize("slot", [None, *Slot])
+    def test_torch_is_seeded_from_the_stream_that_is_named(self, slot):
+        seed_libraries(3, 7, *([] if slot is None else [slot]))
+        assert torch.initial_seed() == library_seed(3, 7, Slot.LIBRARY if slot is None else slot)

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from shapes import SMALL as FEW, tiny_network, write_shapes
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 import mocokit
-from mocokit import cli, recipes
+from mocokit import chance, cli, recipes
 from mocokit.chance import Slot
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
+from mocokit.engine import runtime
 from mocokit.engine.runtime import seed_libraries
 from mocokit.errors import UserError
 from mocokit.nets.backbones import build_backbone
@@ -76,6 +78,48 @@ def test_flags_are_pinned(capsys, monkeypatch):
         text = capsys.readouterr().out.replace("|", " ").replace("/", " ")
         found = {word.strip(",.;()") for word in text.split() if word.startswith("--")}
         assert found == set(f"{'' if verb == 'voc' else shared} {flags}".split()), verb
+
+
+@pytest.mark.parametrize(
+    ("way", "streams"),
+    [
+        ("paper", {(0, Slot.EVALUATION), (1, Slot.EVALUATION)}),  # the layer, orders and views
+        ("crops", {(3, Slot.EVALUATION)}),
+        ("finetune", {(1, Slot.EVALUATION), (2, Slot.EVALUATION)}),
+        ("voc", {(0, Slot.DETECTION_WEIGHTS), (0, Slot.DETECTION_ORDER), (1, Slot.DETECTION_DRAW)}),
+    ],
+)
+def test_each_use_of_an_evaluations_seed_has_a_stream_of_its_own(
+    way, streams, toy_npz, tmp_path, monkeypatch
+):
+    """Streams are never renumbered: a score would change. Steps then draw from their stream."""
+    asked, given = set(), chance.library_seed
+
+    def watched(seed, step, slot=Slot.LIBRARY):
+        asked.add((seed, step, slot))
+        return given(seed, step, slot)
+
+    monkeypatch.setattr(chance, "library_seed", watched)
+    monkeypatch.setattr(runtime, "library_seed", watched)
+    small = {"size": 16, "seed": 5, "baseline": False, "device": "cpu"}
+    if way == "voc":
+        root = write_shapes(tmp_path / "shapes", 4, 2)
+        plan = FEW | {"precise_bn": 0}
+        mocokit.evaluate_voc(
+            f"random:{tiny_network()}", root, trials=1, seed=5, steps=2, batch_size=2, every=0,
+            settings=plan, device="cpu", precision="float32", pictures=0, out=tmp_path / "out",
+        )  # fmt: skip
+    elif way == "finetune":
+        monkeypatch.setattr("mocokit.protocols.finetune.LEAST_STEPS", 2)
+        mocokit.evaluate_finetune("random:resnet_tiny", toy_npz, percent=[100], epochs=1, **small)
+    else:
+        more = {"epochs": 1} if way == "paper" else {"train_views": "crops"}
+        protocol = "paper" if way == "paper" else "quick"
+        mocokit.evaluate_linear("random:resnet_tiny", toy_npz, protocol=protocol, **small, **more)
+    assert {(step, slot) for seed, step, slot in asked if seed == 5} >= streams
+    of_steps = {seed for seed, _, slot in asked if slot == Slot.LIBRARY}
+    last = {"finetune": (2, Slot.EVALUATION), "voc": (1, Slot.DETECTION_DRAW)}.get(way)
+    assert of_steps == ({given(5, *last)} if last else set())
 
 
 def test_knn_is_the_runs_own_score_and_scikit_learns(run, command, toy_npz):

@@ -1,19 +1,23 @@
 """Health in the loop: it changes nothing, and the leak it measures is there."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
 from nets import small_encoder
+from torch import nn
 
 import mocokit
 from mocokit.engine import checkpoint
 from mocokit.health.bn_leak import contrast_by_grouping
+from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.verdict import verdict
 from mocokit.methods.losses import InfoNCE
 from mocokit.methods.method import Step
 from mocokit.methods.moco import MoCo
 from mocokit.methods.pieces import GroupPlan
+from mocokit.nets.modes import evaluating
 
 SMALL = {"engine.threads": 1, "log.every_steps": 1, "save.keep": 9}
 
@@ -69,6 +73,36 @@ def test_health_verdict_and_advice_are_recorded(toy_npz, tmp_path):
     assert "Verdict: " in readme and "Advice: " in readme
 
 
+@pytest.mark.parametrize(
+    ("every", "measured", "scored"),
+    [
+        (0, [4], [4]),
+        (1, [1, 2, 3, 4], [1, 2, 3, 4]),
+        (2, [1, 2, 4], [2, 4]),
+    ],
+)
+def test_scores_are_taken_every_few_epochs_and_once_at_the_end(
+    toy_npz, tmp_path, monkeypatch, every, measured, scored
+):
+    """Health is measured after the first epoch too, without a score."""
+    taken, run = [], KnnMonitor.run
+
+    def counted(self, encoder):
+        taken.append(encoder)
+        return run(self, encoder)
+
+    monkeypatch.setattr(KnnMonitor, "run", counted)
+    changes = SMALL | {"monitor.every_epochs": every, "monitor.images": 32, "data.workers": 0}
+    mocokit.pretrain("demo", toy_npz, tmp_path, epochs=4, batch_size=80, settings=changes)
+    found = lines(tmp_path)
+    assert [line["epoch"] for line in found if "rankme" in line] == measured
+    for name in ("knn_backbone", "knn_head", "scored_images"):
+        assert [line["epoch"] for line in found if name in line] == scored, name
+    assert len(taken) == len(scored)
+    for name in ("knn_random_weights", "knn_raw_pixels"):
+        assert [line["epoch"] for line in found if name in line] == [4], name
+
+
 def test_without_labels_health_is_still_measured(photos, tmp_path):
     changes = {"net.backbone": "resnet_tiny", "views.size": 32}
     changes |= SMALL | {"monitor.every_epochs": 1, "data.workers": 0}
@@ -93,6 +127,25 @@ def moco(shuffle, seed=0):
 
 def images_of(seed, count=32):
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("pattern", range(16))
+def test_after_an_evaluation_every_submodule_has_its_own_mode(pattern, fails):
+    """Whatever stands in training inside of what does not, and the reverse; also after an error."""
+    inner = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(4))
+    outer = nn.Sequential(nn.Linear(4, 4), inner)
+    modules = [outer, inner, *inner]
+    modes = [bool(pattern >> place & 1) for place in range(4)]
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+    inputs = torch.ones(3, 4)
+    with suppress(ZeroDivisionError), evaluating(outer):
+        assert not any(module.training for module in outer.modules())
+        assert torch.equal(outer(inputs), outer(inputs)) and not outer(inputs).requires_grad
+        assert 1 / (not fails)
+    assert [module.training for module in modules] == modes
+    assert outer[0].training and torch.is_grad_enabled() and outer(inputs).requires_grad
 
 
 def test_measuring_changes_nothing():

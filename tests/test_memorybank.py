@@ -117,6 +117,17 @@ def test_bank_and_constant_are_saved():
     assert method.health() == {"bank_seen": 2 * BATCH / IMAGES}
 
 
+def test_a_bank_is_full_from_the_step_that_fills_it():
+    """Two epochs: what is seen again fills it no further."""
+    _, encoder = small_encoder()
+    method = build(encoder)
+    shares = []
+    for number, view, index, now in batches(8):
+        shares.append(method.health()["bank_seen"])
+        take(method, sgd(method.encoder), view, index, now, number)
+    assert shares == [0.0, 0.3, 0.6, 0.9, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_one_view_is_asked_for():
     assert [role.name for role in MemoryBank.views] == ["query"]
 

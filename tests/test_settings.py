@@ -73,6 +73,22 @@ def test_a_mistake_is_one_sentence(changes, sentence):
 
 
 @pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [("crop_area", 0.3, 0.8), ("crop_ratio", 0.5, 2.0), ("blur_sigma", 0.1, 3.0)],
+)
+def test_two_bounds_are_a_low_and_a_high_one(name, low, high):
+    def both(*bounds):
+        return getattr(settings.replace(Settings(), {f"views.{name}": bounds}).views, name)
+
+    assert both(low, high) == (low, high) and both(low, low) == (low, low)
+    with pytest.raises(UserError, match=f"views.{name} must be two numbers, 0 < low <= high"):
+        both(high, low)
+    for wrong in ((0, high), (-low, high), (low,), (low, low, high)):
+        with pytest.raises(UserError, match=f"views.{name}"):
+            both(*wrong)
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("train: {epoch: 3}", "train.epoch does not exist; did you mean train.epochs"),

@@ -89,6 +89,27 @@ def test_fitted_sizes_are_possible(images, recipe):
     assert resolve(settings, images).steps_per_epoch >= 1
 
 
+@pytest.mark.parametrize(
+    ("recipe", "images", "stated", "left", "said"),
+    [
+        ("memorybank_softmax", 65_537, False, 65_536, None),
+        ("memorybank_softmax", 65_536, False, None, "bank negatives 65536 -> all of the bank's"),
+        ("memorybank_softmax", 900, False, None, "-> all of the bank's 900 entries"),
+        ("memorybank_softmax", 65_536, True, 65_536, "65536 is over the 65536 images: entries"),
+        ("memorybank_softmax", 65_537, True, 65_536, None),
+        ("memorybank", 900, False, 4096, None),  # NCE draws with replacement
+    ],
+)
+def test_a_banks_negatives_are_fewer_than_its_images(recipe, images, stated, left, said):
+    stated = {"method.bank_negatives"} if stated else set()
+    settings, notices = fit(recipes.by_name(recipe), images, stated)
+    assert settings.method.bank_negatives == left
+    assert any("negatives" in notice for notice in notices) == (said is not None)
+    assert said is None or any(said in notice for notice in notices)
+    size = f"memory bank of {images:,} x 128 float32: {images / 2048:,.0f} MiB on each device"
+    assert any(notice.startswith(size) for notice in notices)
+
+
 def test_a_stated_queue_is_kept_with_a_warning():
     stated = {"method.queue_size": 4096}
     settings, notices = fit(replace(recipes.mocov2(), stated), 10_000, stated)

@@ -17,6 +17,7 @@ import mocokit
 from mocokit import evaluate_voc, published
 from mocokit.detection import trial
 from mocokit.detection.protocol import OLD_NAMES, plan_for
+from mocokit.detection.trial import COLUMNS
 from mocokit.engine import checkpoint
 from mocokit.errors import Interrupted, UserError
 from mocokit.evaluate import voc
@@ -246,7 +247,7 @@ def test_the_precision_is_that_of_the_network(root, tmp_path, monkeypatch, preci
     assert "result.json" in names and "predictions.png" not in names
 
 
-def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
+def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952), split="07+12"):
     class Side:
         def __init__(self, count):
             self.samples, self.problems, self.notes = range(count), (), ()
@@ -259,9 +260,7 @@ def report(tmp_path, plan, name="resnet50", images=(16_551, 4_952)):
         class subject:
             architecture = name
 
-    return DetectionReport(
-        "r", "d", "07+12", plan, DetectionData, Opened, None, "float32", tmp_path
-    )
+    return DetectionReport("r", "d", split, plan, DetectionData, Opened, None, "float32", tmp_path)
 
 
 def test_the_step_of_an_unfinished_backbone_is_named(tmp_path):
@@ -294,6 +293,48 @@ def test_published_numbers_stand_beside_the_papers_protocol_alone(tmp_path):
     few = report(tmp_path, plan_for("07+12"), images=(220, 110)).differences()
     assert few == ["220 -> 110 images, not VOC's own"]
     assert len(published.VOC["07"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        (
+            "07+12",
+            {
+                "random initialisation": ("60.2", "33.8", "33.1"),
+                "supervised ImageNet": ("81.3", "53.5", "58.8"),
+                "MoCo v1, 200 epochs": ("81.5", "55.9", "62.6"),
+                "MoCo v2, 200 epochs": ("82.4", "57.0", "63.6"),
+                "MoCo v2, 800 epochs": ("82.5", "57.4", "64.0"),
+            },
+        ),
+        (
+            "07",
+            {
+                "supervised ImageNet": ("74.4", "42.4", "42.7"),
+                "MoCo v1, 200 epochs": ("74.9", "46.6", "50.1"),
+            },
+        ),
+    ],
+)
+def test_the_papers_numbers_have_the_order_of_the_columns(tmp_path, split, rows):
+    """AP50, AP, AP75, the mean of five trials; their README: "0.2, 0.2, 0.4 in most cases"."""
+    assert COLUMNS == ("AP50", "AP", "AP75")
+    images = {"07+12": (16_551, 4_952), "07": (5_011, 4_952)}[split]
+    made = report(tmp_path, plan_for(split), split=split, images=images)
+    assert made.differences() == []
+    assert made._published() == [(f"paper: {name}", *cells) for name, cells in rows.items()]
+    made.data.train.fingerprint = made.opened.subject.weights = made.opened.unfinished = ""
+    made.opened.folder = None
+    result = {"seed": 0, "metric": "voc07", "metrics": {}, "classes": {}}
+    result |= {"unreadable_train": {}, "unreadable_test": {}, "AP50": 7.0, "AP": 5.0, "AP75": 6.0}
+    console, tables = SimpleNamespace(say=lambda *words: None), []
+    console.table = lambda title, header, rows: tables.append([header, *rows])
+    done = replace(made, device=torch.device("cpu")).finish([result], 1.0, console, None)
+    header, ours, *theirs = tables[0]
+    assert header == ["trial", "AP50", "AP", "AP75"] and ours == ("seed 0", "7.0", "5.0", "6.0")
+    assert theirs == made._published()
+    assert [note for note in done.notes if note.endswith("expect deviations of 0.2 / 0.2 / 0.4")]
 
 
 def test_broken_images_are_named_and_left_out_of_training_and_test(root, tmp_path):
