@@ -25,14 +25,14 @@ from mocokit.chance import Slot
 from mocokit.engine import checkpoint
 from mocokit.engine.due import Due
 from mocokit.engine.world import World
-from mocokit.errors import Interrupted
+from mocokit.errors import Interrupted, UserError
 from mocokit.methods import losses
 from mocokit.methods.method import KeyGroups, NoLeak, Step
 from mocokit.methods.moco import MoCo
 from mocokit.methods.pieces import GroupPlan
 from mocokit.methods.simclr import SimCLR
 from mocokit.nets.batchnorm import set_groups
-from mocokit.run import begin, build
+from mocokit.run import begin, build, messages
 from mocokit.run.begin import begun
 from mocokit.run.build import settle
 from mocokit.run.recording import Recording, finish
@@ -361,6 +361,112 @@ def test_the_leak_of_one_batch_norm_is_checked_on_one_process(small, tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr("mocokit.methods.moco.rank_and_world", lambda: (0, 2))
             assert isinstance(method.leak, NoLeak if method.whole else KeyGroups)
+
+
+STARTS = {
+    "own": (
+        {"recipe": "mocov2", "optim.lr": 0.5, "method.group_size": 4},
+        {
+            "optim.lr": "0.03 in the recipe -> 0.5",
+            "method.group_size": "32 in the recipe -> 4",
+            "train.batch_size": "256 in the recipe -> 32",
+            "net.backbone": "resnet50 in the recipe -> resnet_tiny",
+            "views.blur_sigma": "(0.1, 2.0) in the recipe -> (0.1, 1.0)",
+        },
+        "8 steps of 32 images in 8 batch-norm groups, lr 0.0625, key momentum 0.999875, ",
+    ),
+    "another": (
+        {"recipe": "simclr", "method.name": "simclr", "method.batch_norm": "whole"},
+        {"views.size": "224 in the recipe -> 16", "train.epochs": "1000 in the recipe -> 2"},
+        "8 steps of 32 images in 1 batch-norm group, lr ",
+    ),
+    "nobody's": ({}, {}, "8 steps of 32 images in 4 batch-norm groups, lr "),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_start_tells_what_is_in_effect_and_what_the_recipe_has(name, small, tmp_path, capsys):
+    """First the recipe's value, then the one in its place; of the machine nothing."""
+    changes, expected, steps = STARTS[name]
+    built = Built(small, changes, tmp_path / "run")
+    with begun(built.run):
+        messages.start(built.run)
+    found = capsys.readouterr().err
+    assert steps in found and f"{built.settings.recipe}: {IMAGES} images, 4 classes" in found
+    told = dict(line.strip().split(": ", 1) for line in found.splitlines() if " -> " in line)
+    assert expected.items() <= told.items()
+    assert bool(told) == bool(expected)
+    assert not any(path.startswith(("engine.", "data.path")) for path in told)
+    assert ("key momentum" in found) == (name != "another")
+
+
+@pytest.mark.parametrize(
+    ("groups", "micro", "world", "piece"),
+    [
+        (4, None, 1, 16),  # groups of 8 in a batch of 32
+        (4, None, 2, 8),
+        (4, None, 4, None),  # one group each
+        (4, 32, 1, 16),
+        (4, 16, 1, 8),
+        (4, 16, 2, 8),
+        (4, 32, 2, 8),  # a process holds its share of the batch at most
+        (4, 8, 1, None),
+        (4, 12, 1, 8),
+        (2, None, 1, 16),
+        (2, None, 2, None),
+        (16, None, 2, 8),
+        (16, 4, 2, 2),
+    ],
+)
+def test_out_of_memory_names_half_of_what_a_process_held(
+    small, tmp_path, groups, micro, world, piece
+):
+    changes = {"method.groups": groups, "train.micro_batch": micro}
+    run = Built(small, changes, tmp_path / "run").run
+    run.world, run.step = World(0, world), 6
+    said = run.out_of_memory()
+    assert said.startswith("step 7 does not fit into the memory of cpu")
+    if piece is None:
+        assert f"even in pieces of one group of {BATCH // groups} images" in said
+        assert "lower train.batch_size or views.size" in said
+    else:
+        assert f"--set train.micro_batch={piece}, which gives the same result" in said
+
+
+def test_out_of_memory_with_one_statistic_names_no_piece(small, tmp_path):
+    run = Built(small, {"method.batch_norm": "whole"}, tmp_path / "run").run
+    assert "lower train.batch_size, or set method.batch_norm=groups" in run.out_of_memory()
+    assert "micro_batch" not in run.out_of_memory()
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({"method.group_size": 8}, 2),
+        ({"method.groups": 3}, 1),
+        ({"method.batch_norm": "whole"}, 16),
+    ],
+)
+def test_a_last_batch_takes_as_many_processes_as_it_has_parts(small, tmp_path, changes, most):
+    """136 images in batches of 40 leave 16: two groups of 8, one group, or 16 single images."""
+    changes = changes | {"train.batch_size": 40, "data.last": "keep"}
+    built = Built(small, changes, tmp_path / "run")
+
+    def loaders(world):
+        run = built.run
+        known = run.device, 0, run.bad.known
+        return [
+            build.build_loader(run.settings, run.unread(), run.bound, World(r, world), *known)
+            for r in range(world)
+        ]
+
+    for world in {1, most}:
+        parts = [loader.batch_at(3).index for loader in loaders(world)]
+        assert [len(part) for part in parts] == [16 // world] * world
+        assert np.concatenate(parts).tolist() == order(0)[120:].tolist()
+    sentence = f"leaves a last batch of 16 images, too few for {most + 1} processes"
+    with pytest.raises(UserError, match=sentence):
+        loaders(most + 1)
 
 
 def test_the_last_good_checkpoint_is_the_newest(small, tmp_path):

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mocokit import recipes
 from mocokit.chance import Slot, library_seed
@@ -54,6 +55,35 @@ class TestMetrics:
 
     def test_absent_is_empty(self, tmp_path):
         assert read_metrics(tmp_path / "none") == []
+
+    def test_a_result_is_written_once(self, tmp_path):
+        """Opened at its step, for an end that is repeated, the file has the steps alone."""
+        path = tmp_path / "metrics.jsonl"
+        steps, end = [{"step": 1}, {"step": 2}], {"step": 2, "finished": True}
+        for _ in range(2):
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in [*steps, end]))
+            metrics = Metrics(path, 2)
+            assert lines(path) == steps
+            metrics.write(end)
+            metrics.close()
+            assert lines(path) == [*steps, end]
+
+    @pytest.mark.parametrize("lines_lost", [1, 2, 3])
+    def test_a_file_that_was_deleted_is_begun_again(self, tmp_path, lines_lost):
+        """Every time: what was written before is gone, and nothing that comes after."""
+        path = tmp_path / "metrics.jsonl"
+        metrics = Metrics(path)
+        for first in (1, 11):
+            for step in range(first, first + lines_lost):
+                metrics.write({"step": step})
+            path.unlink()
+        for step in (21, 22):
+            metrics.write({"step": step})
+        assert lines(path) == [{"step": 21}, {"step": 22}]
+        os.rename(path, tmp_path / "elsewhere")  # a file that was moved is written on
+        metrics.write({"step": 23})
+        metrics.close()
+        assert not path.exists() and len(lines(tmp_path / "elsewhere")) == 3
 
 
 def test_progress_says_what_matters(capsys):
@@ -258,6 +288,26 @@ class TestFolders:
             pass
 
 
+class Meeting:
+    """The clock of a process, and another one that it agrees with, by what it wishes and waits."""
+
+    def __init__(self, monkeypatch, others_wait):
+        self.now, self.at, self.met = 1000.0, 0, []
+        self.theirs, self.others_wait, self.wishing = [False, False], others_wait, False
+        monkeypatch.setattr("mocokit.engine.due.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("mocokit.engine.due.dist.get_backend", lambda: "gloo")
+        monkeypatch.setattr("mocokit.engine.due.dist.all_reduce", self._all_reduce)
+
+    def step(self, number, seconds):
+        self.at, self.now = number, self.now + seconds
+
+    def _all_reduce(self, tensor, op):
+        assert op == dist.ReduceOp.MAX
+        self.met.append(self.at)
+        theirs = torch.tensor([*self.theirs, -self.others_wait], dtype=tensor.dtype)
+        tensor.copy_(torch.maximum(tensor, theirs))
+
+
 class TestDue:
     def due(self, **options):
         defaults = {
@@ -310,6 +360,62 @@ class TestDue:
     def test_milestones_are_saved_on_their_own(self):
         due = self.due(save_epochs=3, milestone_epochs=2)
         assert [s for s in range(1, 101) if due.save_or_stop(s, False)[0]] == [50, 75, 100]
+
+    @pytest.mark.parametrize(
+        ("pace", "others_wait", "epochs", "at"),
+        [
+            (7.0, 1000, 2, [*range(1, 101)]),  # seconds a step, beyond those between agreements
+            (0.5, 1000, 2, [1, 11, 21, 25, 35, 45, 50, 60, 70, 80, 90, 100]),
+            (0.5, 1000, 1, [1, 11, 21, 25, 35, 45, 50, 60, 70, 75, 85, 95, 100]),
+            (2**-10, 1000, 2, [1, 25, 50, 100]),
+            (2**-10, 1000, 0, [1, 100]),
+            (2**-10, 20, 2, [1, 21, 25, 45, 50, 70, 90, 100]),  # a slower process sets the wait
+        ],
+    )
+    def test_processes_agree_every_five_seconds_and_after_each_score(
+        self, monkeypatch, pace, others_wait, epochs, at
+    ):
+        """What either wishes in between is granted to both when they meet next, not before."""
+        for theirs in (False, True):
+            process = Meeting(monkeypatch, others_wait)
+            due = self.due(monitor_epochs=epochs, save_epochs=0, world=2)
+            asked, stops = (2, 26, 51, 99), []
+            for step in range(1, 101):
+                process.step(step, pace)
+                wish = step in asked or process.wishing
+                process.wishing = wish
+                process.theirs = [False, wish and theirs]
+                save, stop = due.save_or_stop(step, wish and not theirs)
+                assert save == (stop or step == 100)
+                if step in process.met:
+                    process.wishing = False
+                if stop:
+                    stops.append(step)
+            assert process.met == at
+            heard = {min(one for one in at if one >= step) for step in asked}
+            assert stops == sorted(heard - {100})
+
+    def test_processes_agree_after_a_thousand_steps_however_fast_they_are(self, monkeypatch):
+        process = Meeting(monkeypatch, 10**6)
+        due = Due(
+            3500, 3500, log_steps=1, monitor_epochs=0, save_minutes=1, save_epochs=0,
+            save_steps=None, world=2,
+        )  # fmt: skip
+        saves = []
+        for step in range(1, 3501):
+            process.step(step, 2**-5 if step > 2000 else 2**-10)
+            saves += [step] if due.save_or_stop(step, False)[0] else []
+        # The pace is that since the last agreement: 5 s are 160 steps of 1/32 s.
+        assert process.met[:5] == [1, 1001, 2001, 3001, 3161]
+        assert saves == [3500]  # 49 s of steps: no minute has passed for either
+
+    def test_a_save_that_is_due_for_one_process_is_made_by_all(self, monkeypatch):
+        process = Meeting(monkeypatch, 1000)
+        due = self.due(save_epochs=0, world=2)
+        for step in (1, 2, 25, 26, 50):
+            process.step(step, 2**-10)
+            process.theirs = [step > 1, False]  # the other's clock
+            assert due.save_or_stop(step, False) == (step in (25, 50), False)
 
     def test_stop_saves_first_and_is_moot_at_the_end(self):
         assert self.due().save_or_stop(3, True) == (True, True)

@@ -84,6 +84,16 @@ class TestAnnounced:
         set_by_hand = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "99"}
         assert announced(SLURM_STEP | set_by_hand)[3:] == ("10.0.0.1", 99)
 
+    def test_steps_of_neighbouring_slurm_jobs_have_ports_of_their_own(self):
+        """Sixteen steps of each of three jobs, wherever in the numbers of SLURM they are."""
+        for first in (1, 1234, 2**32 - 3):
+            names = [(job, step) for job in range(first, first + 3) for step in range(16)]
+            ports = [
+                announced(SLURM_STEP | {"SLURM_JOB_ID": str(j), "SLURM_STEP_ID": str(s)}).port
+                for j, s in names
+            ]
+            assert len({*ports}) == 48 and min(ports) >= 20000 and max(ports) < 30000
+
     def test_a_script_of_slurm_is_no_step(self):
         """There, a job's variables are set, though only one process runs."""
         job = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1234"}
@@ -156,6 +166,17 @@ class TestEnded:
     def test_the_first_to_fail_is_named(self):
         reports = [self.told(3, 2, "no disk", 1.0), self.told(0, 1, "lost process 3", 2.0)]
         assert str(launch.ended(reports, {0: 1, 3: 2})) == "process 3: no disk"
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0), (0, 2, 1)])
+    def test_reports_are_read_in_the_order_of_their_times(self, tmp_path, order):
+        """Not of the processes' numbers: the first to fail is told, and is the cause."""
+        for rank in range(3):
+            told = self.told(rank, 1, f"fault of {rank}", 100.0 + order.index(rank))
+            (tmp_path / f"0-{rank}.json").write_text(json.dumps({"attempt": 0, **told}))
+        found = launch.read_reports(tmp_path)
+        assert [one["rank"] for one in found] == [*order]
+        error = launch.ended(found, dict.fromkeys(range(3), 1))
+        assert str(error) == f"process {order[0]}: fault of {order[0]}"
 
     def test_saved_and_stopped(self):
         error = launch.ended([self.told(0, 75, "saved"), self.told(1, 75, "saved")], {})

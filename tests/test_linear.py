@@ -301,6 +301,20 @@ def test_paper_learns_what_is_there_to_learn():
     assert (fitted.predict(features).numpy() == labels).mean() == 1.0 and fitted.notes == ()
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_the_square_length_is_of_the_first_batch(epochs):
+    """Which is drawn anew in each epoch, so that a later one, or all of them, have another."""
+    train, judged = source(300, 0), subject(Colours(2.0))
+    split = labelled_split(train, source(20, 1), seed=0)
+    views = TrainingViews(linear_paper.probe_spec(judged.spec), split, CPU, 7, 0, 256, 0)
+    images, _ = next(iter(views))
+    assert len(images) == 256
+    rows = 2 * images.double().mean((2, 3)).repeat(1, 22)[:, :64]
+    expected = float((rows**2).sum(1).mean())
+    fitted = linear_paper.fit_paper(judged, split, seed=7, epochs=epochs)
+    assert fitted.details["square_length"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_diverging_probe_says_so_and_what_to_do():
     split = labelled_split(source(300, 0), source(20, 1), seed=0)
     with pytest.raises(NonFiniteLoss, match=r"diverged in epoch 1: .* try --lr .*--protocol quick"):

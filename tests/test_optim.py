@@ -51,6 +51,32 @@ def test_smooth_cosine_with_warm_up():
     assert all(a > b for a, b in itertools.pairwise(rates[20:])) and rates[-1] > 0
 
 
+@pytest.mark.parametrize(
+    ("epochs", "shares"),
+    [
+        (0.0, []),
+        (0.05, [1]),  # half a step
+        (0.1, [1 / 2]),
+        (0.25, [1 / 3, 2 / 3, 1]),
+        (0.29, [1 / 3, 2 / 3, 1]),
+        (0.3, [1 / 4, 2 / 4, 3 / 4]),
+        (1.05, [n / 11 for n in range(1, 12)]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["steps", "cosine"])
+def test_a_warm_up_of_any_length_rises_in_even_steps_to_the_peak(epochs, shares, kind):
+    """Of ten steps an epoch: every step that the warm-up has begun before, and then the peak."""
+    changes = {"optim__warmup_epochs": epochs, "train__epochs": 100}
+    lr = schedule(recipes.mocov2(), optim__schedule=kind, optim__per="step", **changes)
+    for step, share in enumerate(shares):
+        assert lr(step) == pytest.approx(0.03 * share, rel=1e-12), step
+    after = len(shares)
+    slow = 0.5 * (1 + math.cos(math.pi * (after - 10 * epochs) / (1000 - 10 * epochs)))
+    factor = slow if kind == "cosine" else 1
+    assert lr(after) == pytest.approx(0.03 * factor, rel=1e-12)
+    assert max(lr(step) for step in range(100)) > 0.03 * 0.99999
+
+
 @pytest.mark.parametrize("epochs", [7, 33, 100])
 def test_drops_are_shares_of_the_run(epochs):
     lr = schedule(recipes.mocov1(), train__epochs=epochs)

@@ -1,16 +1,28 @@
-"""Which device each of several processes takes; no GPU is asked, torch's answers are made up."""
+"""Which device each of several processes takes, what they decide together, what fits into memory.
 
+No GPU is asked; torch's answers are made up.
+"""
+
+import pickle
 import socket
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from mocokit.engine import runtime
-from mocokit.engine.runtime import choose_device, claim_device, joined_world, local_rank
+from mocokit.engine import hardware, runtime
+from mocokit.engine.hardware import room_for
+from mocokit.engine.runtime import (
+    choose_device,
+    claim_device,
+    decided_by_rank_zero,
+    joined_world,
+    local_rank,
+)
 from mocokit.engine.world import World
-from mocokit.errors import UserError
+from mocokit.errors import MocokitError, UserError
 
 
 @pytest.fixture
@@ -154,3 +166,86 @@ def test_several_processes_do_not_share_mps(machine):
     assert choose_device("auto", World(1, 2, 1)).type == "cpu"
     with pytest.raises(UserError, match="device mps is one GPU for 2 processes; use cpu"):
         choose_device("mps", World(0, 2, 0))
+
+
+def raising(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("decide", "kind", "said"),
+    [
+        (lambda: {"resume": True}, None, {"resume": True}),
+        (lambda: None, None, None),
+        (lambda: raising(UserError("no such folder")), UserError, "no such folder"),
+        (lambda: raising(MocokitError("the disk is full")), MocokitError, "the disk is full"),
+        (lambda: raising(MocokitError("")), MocokitError, ""),
+    ],
+)
+def test_what_the_first_process_decides_or_finds_wrong_holds_for_all(
+    monkeypatch, decide, kind, said
+):
+    """The same answer, or an error of the same kind, so that all end with the same exit code."""
+    sent = []
+
+    def broadcast(box, source):
+        assert source == 0
+        sent[:] = sent or [pickle.dumps(box)]
+        box[:] = pickle.loads(sent[0])
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    for rank, size in ((0, 3), (1, 3), (2, 3), (0, 1)):
+        asked = []
+        turn = lambda: asked.append(1) or decide()  # noqa: B023, E731
+        if kind is None:
+            assert decided_by_rank_zero(World(rank, size), turn) == said
+        else:
+            with pytest.raises(MocokitError) as error:
+                decided_by_rank_zero(World(rank, size), turn)
+            assert type(error.value) is kind and str(error.value) == said
+            assert error.value.exit_code == (2 if kind is UserError else 1)
+        assert len(asked) == (rank == 0)
+
+
+PLENTY = 2**60  # bytes, which no machine has
+
+
+@pytest.mark.parametrize(
+    ("take", "kind"),
+    [
+        (lambda: None, None),
+        (lambda: torch.empty(PLENTY, dtype=torch.uint8), UserError),
+        (lambda: np.empty(PLENTY, np.uint8), UserError),
+        (lambda: bytearray(2**62), UserError),
+        (lambda: raising(torch.OutOfMemoryError("CUDA: tried to allocate 9 GiB")), UserError),
+        (lambda: torch.ones(2, 3) @ torch.ones(2, 3), RuntimeError),  # a wrong shape
+        (lambda: raising(ValueError("cannot allocate")), ValueError),
+        (lambda: raising(UserError("net.dim is too small")), UserError),
+    ],
+)
+def test_lack_of_memory_alone_is_told_as_such(take, kind):
+    """What torch, numpy and Python raise for want of it; a fault of ours stays what it was."""
+    if kind is None:
+        with room_for("a queue", 2**20):
+            take()
+        return
+    with pytest.raises(kind) as error, room_for("a queue of net.dim 9", 3 * 2**29):
+        take()
+    assert type(error.value) is kind
+    lacking = "a queue of net.dim 9 needs about 1.5 GiB of memory, which is not to be had"
+    own = kind is not UserError or "net.dim is too small" in str(error.value)
+    assert (lacking in str(error.value)) == (not own)
+
+
+@pytest.mark.parametrize(("needed", "have", "fits"), [(8, 8, True), (8, 7, False), (8, None, True)])
+def test_what_exceeds_the_machine_is_refused_before_it_is_taken(monkeypatch, needed, have, fits):
+    monkeypatch.setattr(hardware, "memory_gib", lambda: have)
+    taken = []
+    if fits:
+        with room_for("a queue", needed * 2**30):
+            taken.append(1)
+    else:
+        sentence = "a queue needs about 8.0 GiB of memory, and this machine has 7; set smaller ones"
+        with pytest.raises(UserError, match=sentence), room_for("a queue", needed * 2**30):
+            taken.append(1)
+    assert bool(taken) == fits

@@ -21,8 +21,12 @@ import mocokit
 from mocokit import cli, recipes, settings as settings_
 from mocokit.check import check
 from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
+from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.knn import NEIGHBOURS, suited
+from mocokit.protocols.labelled import labelled_split
+from mocokit.protocols.training import TrainingViews
 from mocokit.run import build
 from mocokit.settings import legacy, replace, sizes
 from mocokit.settings.schema import Settings
@@ -89,6 +93,47 @@ def test_canvases_follow_from_the_crops_alone(size, more, centre, area):
     assert bound(other) == bound(settings) == math.ceil(size / math.sqrt(area * 0.75))
     assert view_spec(other).resize == size + more <= scoring_bound(view_spec(other))
     assert settings_.identity(other) == settings_.identity(settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "area", "centre", "crops"),
+    [
+        (32, 0.2, 83, 131),  # 32 / sqrt(0.2 x 3/4) and 32 / sqrt(0.08 x 3/4)
+        (32, 1.0, 37, 131),
+        (32, 0.02, 262, 131),  # 32 / sqrt(0.02 x 3/4)
+        (224, 0.2, 579, 915),
+    ],
+)
+def test_evaluations_read_the_pixels_of_the_crops_that_they_make(size, area, centre, crops):
+    """Both probes crop more narrowly than most recipes, and the scoring view is their test's."""
+    asked = []
+
+    class Bounded:
+        """Images that are read one by one, as of a folder."""
+
+        def __len__(self):
+            return 6
+
+        def __getattr__(self, name):
+            return getattr(arrays, name)
+
+        def read(self, index, bound=None):
+            asked.append(bound)
+            return arrays.read(index, bound)
+
+    arrays = ArraySource(np.zeros((6, size, size, 3), np.uint8), np.arange(6) % 2, "toy")
+    source = Bounded()
+    settings = replace(Settings(), {"views.size": size, "views.crop_area": (area, 1.0)})
+    spec, cpu = view_spec(settings), torch.device("cpu")
+    split, numbers = labelled_split(source, source, seed=0), np.arange(4)
+    for bound, batches in (
+        (centre, evaluation_batches(source, numbers, spec, cpu)),
+        (crops, evaluation_batches(source, numbers, spec, cpu, crops=5)),
+        (crops, TrainingViews(probe_spec(spec), split, cpu, 0, 0, 4, 0)),
+    ):
+        asked.clear()
+        assert len([*batches]) >= 1
+        assert {*asked} == {bound}
 
 
 def test_views_of_other_sizes_are_not_bound_to_the_scoring_view():

@@ -19,10 +19,11 @@ from mocokit.data.open import open_data
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Console
 from mocokit.engine.stop import raise_if_interrupted
-from mocokit.errors import Interrupted, UserError
+from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.evaluate import api, results, session, stopping
 from mocokit.evaluate.session import Options, Session
 from mocokit.health import knn_monitor
+from mocokit.protocols import linear_paper, linear_quick
 from mocokit.protocols.finetune import Plan
 from mocokit.run import command
 from mocokit.weights import resolve
@@ -226,6 +227,67 @@ def test_small_and_odd_data(tmp_path, capsys):
         found = mocokit.evaluate_linear(judged, missing, protocol=protocol, **options, **quiet)
         assert found.results[0].scores.count == 3
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("tested", "shown", "vote"),
+    [
+        ([0, 1, 2], "k 5 (half of a class's 10 images in the bank)", 5),
+        (None, "k 4 (half of a class's 9 images in the bank)", 4),  # an image's own row is no vote
+    ],
+)
+def test_neighbours_that_nobody_states_follow_the_images_that_can_vote(
+    tmp_path, tested, shown, vote
+):
+    data = arrays(tmp_path / "data.npz", [0, 1, 2] * 10, tested)
+    found = mocokit.evaluate_knn("random:resnet_tiny", data, size=8, baseline=False)
+    assert found.protocol.startswith(f"kNN, {shown}, temperature ")
+    assert found.results[0].setting["k"] == vote
+    stated = mocokit.evaluate_knn("random:resnet_tiny", data, size=8, baseline=False, k=[5])
+    assert stated.protocol.startswith("kNN, k 5, temperature ")
+
+
+@pytest.fixture(scope="module")
+def finished(toy_npz, tmp_path_factory):
+    out, settings = tmp_path_factory.mktemp("finished") / "run", {"engine.threads": 1}
+    mocokit.pretrain("demo", toy_npz, out, epochs=1, batch_size=32, settings=settings)
+    return out
+
+
+@pytest.mark.parametrize("options", [{"protocol": "quick"}, {"protocol": "paper", "epochs": 1}])
+@pytest.mark.parametrize("diverges", ["neither", "random weights", "the run"])
+def test_a_baseline_that_diverges_costs_no_result(
+    finished, toy_npz, monkeypatch, options, diverges
+):
+    """A probe on random weights is left out with a note; one on the trained network is the end."""
+    judged = []
+
+    def failing(fit):
+        def fitted(*given, **named):
+            judged.append(("the run", "random weights")[len(judged)])
+            if judged[-1] == diverges:
+                raise NonFiniteLoss("the probe diverged")
+            return fit(*given, **named)
+
+        return fitted
+
+    monkeypatch.setattr(linear_quick, "fit_quick", failing(linear_quick.fit_quick))
+    monkeypatch.setattr(linear_paper, "fit_paper", failing(linear_paper.fit_paper))
+    asked = {"size": 8, "cache": False, **options}
+    if diverges == "the run":
+        with pytest.raises(NonFiniteLoss, match="^the probe diverged$"):
+            mocokit.evaluate_linear(finished, toy_npz, **asked)
+        assert judged == ["the run"]
+        return
+    found = mocokit.evaluate_linear(finished, toy_npz, **asked)
+    assert judged == ["the run", "random weights"]
+    names = [one.features for one in found.results]
+    notes = [note for note in found.notes if "diverged" in note]
+    if diverges == "neither":
+        assert len(names) == 2 and "random" in names[1] and notes == []
+    else:
+        assert len(names) == 1 and "random" not in names[0]
+        assert notes == ["random weights: the probe diverged"]
 
 
 def test_a_run_that_was_moved_keeps_its_report(toy_npz, tmp_path):

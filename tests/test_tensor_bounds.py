@@ -13,6 +13,7 @@ from test_tensors import OLD, archive, header, nested, one, torch_archive
 
 from mocokit.engine import tensors
 from mocokit.errors import UserError
+from mocokit.weights.stored import read_stored
 
 SMALL = 1000  # bytes of structure and values, here
 
@@ -153,6 +154,35 @@ def test_a_headers_length_may_begin_as_a_pickle_or_an_archive_does(tmp_path, fir
     assert len(text) % 256 == first and tensors.is_safe(tmp_path / "x")
     metadata, found = tensors.from_safetensors(tmp_path / "x")
     assert metadata == {} and found["x"].tolist() == [0, 1, 2]
+
+
+WHOLE = header(one(), bytes(8))
+KINDS = {
+    "whole": (WHOLE, True),
+    "cut in its data": (WHOLE[:-1], True),
+    "cut in its header": (WHOLE[:20], True),
+    "cut behind its first byte": (WHOLE[:9], True),
+    "cut in its length": (WHOLE[:7], False),
+    "of another kind of header": (WHOLE[:8] + b"[" + WHOLE[9:], False),
+    "an archive": (torch_archive(b"\x80\x02N."), False),
+    "an archive with a brace": (b"PK\x03\x04\x14\0\0\0{" + bytes(90), False),
+    "a pickle": (OLD, False),
+    "a pickle with a brace": (b"\x80\x02}q\x00(X\x01{" + bytes(90), False),
+    "empty": (b"", False),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_is_told_by_its_first_bytes_whole_or_cut(tmp_path, name):
+    """What is wrong with it is then said by the reader of its kind."""
+    content, safe = KINDS[name]
+    (tmp_path / "x").write_bytes(content)
+    assert tensors.is_safe(tmp_path / "x") == safe
+    if "cut" in name:
+        said = "is damaged: its header is cut short" if safe and len(content) < 60 else "x"
+        with pytest.raises(UserError, match=said) as error:
+            read_stored(tmp_path / "x")
+        assert ("begins as no file of torch" in str(error.value)) == (not safe)
 
 
 def test_what_is_no_file_is_closed_again(tmp_path):

@@ -170,6 +170,20 @@ def test_files_of_0_1_are_read(straight, root, tmp_path, monkeypatch):
         evaluate(root, tmp_path / "out", **changed)
 
 
+def test_what_is_resumed_has_the_threads_that_it_began_with(root, tmp_path, monkeypatch):
+    """Of which sums on a CPU are rounded; whatever this process has by now."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    evaluate(root, tmp_path / "out", steps=0, every=0, pictures=0)
+    assert json.loads((tmp_path / "out/identity.json").read_text())["threads"] == 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    evaluate(root, tmp_path / "out", steps=0, every=0, pictures=0)
+    assert asked == [3, 3]
+    evaluate(root, tmp_path / "other", steps=0, every=0, pictures=0)
+    assert asked == [3, 3, 1]
+
+
 def test_the_default_folder_has_the_name_that_0_1_gave_it():
     old = {"weights": "x", "iterations": 9, "ims_per_step": 4, "drops": [6, 8], "gamma": 0.1}
     new = {"weights": "x", "steps": 9, "batch_size": 4, "drop_steps": [6, 8], "drop_factor": 0.1}

@@ -260,7 +260,8 @@ class RunState:
                 f"step {self.step + 1} does not fit into the memory of {self.device}; lower "
                 "train.batch_size, or set method.batch_norm=groups, which can be done in pieces"
             )
-        held = self.settings.train.micro_batch or batch // self.world.size
+        share = batch // self.world.size
+        held = min(self.settings.train.micro_batch or share, share)
         smallest = -(-batch // groups)
         what = f"step {self.step + 1} does not fit into the memory of {self.device}"
         if held <= smallest:
