@@ -5,6 +5,7 @@ import inspect
 import json
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -200,11 +201,11 @@ HANDED_ON = {
     ),
     "evaluate voc": (
         "RUN DATA --split 07 --trials 2 --seed 7 --steps 8 --batch-size 4 --set lr=0.2 "
-        "--classes cat,dog --every 3 --out o --device cpu --precision bfloat16 --pictures 9 "
-        "--json x.json --iterations 6 --ims-per-step 5",
+        "--classes ' cat,big dog ' --every 3 --out o --device cpu --precision bfloat16 "
+        "--pictures 9 --json x.json --iterations 6 --ims-per-step 5",
         "mocokit.evaluate.voc.evaluate_voc",
         {"run": "RUN", "data": "DATA", "split": "07", "trials": 2, "seed": 7, "steps": 8,
-         "batch_size": 4, "settings": {"lr": 0.2}, "classes": ["cat", "dog"], "every": 3,
+         "batch_size": 4, "settings": {"lr": 0.2}, "classes": ["cat", "big dog"], "every": 3,
          "out": "o", "device": "cpu", "precision": "bfloat16", "pictures": 9, "json": "x.json",
          "iterations": 6, "ims_per_step": 5},
     ),
@@ -245,7 +246,7 @@ def test_every_option_is_handed_on(verb, tmp_path, monkeypatch):
     Image.new("RGB", (4, 4)).save(tmp_path / "DATA/a.png")
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        done = CliRunner().invoke(cli.app.app, [*verb.split(), *words.split()])
+        done = CliRunner().invoke(cli.app.app, [*verb.split(), *shlex.split(words)])
     finally:
         signal.signal(signal.SIGINT, interrupt)
     assert done.exit_code == 0, (done.output, done.exception)

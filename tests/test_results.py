@@ -205,18 +205,37 @@ def test_what_the_system_refuses_is_a_sentence_and_leaves_the_old_file(
     assert place.read_bytes() == OLD and os.listdir(tmp_path) == ["x.json"]
 
 
-def test_of_many_classes_the_commonest_mistakes_are_shown(capsys):
-    confusion = np.diag([50] * 21)
-    confusion[3, 5], confusion[7, 2], confusion[4, 6] = 2, 9, 1
-    names = tuple(f"class{number}" for number in range(21))
-    found = results.Result("ours", {}, Scores(confusion), {})
+def shown(counts, capsys, **asked):
+    """What is printed of these counts, a line with single spaces each."""
+    names = tuple(f"class{number}" for number in range(len(counts)))
+    found = results.Result("ours", {}, Scores(counts), {})
     evaluation = results.Evaluation(
         kind="knn", run="r", data="d", protocol="p", results=(found,), classes=names, notes=(),
         weights="w", fingerprint="f", seconds=1.0, peak_memory_gib=0.1,
     )  # fmt: skip
-    results.publish(evaluation, Console(), None, None, per_class=False, confusion=True)
-    lines = [" ".join(one.split()) for one in capsys.readouterr().err.splitlines()]
-    assert re.findall(r"class(\d+) taken for class(\d+)\D+(\d+)", "\n".join(lines)) == [
+    results.publish(
+        evaluation, Console(), None, None, **{"per_class": False, "confusion": False} | asked
+    )
+    return "\n".join(" ".join(one.split()) for one in capsys.readouterr().err.splitlines())
+
+
+def test_the_weakest_class_comes_first_and_one_without_images_last(capsys):
+    """Of equals the first."""
+    confusion = np.zeros((6, 6), int)
+    confusion[0, 0], confusion[2, 2], confusion[2, 0] = 5, 3, 1
+    confusion[3, 1], confusion[4, 4], confusion[4, 2], confusion[5, 5] = 2, 1, 3, 4
+    text = shown(confusion, capsys, per_class=True)
+    assert re.findall(r"class(\d) \W ?([\d.]+%|-) \W ?(\d+)", text) == [
+        ("3", "0.0%", "2"), ("4", "25.0%", "4"), ("2", "75.0%", "4"), ("0", "100.0%", "5"),
+        ("5", "100.0%", "4"), ("1", "-", "0"),
+    ]  # fmt: skip
+
+
+def test_of_many_classes_the_commonest_mistakes_are_shown(capsys):
+    confusion = np.diag([50] * 21)
+    confusion[3, 5], confusion[7, 2], confusion[4, 6] = 2, 9, 1
+    text = shown(confusion, capsys, confusion=True)
+    assert re.findall(r"class(\d+) taken for class(\d+)\D+(\d+)", text) == [
         ("7", "2", "9"), ("3", "5", "2"), ("4", "6", "1"),
     ]  # fmt: skip
 

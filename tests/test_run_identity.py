@@ -21,6 +21,7 @@ from mocokit.engine import checkpoint, identity
 from mocokit.engine.finite import check_progress
 from mocokit.engine.folder import RunFolder, locked
 from mocokit.engine.optim import build_optimizer
+from mocokit.engine.record import read_metrics
 from mocokit.errors import Interrupted, MocokitError, NonFiniteLoss, UserError
 from mocokit.methods.moco import MoCo
 from mocokit.run import marks
@@ -323,6 +324,8 @@ def test_a_folder_that_changes_under_a_living_run(images, tmp_path, monkeypatch,
     if goes_on:
         assert run(images, out, save__every_steps=1).result["finished"]
         assert checkpoint.load(out / "last.pt")["step"] == 2
+        steps = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
+        assert steps == ([2] if fate == "metrics deleted" else [1, 2])
         assert run(images, out, save__every_steps=1).result["finished"]  # it is a run still
         assert (out / "images.idx").is_file() and identity.read(out / "run.json") is not None
         return

@@ -1,5 +1,6 @@
 """Logs of a run that a crash, a disk or a stranger has damaged: a line costs at most itself."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from test_run_identity import images, run, stop, stopped, straight  # noqa: F401
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.folder import RunFolder
 from mocokit.engine.record import Metrics, read_metrics, read_steps
-from mocokit.errors import UserError
+from mocokit.errors import MocokitError, UserError
 from mocokit.files import markdown, shell_word
 from mocokit.run import readme
 
@@ -60,6 +61,32 @@ def test_finished_is_judged_by_the_lines_that_can_be_read(tmp_path, damage, fini
     last = [result, DAMAGES[damage](LINES[0])] if finished else [DAMAGES[damage](result)]
     folder.metrics.write_bytes(b"\n".join([*LINES, *last]) + b"\n")
     assert (folder.result() is not None) == finished
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half-a-line"])
+def test_lines_that_follow_a_deletion_are_kept(tmp_path, monkeypatch, gone, half):
+    """Of this file alone, in a living run: it is there again, and holds no descriptor too many."""
+    path, write = tmp_path / "metrics.jsonl", os.write
+    metrics = Metrics(path)
+    before = len(os.listdir("/proc/self/fd"))
+    for step in range(1, 5):
+        if step == gone and half:  # the disk was full in the middle of the line before
+            monkeypatch.setattr(os, "write", lambda *_: _full())
+            with pytest.raises(MocokitError, match="No space left"):
+                metrics.write({"step": 0})
+            monkeypatch.setattr(os, "write", write)
+        if step == gone:
+            path.unlink()
+        metrics.write({"step": step, "loss": 0.5 * step})
+    found, damaged = read_steps(path)
+    assert found == [{"step": step, "loss": 0.5 * step} for step in range(gone, 5)]
+    assert damaged == 0 and len(os.listdir("/proc/self/fd")) == before
+    metrics.close()
+
+
+def _full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_damaged_log_does_not_block_a_run(stopped, straight, images, tmp_path, capsys):  # noqa: F811
@@ -172,10 +199,13 @@ def test_any_name_of_a_run_folder_works(images, tmp_path, name, capsys):  # noqa
         text = described(out)
     heading = text.splitlines()[0]
     assert heading == f"# {markdown(name)}" and heading.isprintable()
-    (command,) = [line for line in text.splitlines() if line.startswith("mocokit pretrain")][:1]
-    shown = os.popen(f"bash -c {shell_word(command.replace('mocokit pretrain', 'printf %s'))}")
-    with shown as words:
-        assert words.buffer.read().startswith(os.fsencode(out / "config.yaml"))
+    commands = [line for line in text.splitlines() if line.startswith("mocokit pretrain")]
+    again, going_on = [out / "config.yaml"], [out / "config.yaml", "--out", out]
+    expected = [again] if name in NAMES[:2] else [going_on, again]  # of one that is finished
+    for command, words in zip(commands, expected, strict=True):
+        printing = command.replace("mocokit pretrain", r"printf '%s\0'")
+        with os.popen(f"bash -c {shell_word(printing)}") as shown:
+            assert shown.buffer.read().split(b"\0")[:-1] == [*map(os.fsencode, words)]
 
 
 def described(out):

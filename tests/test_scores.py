@@ -30,6 +30,13 @@ def test_scores_are_scikit_learns():
         labels, predicted, labels=range(classes), average=None, zero_division=np.nan
     )
     np.testing.assert_allclose(scores.per_class, recall)
+    written = scores.as_dict()  # with six digits
+    assert written["accuracy"] == round(metrics.accuracy_score(labels, predicted), 6)
+    balanced = metrics.balanced_accuracy_score(labels, predicted)
+    assert written["balanced_accuracy"] == round(balanced, 6) != written["accuracy"]
+    assert written["images"] == len(labels) and written["confusion"] == expected.tolist()
+    assert written["per_class"] == [None if np.isnan(one) else round(one, 6) for one in recall]
+    assert set(written) == {"accuracy", "balanced_accuracy", "images", "per_class", "confusion"}
 
 
 def test_a_class_without_images_has_no_accuracy():

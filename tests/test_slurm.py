@@ -20,14 +20,17 @@ def write(command=("mocokit", "pretrain"), **changes):
     return slurm.script(command, **({**SIZES, "log": "%j.log"} | changes))
 
 
-@pytest.mark.parametrize(("code", "asked"), [(0, []), (75, ["requeue 1234"]), (1, []), (2, [])])
-def test_a_saved_run_is_queued_again_and_no_other(tmp_path, code, asked):
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("code", [0, 75, 1, 2, 143])
+def test_a_saved_run_is_queued_again_and_no_other(tmp_path, code, cancelled):
+    """Nor one that scancel has ended, whose signal reaches the script too."""
     words = ["python", "-m", "mocokit", "pretrain", "my photos/it's", "--set", "a.b=$(touch x)"]
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, end in (("srun", code), ("scontrol", 0)):
+    signal = "kill -TERM $PPID\n" if cancelled else ""
+    for name, end in (("srun", f"{signal}exit {code}"), ("scontrol", "exit 0")):
         tool = tools / name
-        tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}\nexit {end}\n')
+        tool.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}\n{end}\n')
         tool.chmod(0o755)
     file = tmp_path / "job"
     file.write_text(write(words))
@@ -38,7 +41,8 @@ def test_a_saved_run_is_queued_again_and_no_other(tmp_path, code, asked):
         "--cpus-per-task=8", "--kill-on-bad-exit=0", "--wait=60", *words
     ]  # fmt: skip
     found = tmp_path / "scontrol"
-    assert ([" ".join(found.read_text().split())] if found.exists() else []) == asked
+    assert found.exists() == (code == 75 and not cancelled)
+    assert not found.exists() or found.read_text().split() == ["requeue", "1234"]
     assert not (tmp_path / "x").exists()
 
 
@@ -85,6 +89,32 @@ def test_the_verb(tmp_path, toy_npz):
         str(out), "--epochs", "3", "--batch-size", "256", "--seed", "7", "--set", "optim.lr=0.1",
         "--allow-import", "math",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "batch", "changes", "fits"),
+    [
+        (1, 8, 256, [], True), (8, 1, 256, [], True), (2, 4, 256, [], True),
+        (1, 9, 256, [], False), (9, 1, 256, [], False), (2, 5, 256, [], False),
+        (3, 3, 256, [], False), (3, 3, 288, [], True), (2, 4, 256, ["method.groups=7"], False),
+        (2, 4, 8, ["method.batch_norm=whole"], True), (3, 3, 8, ["method.batch_norm=whole"], False),
+    ],
+)  # fmt: skip
+def test_gpus_of_all_machines_need_a_group_each(
+    tmp_path, monkeypatch, nodes, gpus, batch, changes, fits
+):
+    """Groups of 32 images, if nothing else is stated; without groups, an image each."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    sizes = {"nodes": nodes, "gpus": gpus, "batch_size": batch, "assignments": changes}
+    if fits:
+        app.write_slurm("mocov2", "photos", "run", file="job", **sizes)
+        lines = (tmp_path / "job").read_text().splitlines()
+        assert {f"#SBATCH --nodes={nodes}", f"#SBATCH --gpus-per-node={gpus}"} <= {*lines}
+        return
+    with pytest.raises(UserError, match=f"^{nodes * gpus} GPUs for the [78] .* of {batch}: "):
+        app.write_slurm("mocov2", "photos", "run", file="job", **sizes)
+    assert not (tmp_path / "job").exists()
 
 
 @pytest.mark.parametrize(

@@ -156,33 +156,41 @@ def test_a_headers_length_may_begin_as_a_pickle_or_an_archive_does(tmp_path, fir
     assert metadata == {} and found["x"].tolist() == [0, 1, 2]
 
 
-WHOLE = header(one(), bytes(8))
-KINDS = {
-    "whole": (WHOLE, True),
-    "cut in its data": (WHOLE[:-1], True),
-    "cut in its header": (WHOLE[:20], True),
-    "cut behind its first byte": (WHOLE[:9], True),
-    "cut in its length": (WHOLE[:7], False),
-    "of another kind of header": (WHOLE[:8] + b"[" + WHOLE[9:], False),
-    "an archive": (torch_archive(b"\x80\x02N."), False),
-    "an archive with a brace": (b"PK\x03\x04\x14\0\0\0{" + bytes(90), False),
-    "a pickle": (OLD, False),
-    "a pickle with a brace": (b"\x80\x02}q\x00(X\x01{" + bytes(90), False),
-    "empty": (b"", False),
+HEADS = {  # the first bytes, and how many more there are; whether the file is of safetensors
+    "empty": (b"", 0, False),
+    "length alone": (b"\x40" + bytes(7), 0, False),
+    "no header": (b"\x40" + bytes(7) + b"[", 99, False),
+    "whole": (b"\x40" + bytes(7) + b"{", 99, True),
+    "cut": (b"\x40" + bytes(7) + b"{", 9, True),
+    "cut after a byte": (b"\x40" + bytes(7) + b"{", 0, True),
+    "archive": (b"PK\x03\x04" + bytes(4) + b"{", 99, False),
+    "pickle": (b"\x80\x02}q\x00X\x01\x00{", 99, False),
+    "length as an archive begins": (b"PK" + bytes(6) + b"{", 0x4B50, True),
+    "length as a pickle begins": (b"\x80\x02" + bytes(6) + b"{", 0x280, True),
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_a_file_is_told_by_its_first_bytes_whole_or_cut(tmp_path, name):
-    """What is wrong with it is then said by the reader of its kind."""
-    content, safe = KINDS[name]
-    (tmp_path / "x").write_bytes(content)
-    assert tensors.is_safe(tmp_path / "x") == safe
-    if "cut" in name:
-        said = "is damaged: its header is cut short" if safe and len(content) < 60 else "x"
-        with pytest.raises(UserError, match=said) as error:
+@pytest.mark.parametrize("name", HEADS)
+def test_a_file_is_of_safetensors_by_its_first_bytes(tmp_path, name):
+    head, more, expected = HEADS[name]
+    (tmp_path / "x").write_bytes(head + bytes(more))
+    assert tensors.is_safe(tmp_path / "x") is expected
+
+
+@pytest.mark.parametrize("left", [9, 40, -1])
+def test_a_cut_file_is_refused_as_what_it_is(tmp_path, left):
+    """A download that broke off, whichever reader it needs."""
+    safe = save_safe({"x": torch.arange(99.0)})
+    old = io.BytesIO()
+    torch.save({"x": torch.arange(99.0)}, old, _use_new_zipfile_serialization=False)
+    new = torch_archive(b"\x80\x02N.")
+    reasons = "its header is cut short", "its end is missing", "cannot be read as tensors"
+    for content, said in zip((safe, new, old.getvalue()), reasons, strict=True):
+        (tmp_path / "x").write_bytes(content[:left])
+        with pytest.raises(UserError) as refused:
             read_stored(tmp_path / "x")
-        assert ("begins as no file of torch" in str(error.value)) == (not safe)
+        assert said in str(refused.value) or left == -1, content[:9]
+        assert "begins as no file" not in str(refused.value)
 
 
 def test_what_is_no_file_is_closed_again(tmp_path):
