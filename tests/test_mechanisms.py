@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from built import Built
 
 import mocokit
 from mocokit.engine import checkpoint
@@ -70,6 +71,24 @@ def test_stopped_and_resumed_is_bit_for_bit_the_straight_run(toy_npz, tmp_path, 
                 torch.as_tensor(value), torch.as_tensor(b["optimizer"]["state"][number][key])
             )
     assert losses(straight) == losses(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [
+        ({}, 48),
+        ({"method.queue_size": 97, "method.symmetric": True}, 97),
+        (ENDTOEND, 0),
+        (BANK, 136),
+    ],
+)
+@pytest.mark.parametrize("dim", [8, 20])
+def test_room_is_asked_for_the_table_that_is_held(small, tmp_path, changes, rows, dim):
+    """A queue, or a row for each of the 136 images, in float32."""
+    built = Built(small, changes | {"net.dim": dim}, tmp_path / "run")
+    held = [t for name, t in built.method.named_buffers() if name.endswith(".rows")]
+    assert [tuple(table.shape) for table in held] == ([(rows, dim)] if rows else [])
+    assert built.run.settings.method.table_bytes(136, dim) == rows * dim * 4
 
 
 @pytest.mark.parametrize("loss", ["dcl", "dclw", "align_uniform", "dual_temperature"])
