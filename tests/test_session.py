@@ -23,7 +23,7 @@ from mocokit.errors import Interrupted, NonFiniteLoss, UserError
 from mocokit.evaluate import api, results, session, stopping
 from mocokit.evaluate.session import Options, Session
 from mocokit.health import knn_monitor
-from mocokit.protocols import linear_paper, linear_quick
+from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.finetune import Plan
 from mocokit.run import command
 from mocokit.weights import resolve
@@ -254,10 +254,18 @@ def finished(toy_npz, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("options", [{"protocol": "quick"}, {"protocol": "paper", "epochs": 1}])
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        (mocokit.evaluate_linear, {"protocol": "quick", "cache": False}),
+        (mocokit.evaluate_linear, {"protocol": "paper", "epochs": 1, "cache": False}),
+        (mocokit.evaluate_finetune, {"percent": 100, "epochs": 1}),
+    ],
+    ids=["quick", "paper", "finetune"],
+)
 @pytest.mark.parametrize("diverges", ["neither", "random weights", "the run"])
 def test_a_baseline_that_diverges_costs_no_result(
-    finished, toy_npz, monkeypatch, options, diverges
+    finished, toy_npz, monkeypatch, verb, options, diverges
 ):
     """A probe on random weights is left out with a note; one on the trained network is the end."""
     judged = []
@@ -273,13 +281,15 @@ def test_a_baseline_that_diverges_costs_no_result(
 
     monkeypatch.setattr(linear_quick, "fit_quick", failing(linear_quick.fit_quick))
     monkeypatch.setattr(linear_paper, "fit_paper", failing(linear_paper.fit_paper))
-    asked = {"size": 8, "cache": False, **options}
+    monkeypatch.setattr(finetune, "fine_tune", failing(finetune.fine_tune))
+    monkeypatch.setattr(finetune, "LEAST_STEPS", 1)
+    asked = {"size": 8, **options}
     if diverges == "the run":
         with pytest.raises(NonFiniteLoss, match="^the probe diverged$"):
-            mocokit.evaluate_linear(finished, toy_npz, **asked)
+            verb(finished, toy_npz, **asked)
         assert judged == ["the run"]
         return
-    found = mocokit.evaluate_linear(finished, toy_npz, **asked)
+    found = verb(finished, toy_npz, **asked)
     assert judged == ["the run", "random weights"]
     names = [one.features for one in found.results]
     notes = [note for note in found.notes if "diverged" in note]

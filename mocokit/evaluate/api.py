@@ -8,7 +8,7 @@ import torch
 
 from mocokit import chance
 from mocokit.chance import Slot
-from mocokit.errors import NonFiniteLoss, UserError
+from mocokit.errors import UserError
 from mocokit.evaluate.results import Evaluation
 from mocokit.evaluate.session import PIXELS, Options, Session
 from mocokit.evaluate.stopping import stoppable
@@ -162,7 +162,7 @@ def evaluate_linear(
         words = linear_quick.protocol(first, views, trial.options.seed)
     for subject in trial.subjects():
         test = trial.table(subject, trial.split.test)
-        try:
+        with trial.baselines_fault_noted(subject):
             if protocol == "quick":
                 train = trial.table(subject, trial.split.train, views)
                 fitted = linear_quick.fit_quick(
@@ -179,12 +179,7 @@ def evaluate_linear(
                     progress=trial.epoch_progress(subject),
                     states=trial.states,
                 )
-        except NonFiniteLoss as error:
-            if subject is first:
-                raise
-            trial.notes.append(f"{subject.name}: {error}")  # the baseline's fault costs no result
-            continue
-        trial.add_fitted(subject, fitted, test)
+            trial.add_fitted(subject, fitted, test)
     return trial.finish(f"linear ({protocol})", words)
 
 
@@ -229,15 +224,16 @@ def evaluate_finetune(
         part = trial.split.with_share(share / 100, trial.options.seed)
         trial.console.say(f"{share:g} % of the labels: {plan.ahead(len(part.train_numbers))}")
         for subject in trial.subjects(calibrate=False):
-            predicted, truth, details = finetune.fine_tune(
-                subject,
-                part,
-                plan,
-                seed=trial.options.seed,
-                workers=trial.workers,
-                progress=trial.epoch_progress(subject, f" {share:g} %"),
-                states=trial.states,
-            )
-            setting = {"labels": f"{share:g} %", "images_used": details["images"]}
-            trial.add(subject, predicted.numpy(), truth, setting, details)
+            with trial.baselines_fault_noted(subject):
+                predicted, truth, details = finetune.fine_tune(
+                    subject,
+                    part,
+                    plan,
+                    seed=trial.options.seed,
+                    workers=trial.workers,
+                    progress=trial.epoch_progress(subject, f" {share:g} %"),
+                    states=trial.states,
+                )
+                setting = {"labels": f"{share:g} %", "images_used": details["images"]}
+                trial.add(subject, predicted.numpy(), truth, setting, details)
     return trial.finish("finetune", words)

@@ -1,7 +1,8 @@
 """One evaluation in progress: the models, the images, and the results so far."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mocokit.engine.runtime import (
     peak_memory,
     prepare,
 )
-from mocokit.errors import UserError
+from mocokit.errors import NonFiniteLoss, UserError
 from mocokit.evaluate.results import Evaluation, Result, check_writable, publish
 from mocokit.evaluate.stopping import at_once
 from mocokit.files import cache_folder, given
@@ -169,6 +170,16 @@ class Session:
         if now - self._logged > QUIET_SECONDS:
             self._logged = now
             self.console.say(text)
+
+    @contextmanager
+    def baselines_fault_noted(self, subject: FrozenModel) -> Iterator[None]:
+        """Training on a subject: a baseline's that diverges costs no result, only a note."""
+        try:
+            yield
+        except NonFiniteLoss as error:
+            if subject is self.opened.subject:
+                raise
+            self.notes.append(f"{subject.name}: {error}")
 
     def add_fitted(self, subject: FrozenModel, fitted: Fitted, table: Table) -> None:
         queries, truth = test_features(self.split, table)
