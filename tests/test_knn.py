@@ -71,10 +71,10 @@ def spec():
     return view_spec(recipes.demo())
 
 
-def source(count, seed, labelled=True):
+def source(count, seed, labelled=True, only=None):
     """Two classes of images: dark and light, with noise."""
     draw = np.random.default_rng(seed)
-    labels = draw.integers(0, 2, count)
+    labels = draw.integers(0, 2, count) if only is None else np.full(count, only)
     images = draw.integers(0, 80, (count, 32, 32, 3)) + 120 * labels[:, None, None, None]
     return ArraySource(
         images.astype(np.uint8), labels if labelled else None, "toy", ("dark", "light")
@@ -131,6 +131,9 @@ def test_raw_pixels_are_centred():
     seen = []
     scores = ours._scores(lambda views: (seen.append(views) or views.flatten(1) + 100,), ("x",))
     assert dict(scores)["x"] < 1.0 and ours.raw_pixels() == 1.0
+    for label in (0, 1):  # by the bank's mean: that of light queries would make them half dark
+        alike = monitor(source(100, 0), source(30, 1, only=label), k=1)
+        assert alike.raw_pixels() == 1.0
 
 
 def test_without_validation_a_tenth_is_held_out_of_the_bank():
