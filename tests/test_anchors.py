@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -351,6 +352,38 @@ def test_scores_are_taken_in_the_precision_of_the_run(small, tmp_path, monkeypat
     assert dict(built.monitor.run(built.method.encoder))
     assert found == [torch.bfloat16] * 3
     assert not torch.is_autocast_enabled("cpu")
+
+
+KEEP = {"data.last": "keep"}
+WORLDS = {  # settings, and how many processes at most: by groups of 8 of 32 images, and of 8 left
+    "drop": ({}, 4),
+    "keep": (KEEP, 2),
+    "keep, none left": (KEEP | {"train.batch_size": 34}, 4),
+    "one group left": (KEEP | {"method.groups": 4}, 1),
+    "whole": ({"method.batch_norm": "whole", "train.batch_size": 16}, 16),
+    "whole, keep": (KEEP | {"method.batch_norm": "whole", "train.batch_size": 16}, 8),
+}
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_as_many_processes_as_the_smallest_batch_has_parts(small, tmp_path, name):
+    """Then each holds some of every batch, and all of them the whole; with one more, no run."""
+    changes, most = WORLDS[name]
+    built = Built(small, changes, tmp_path / "run")
+    settings, source = built.run.settings, built.run.unread()
+
+    def loader(rank, world):
+        cpu, known = torch.device("cpu"), built.run.bad.known
+        return build.build_loader(settings, source, SIDE, World(rank, world), cpu, 0, known)
+
+    whole = loader(0, 1)
+    last = -(-IMAGES // settings.train.batch_size) - ("data.last" not in changes)
+    parts = [loader(rank, most) for rank in range(most)]
+    for step in (0, last - 1, last):
+        shares = [part.batch_at(step).index.tolist() for part in parts]
+        assert all(shares) and [*chain(*shares)] == whole.batch_at(step).index.tolist()
+    with pytest.raises(UserError, match=f"{most + 1} processes"):
+        loader(0, most + 1)
 
 
 def test_the_leak_of_one_batch_norm_is_checked_on_one_process(small, tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from PIL import Image
 import mocokit.check
 from mocokit.data.examine import Examined, examine
 from mocokit.data.open import open_data
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.data.sources.pack import write_pack
+from mocokit.engine.record import Console
 
 
 def photo(path: Path, seed: int, kind: str = "JPEG", size: tuple[int, int] = (20, 30)) -> None:
@@ -130,6 +132,27 @@ def test_images_without_a_class_are_in_none(
     lines = [f"train/a/{number:02}.jpg\t{'x' if number else ''}" for number in range(0, 12, 2)]
     path.write_text("\n".join([*lines, "train/b/01.jpg\ty", "train/b/03.jpg\t"]))
     assert "train: 8 images, 2 classes of 1 to 5 (y, x)" in said(path, capsys, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"),
+    [
+        ([0, 0, 1, 2], "3 classes of 1 to 2 (b, a)"),
+        ([0, 0, 1, 1], "3 classes of 0 to 2 (c, a)"),
+        ([0, 0, -1, 2], "3 classes of 0 to 2 (b, a)"),
+        ([1, 2, 2, 2], "3 classes of 0 to 3 (a, c)"),
+        ([-1, -1, -1, -1], "3 classes of 0 to 0"),
+        ([0, 1, 2], "3 classes of 1 to 1"),
+    ],
+)
+def test_every_class_counts_also_one_without_images(
+    labels: list[int], counts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.zeros((len(labels), 4, 4, 3), np.uint8)
+    source = ArraySource(pixels, np.array(labels), "toy", ("a", "b", "c"))
+    mocokit.check._tell_counts(Console(), "train", source)
+    told = f"train: {len(labels)} images, {counts}"
+    assert " ".join(capsys.readouterr().err.split()) == told
 
 
 def test_the_sheet_has_the_images_and_the_seed_that_were_asked_for(

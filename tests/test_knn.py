@@ -13,6 +13,7 @@ from mocokit import recipes
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.engine.stop import Stopped, StopSignals
+from mocokit.health import knn_monitor
 from mocokit.health.knn_monitor import KnnMonitor, calibrated
 from mocokit.nets.backbones import build_backbone
 from mocokit.nets.heads import Encoder, build_head
@@ -71,10 +72,10 @@ def spec():
     return view_spec(recipes.demo())
 
 
-def source(count, seed, labelled=True):
+def source(count, seed, labelled=True, only=None):
     """Two classes of images: dark and light, with noise."""
     draw = np.random.default_rng(seed)
-    labels = draw.integers(0, 2, count)
+    labels = draw.integers(0, 2, count) if only is None else np.full(count, only)
     images = draw.integers(0, 80, (count, 32, 32, 3)) + 120 * labels[:, None, None, None]
     return ArraySource(
         images.astype(np.uint8), labels if labelled else None, "toy", ("dark", "light")
@@ -131,6 +132,22 @@ def test_raw_pixels_are_centred():
     seen = []
     scores = ours._scores(lambda views: (seen.append(views) or views.flatten(1) + 100,), ("x",))
     assert dict(scores)["x"] < 1.0 and ours.raw_pixels() == 1.0
+    for label in (0, 1):  # by the bank's mean: that of light queries would make them half dark
+        alike = monitor(source(100, 0), source(30, 1, only=label), k=1)
+        assert alike.raw_pixels() == 1.0
+
+
+def test_raw_pixels_are_moved_by_the_mean_of_the_bank(monkeypatch):
+    """All of them, so that no distance changes; other features are not moved at all."""
+    ours, seen = monitor(source(100, 0), source(30, 1)), []
+    monkeypatch.setattr(knn_monitor, "knn_accuracy", lambda *of: seen.append((of[0], of[2])) or 0.5)
+    ours.raw_pixels()
+    dict(ours._scores(lambda views: (views.flatten(1),), ("x",)))
+    (bank, queries), (plain_bank, plain_queries) = seen
+    mean = plain_bank.double().mean(0).float()
+    assert mean.abs().max() > 0.1
+    torch.testing.assert_close(bank, plain_bank - mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(queries, plain_queries - mean, atol=1e-5, rtol=0)
 
 
 def test_without_validation_a_tenth_is_held_out_of_the_bank():

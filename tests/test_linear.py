@@ -159,6 +159,38 @@ def test_of_much_data_a_part_chooses(monkeypatch):
     assert seen[2:] == [(300 / 270,), ()]
 
 
+@pytest.mark.parametrize("work", [1.0, 1e9], ids=["much", "little"])
+def test_the_penalty_is_chosen_on_images_it_is_not_fitted_to(monkeypatch, work):
+    monkeypatch.setattr(linear_quick, "CHOICE_WORK", work)
+    monkeypatch.setattr(linear_quick, "CHOICE_IMAGES", 6)
+    fitted, judged, plain, predict = [], [], linear_quick.solve, linear_paper.Fitted.predict
+
+    def rows(features):
+        return {*map(tuple, features.tolist())}
+
+    def solved(part, penalties, steps, moments, slack):
+        fitted.append(rows(part.features))
+        of = part if work == 1.0 else some  # whose moments are there
+        torch.testing.assert_close(moments.mean, of.features.mean(0), rtol=1e-4, atol=1e-4)
+        return plain(part, penalties, steps, moments, slack)
+
+    def predicted(self, features):
+        judged.append(rows(features))
+        return predict(self, features)
+
+    monkeypatch.setattr(linear_quick, "solve", solved)
+    monkeypatch.setattr(linear_paper.Fitted, "predict", predicted)
+    some = data(300)
+    for seed in range(3):
+        linear_quick._choose(some, compute_moments(some), (1e-3, 1e-1), seed)
+    assert len(fitted) == 3 and len(judged) == 6 and len({*map(frozenset, judged)}) == 3
+    for chosen, held_out in zip(fitted, judged[::2], strict=True):
+        most = 26 if work == 1.0 else 300 - len(held_out)  # six of each class, rounded
+        assert most - 4 <= len(chosen) <= most
+        assert 25 < len(held_out) < 35 and not chosen & held_out
+        assert chosen | held_out <= rows(some.features)
+
+
 @pytest.mark.parametrize(
     ("chosen", "shares", "told"),
     [

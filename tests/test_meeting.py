@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 from torch.distributed.run import get_args_parser
 
 import mocokit
-from mocokit.cli import launch, meeting
+from mocokit.cli import launch, meeting, rounds
 from mocokit.engine import checkpoint
 from mocokit.engine.world import ATTEMPT, ProcessLost, attempts, lost
 from mocokit.errors import Interrupted, MocokitError, UserError
@@ -105,6 +105,30 @@ def test_what_is_no_place(text):
     assert str(error.value).isprintable()
     with pytest.raises(UserError):
         launch.check_place(2, text)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found", "used"),
+    [(None, "eth7", "eth7"), ("ib0", "eth7", "ib0"), ("ib0", None, "ib0"), (None, None, None)],
+)
+def test_gloo_takes_the_interface_that_met_unless_another_is_chosen(
+    monkeypatch, chosen, found, used
+):
+    met, asked = meeting.Meeting(None, "10.1.2.3"), []
+    name = "GLOO_SOCKET_IFNAME"
+    monkeypatch.setenv(name, "to be restored")
+    if chosen is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, chosen)
+    monkeypatch.setattr(meeting, "meet", lambda *words: asked.append(words) or met)
+    monkeypatch.setattr(meeting, "interface", lambda address: {"10.1.2.3": found}[address])
+    assert rounds.gather("host1:29500", 2, {"a": "b"}) is met
+    assert asked == [(("host1", 29500), {"a": "b"})] and os.environ.get(name) == used
+    if chosen is None:
+        os.environ.pop(name, None)
+    monkeypatch.setattr(meeting, "interface", None)  # would fail if called
+    assert rounds.gather(None, 1, {}).address and os.environ.get(name) == chosen
 
 
 EVERYBODY = "255.255.255.255"

@@ -33,7 +33,8 @@ from mocokit.settings.schema import Settings
 from mocokit.views import sheet
 from mocokit.views.params import scoring_bound, seen_share
 from mocokit.views.views import evaluation_views
-from mocokit.weights.encoder import view_spec
+from mocokit.weights.encoder import build_encoder, view_spec
+from mocokit.weights.write import write_backbone
 
 # Of every recipe, as it was at commit 97a0129: size and short side of the view that is scored, and
 # the bound of training canvases.
@@ -295,6 +296,21 @@ def test_evaluate_takes_another_view(toy_npz, tmp_path):
             evaluate("random:resnet_tiny", toy_npz, resize=99999, size=16)
         with pytest.raises(UserError, match="resize 15 is smaller than the centre crop of 16"):
             evaluate("random:resnet_tiny", toy_npz, resize=15, size=16)
+
+
+VIEWS = [({}, True), ({"size": 24}, False), ({"resize": 40}, False)]
+
+
+@pytest.mark.parametrize(("asked", "told"), [*VIEWS, ({"size": 24, "resize": 40}, False)])
+def test_a_run_of_before_is_scored_anew_unless_another_view_is_asked_for(
+    toy_npz, tmp_path, asked, told
+):
+    settings = replace(recipes.demo(), {"views.canvas": 48})
+    write_backbone(tmp_path / "x.safetensors", build_encoder(settings).backbone, settings)
+    options = {"k": [5], "baseline": False, "cache": False} | asked
+    found = mocokit.evaluate_knn(tmp_path / "x.safetensors", toy_npz, **options)
+    notes = [note for note in found.notes if "scores are now taken at 32, of which" in note]
+    assert len(notes) == told and len(found.notes) == told
 
 
 def test_the_monitor_scores_the_view_that_is_set(toy_npz, tmp_path):

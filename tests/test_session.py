@@ -1,6 +1,8 @@
 """What every evaluation does before it works: mistakes are told first, and for what they are."""
 
 import dataclasses
+import importlib
+import inspect
 import json
 import logging
 import os
@@ -25,6 +27,7 @@ from mocokit.evaluate.session import Options, Session
 from mocokit.health import knn_monitor
 from mocokit.protocols import finetune, linear_paper, linear_quick
 from mocokit.protocols.finetune import Plan
+from mocokit.protocols.table import CENTRE
 from mocokit.run import command
 from mocokit.weights import resolve
 from mocokit.weights.encoder import view_spec
@@ -341,6 +344,63 @@ def test_pixels_are_left_out_where_they_take_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr("mocokit.evaluate.session.PIXEL_LIMIT", 15)
     found = mocokit.evaluate_knn("random:resnet_tiny", data, size=16)
     assert len(found.results) == 1 and found.notes == ()
+
+
+class Seen(Exception):
+    pass
+
+
+SEEDED = {  # the call, and where its seed must arrive: module and function
+    "share": (mocokit.evaluate_finetune, {"percent": [50]}, "labelled.LabelledSplit.with_share"),
+    "finetune": (mocokit.evaluate_finetune, {"percent": [100]}, "finetune.fine_tune"),
+    "paper": (mocokit.evaluate_linear, {"protocol": "paper"}, "linear_paper.fit_paper"),
+    "quick": (mocokit.evaluate_linear, {"protocol": "quick"}, "linear_quick.fit_quick"),
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_the_seed_reaches_what_draws(toy_npz, monkeypatch, name):
+    call, options, where = SEEDED[name]
+    home, _, function = where.partition(".")
+    owner, _, method = function.rpartition(".")
+    place = importlib.import_module(f"mocokit.protocols.{home}")
+    place = getattr(place, owner) if owner else place
+    signature = inspect.signature(getattr(place, method))
+
+    def watched(*words, **named):
+        raise Seen(signature.bind(*words, **named).arguments["seed"])
+
+    monkeypatch.setattr(place, method, watched)
+    for seed in (0, 7):
+        with pytest.raises(Seen) as seen:
+            call("random:resnet_tiny", toy_npz, seed=seed, size=16, **options)
+        assert seen.value.args == (seed,)
+
+
+def test_random_crops_of_the_quick_probe_follow_the_seed(toy_npz, monkeypatch):
+    """The centre crop does not, nor do the views of the test."""
+
+    def crops(**options):
+        seen = {}
+
+        def table(self, subject, source, transform=CENTRE):
+            seen[len(source)] = transform.crops
+
+        def fitted(*words, **named):
+            raise Seen
+
+        monkeypatch.setattr(Session, "table", table)
+        monkeypatch.setattr("mocokit.protocols.linear_quick.fit_quick", fitted)
+        quick = {"protocol": "quick", "size": 16, "cache": False} | options
+        with pytest.raises(Seen):
+            mocokit.evaluate_linear("random:resnet_tiny", toy_npz, **quick)
+        return seen
+
+    drawn = [crops(seed=seed) for seed in (0, 1, 1)]
+    assert {found.pop(40) for found in drawn} == {None}
+    first, second, again = (found[160] for found in drawn)
+    assert None not in (first, second) and first != second == again
+    assert crops(seed=1, train_views="centre") == {160: None, 40: None}
 
 
 def test_pixels_are_centred_by_the_bank(tmp_path, monkeypatch):

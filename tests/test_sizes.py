@@ -1,10 +1,12 @@
 """Sizes: what is adapted to small data, what is kept, and what the settings come to."""
 
 import pytest
+import yaml
 from hypothesis import given, strategies as st
 
 from mocokit import recipes
 from mocokit.errors import UserError
+from mocokit.run import command
 from mocokit.settings import replace
 from mocokit.settings.schema import Settings
 from mocokit.settings.sizes import count_groups, count_shares, fit, resolve
@@ -28,6 +30,30 @@ def test_rates_follow_the_batch(batch, lr, momentum):
     effect = resolve(settings, 10**6)
     assert effect.lr == pytest.approx(lr)
     assert effect.key_momentum == pytest.approx(momentum, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", ["optim.lr", "method.momentum"])
+@pytest.mark.parametrize("quoted", [None, 32])
+def test_what_is_stated_beside_a_file_is_what_runs(tmp_path, value, quoted):
+    """Not rescaled from the batch that the file quotes; what the file itself states is."""
+    path = tmp_path / "mine.yaml"
+    optim, method = {"lr": 0.1, "lr_batch": 256}, {"momentum": 0.81, "momentum_batch": 256}
+    path.write_text(yaml.safe_dump({"recipe": "mocov2", "optim": optim, "method": method}))
+    changes = {"train.batch_size": 128, value: 0.25}
+    if quoted is not None:
+        changes |= {f"{value}_batch": quoted}
+    settings, _ = fit(*_asked(path, changes))
+    effect = resolve(settings, 10_000)
+    ran = {"optim.lr": 0.25 if quoted is None else 1.0}
+    ran |= {"method.momentum": 0.25 if quoted is None else 0.25**4}  # 128 is 4 times 32
+    of_file = {"optim.lr": 0.05, "method.momentum": 0.9}  # half of the batch quoted
+    found = {"optim.lr": effect.lr, "method.momentum": effect.key_momentum}
+    assert found == pytest.approx(of_file | {value: ran[value]})
+
+
+def _asked(path, changes):
+    settings, stated = command.asked(str(path), None, changes, needs_data=False)
+    return settings, 10_000, stated
 
 
 def test_null_keeps_the_momentum_as_the_authors_do():

@@ -19,6 +19,7 @@ from mocokit.detection import trial
 from mocokit.detection.protocol import OLD_NAMES, plan_for
 from mocokit.detection.trial import COLUMNS
 from mocokit.engine import checkpoint
+from mocokit.engine.record import Console
 from mocokit.errors import Interrupted, UserError
 from mocokit.evaluate import voc
 from mocokit.evaluate.voc_results import DetectionReport
@@ -225,12 +226,62 @@ def test_the_command(root, tmp_path, mocokit):
     assert code == 2 and "detection takes a ResNet" in err
 
 
-def test_a_run_keeps_its_result(root, toy_npz, tmp_path):
-    """Of a run the folder lies in the run, and the report shows table and pictures."""
+@pytest.fixture(scope="module")
+def run(toy_npz, tmp_path_factory):
+    """A finished run whose backbone can be a detector's."""
     changes = {"net.backbone": tiny_network(), "monitor.every_epochs": 0, "engine.threads": 1}
-    run = mocokit.pretrain(
-        "demo", toy_npz, tmp_path / "run", epochs=1, batch_size=32, settings=changes
-    )
+    out = tmp_path_factory.mktemp("trained") / "run"
+    return mocokit.pretrain("demo", toy_npz, out, epochs=1, batch_size=32, settings=changes)
+
+
+def test_trials_draw_new_layers_each_and_share_the_backbone(root, run, tmp_path, monkeypatch):
+    """A trial of a seed is the same whichever trials come before it."""
+    monkeypatch.setattr(trial.DetectionTrial, "run", lambda self, make: make())
+    monkeypatch.setattr(DetectionReport, "finish", lambda self, trainers, *rest: trainers)
+    plain = dict(trials=2, batch_size=4, settings=FEW, device="cpu", precision="float32")
+    trainers = []
+    for seed, trials in ((3, 2), (4, 1)):
+        options = plain | {"seed": seed, "trials": trials, "out": tmp_path / str(seed)}
+        trainers += evaluate_voc(run.folder, root, **options)
+    assert [one.seed for one in trainers] == [3, 4, 4]
+    first, second, again = (one.detector.state_dict() for one in trainers)
+    new = {"rpn_conv", "rpn_object", "rpn_change", "score", "change"}  # whose biases start at zero
+    other = {name for name in first if not torch.equal(first[name], second[name])}
+    assert other == {f"{name}.weight" for name in new}
+    assert same(dict(second), dict(again))
+
+
+def test_means_and_deviations_over_trials(tmp_path, capsys):
+    """By hand: of 80, 81 and 85 the mean is 82, and the sample's deviation the root of 14 / 2."""
+    made = replace(report(tmp_path, plan_for("07+12")), device=torch.device("cpu"))
+    opened, data = made.opened, made.data
+    opened.unfinished, opened.folder, opened.subject.weights = "", None, "w"
+    data.train.fingerprint = "f"
+
+    def result(seed, *scores):
+        columns = dict(zip(trial.COLUMNS, scores, strict=True))
+        return {
+            **columns, "seed": seed, "metric": "voc07", "metrics": {"voc07": columns},
+            "classes": {}, "unreadable_train": {}, "unreadable_test": {},
+        }  # fmt: skip
+
+    results = [
+        result(0, 80.0, 50.0, 60.0),
+        result(1, 81.0, 54.0, 60.0),
+        result(2, 85.0, 52.0, 60.0),
+    ]
+    found = made.finish(results, 1.0, Console(), tmp_path / "x.json")
+    assert found.mean == pytest.approx({"AP50": 82.0, "AP": 52.0, "AP75": 60.0})
+    assert found.std == pytest.approx({"AP50": 7**0.5, "AP": 2.0, "AP75": 0.0})
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert (record["mean"], record["std"]) == (found.mean, found.std)
+    told = ["mean of 3 ± std", "82.0 ± 2.6", "52.0 ± 2.0", "60.0 ± 0.0"]
+    assert told in record["table"] and ["seed 1", "81.0", "54.0", "60.0"] in record["table"]
+    assert made.finish(results[:1], 1.0, Console(), None).std == {}
+
+
+def test_a_run_keeps_its_result(root, run):
+    """Of a run the folder lies in the run, and the report shows table and pictures."""
     found = evaluate_voc(
         run.folder, root, trials=1, steps=0, batch_size=4, settings=FEW, device="cpu"
     )
