@@ -13,6 +13,7 @@ from PIL import Image
 from mocokit.data.decode import BadImage
 from mocokit.data.index import load_index, save_index
 from mocokit.data.open import open_data
+from mocokit.data.sources.pack import write_pack
 from mocokit.data.sources.several import RenumberedSource, renumbered
 from mocokit.errors import UserError
 
@@ -250,6 +251,21 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     other = open_data(make(tmp_path / "other", "3.png", "4.png", "5.png")).train
     assert renumbered(other, index) is None
     assert renumbered(open_data(arrays(tmp_path / "a.npz", 0, [0, 1, 2])).train, index) is None
+
+
+def test_the_same_names_in_another_kind_of_place_are_other_data(tmp_path: Path) -> None:
+    """A pack's pixels were shrunk, and only a change of images makes a run go on."""
+    root = make(tmp_path / "in", "1.png", "2.png", "3.png")
+    write_pack(open_data(root), tmp_path / "in.pack", 4, False, 1, lambda count: None)
+    kinds = [open_data(root).train, open_data(tmp_path / "in.pack").train]
+    make(root, "4.png")
+    write_pack(open_data(root), tmp_path / "more.pack", 4, False, 1, lambda count: None)
+    later = [open_data(root).train, open_data(tmp_path / "more.pack").train]
+    for before, known in enumerate(kinds):
+        index = index_of(known, tmp_path)
+        for now, source in enumerate(later):
+            assert list(source.index().names.every())[:3] == list(index.names.every())
+            assert (renumbered(source, index) is not None) == (before == now)
 
 
 def test_parts_may_come_and_go(tmp_path: Path) -> None:
