@@ -178,6 +178,16 @@ def test_classes_stand_behind_a_tab(tmp_path: Path) -> None:
         open_data(path)
 
 
+def test_spaces_around_a_class_are_no_part_of_it(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{number}.png" for number in range(1, 7)))
+    classes = ["cat", "cat ", " cat", "\tcat", "big  dog ", "cat\t\r"]
+    lines = (f"{number}.png\t{one}\n" for number, one in enumerate(classes, 1))
+    (tmp_path / "x.txt").write_text("".join(lines), newline="")
+    source = open_data(tmp_path / "x.txt").train
+    assert source.classes == ("big  dog", "cat") and source.labels is not None
+    assert source.labels.tolist() == [1, 1, 1, 1, 0, 1]
+
+
 def test_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(make(tmp_path / "home", "3.png")))
     make(tmp_path, "1.png", "2.png", "#4.png", " 5.png")
