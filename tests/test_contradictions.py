@@ -182,6 +182,29 @@ def test_what_is_said_is_left_out_and_nothing_else(root: Path, data: st.DataObje
         assert all(len(one) < 450 and one.isprintable() for one in found.problems)
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        [("images", "id")],
+        [("annotations", "id")],
+        [("annotations", "image_id")],
+        [("annotations", "category_id")],
+        [("categories", "id")],
+        [("images", "id"), ("annotations", "image_id")],
+        [("categories", "id"), ("annotations", "category_id")],
+    ],
+)
+def test_a_whole_float_is_the_integer(root: Path, places: list[tuple[str, str]]) -> None:
+    """As pandas writes ids where a column has a gap."""
+    content = sound()
+    for part, field in places:
+        for one in content[part]:
+            one[field] = float(one[field])
+    write(root, content, sound())
+    found = opened(root).train
+    assert used(found) == truth(sound(), set(range(IMAGES * EACH))) and not found.problems
+
+
 @pytest.mark.parametrize("what", ["images", "annotations"])
 @pytest.mark.parametrize("alike", [True, False])
 def test_an_id_that_is_there_twice(root: Path, what: str, alike: bool) -> None:

@@ -387,9 +387,13 @@ def test_other_files_that_do_not_say_so() -> None:
 
 
 def test_bands_left_out_are_told(tmp_path: Path) -> None:
-    root = folder(tmp_path / "a", [tiff(COLOURS[..., :4])] * 3 + [tiff(COLOURS[..., :3])], "tif")
-    (note,) = open_data(root).train.notes
-    assert note.startswith("3 of 4 images looked at have bands")
+    plain = tiff(COLOURS[..., :3])
+    for bands in (4, 5, 6):  # of which the last is any number's: it is images that are counted
+        extra = tiff(COLOURS[..., :bands], t338=[0] * (bands - 3))
+        root = folder(tmp_path / str(bands), [extra] * 3 + [plain], "tif")
+        (note,) = open_data(root).train.notes
+        assert note.startswith("3 of 4 images looked at have bands")
+    assert open_data(folder(tmp_path / "plain", [plain] * 2, "tif")).train.notes == ()
 
 
 @given(st.data())

@@ -406,6 +406,34 @@ def test_boxes_follow_the_picture(tmp_path):
         assert (seen.pixels[:, ::-1] == np.array(plain)).all()
 
 
+@pytest.mark.parametrize(
+    ("box", "plain", "mirrored"),
+    [
+        ((-5, 10, 30, 20), (0, 20, 60, 40), (60, 20, 120, 40)),
+        ((10, -5, 30, 20), (20, 0, 60, 40), (60, 0, 100, 40)),
+        ((30, 10, 85, 20), (60, 20, 120, 40), (0, 20, 60, 40)),
+        ((10, 20, 30, 58), (20, 40, 60, 80), (60, 40, 100, 80)),
+        ((-9, -9, 99, 99), (0, 0, 120, 80), (0, 0, 120, 80)),
+        ((10, 10, 30, 20), (20, 20, 60, 40), (60, 20, 100, 40)),
+        ((70, 10, 90, 20), None, None),
+        ((10, -30, 30, -10), None, None),
+    ],
+)
+def test_of_a_box_that_reaches_beyond_its_image_the_rest_is_trained_on(
+    box, plain, mirrored, tmp_path
+):
+    """An image of 60 x 40 at twice its size; of what is outside, nothing."""
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    boxes, labels = np.array([box, (0, 0, 10, 10)], float), np.array([1, 2])
+    sample = Sample("a", tmp_path / "a.png", boxes, labels, np.array([False, False]))
+    corners = ((0, 0, 20, 20), (100, 0, 120, 20))
+    for flip, found, corner in zip((0.0, 1.0), (plain, mirrored), corners, strict=True):
+        plan = plan_for("07", 1, 1, SMALL | {"sides": (80,), "max_side": 1333, "flip": flip})
+        (seen,) = ViewSampler([sample], plan, 0).step(0)
+        assert seen.boxes.tolist() == [list(one) for one in (found, corner) if one]
+        assert seen.labels.tolist() == ([1, 2] if found else [2])
+
+
 def test_every_epoch_sees_every_image_once_and_any_step_can_be_made_again(data):
     plan = plan_for("07", 100, 5, SMALL | {"flip": 0.5})
     views = ViewSampler(data.samples, plan, 3)

@@ -88,12 +88,24 @@ def test_what_is_no_resnet_is_refused(network, tmp_path):
 )
 def test_of_two_networks_the_one_is_taken_that_papers_transfer(taken, other):
     names = ["conv1.weight", *(f"layer{n}.{block}.conv1.weight" for n in "13" for block in "01")]
-    both = [{f"{prefix}{name}": torch.full((1,), value) for name in names}
-            for prefix, value in ((taken, 1.0), (other, 2.0))]  # fmt: skip
-    for state in (both[0] | both[1], both[1] | both[0]):
-        kind, weights = read_resnet({"state_dict": state}, Path("x.pt"))
-        assert kind == "resnet18" and weights.keys() == set(names)
-        assert {float(value) for value in weights.values()} == {1.0}
+    one, two = ({name: torch.full((1,), value) for name in names} for value in (1.0, 2.0))
+
+    def as_names(inner: str, prefix: str, state: dict) -> dict:
+        return {f"{prefix}{inner}{name}": value for name, value in state.items()}
+
+    def as_dicts(inner: str, prefix: str, state: dict) -> dict:
+        """As DINO has it: a dict of its own for each network, however its keys begin."""
+        found = {f"{inner}{name}": value for name, value in state.items()}
+        return {prefix.removesuffix("."): found} if prefix else found
+
+    for put in (as_names, as_dicts):
+        for inner in ("", "backbone.", "module.backbone."):
+            right, wrong = put(inner, taken, one), put(inner, other, two)
+            for state in (right | wrong, wrong | right):
+                for content in (state, {"state_dict": state}):
+                    kind, weights = read_resnet(content, Path("x.pt"))
+                    assert kind == "resnet18" and weights.keys() == set(names)
+                    assert {float(value) for value in weights.values()} == {1.0}
 
 
 def test_a_hash_tells_apart_names_kinds_shapes_and_bits():

@@ -20,6 +20,9 @@ from PIL import Image
 from mocokit.data.open import open_data
 from mocokit.data.sources import named
 from mocokit.errors import UserError
+from mocokit.evaluate.session import labelled
+from mocokit.settings import replace
+from mocokit.settings.schema import Settings
 
 torchvision_sets = pytest.importorskip("torchvision.datasets")
 DRAW = np.random.default_rng(0)
@@ -212,6 +215,38 @@ def test_imagenette_and_imagenet_are_folders(tmp_path: Path) -> None:
         open_data("imagenet", root=tmp_path)
     (tmp_path / "imagenette2").rename(tmp_path / "imagenet")
     assert open_data("imagenet", root=tmp_path).train.name == "imagenet"
+
+
+WORDS = {
+    "pack": "pack imagenet x.pack",
+    "check": "check demo imagenet --quick",
+    "show": "pretrain demo imagenet --show",
+}
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set in the folder `there`, which is not the user's cache."""
+    monkeypatch.chdir(tmp_path)
+    for number, wnid in enumerate(["n01440764", "n02102040"] * 32):
+        path = tmp_path / "there/imagenet/train" / wnid / f"{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 24), (number, 0, 0)).save(path, "JPEG")
+
+
+@pytest.mark.parametrize("verb", WORDS)
+def test_every_command_looks_for_a_set_in_data_root(verb: str, there: None, mocokit: Any) -> None:
+    code, out, err = mocokit(*WORDS[verb].split(), "--set", "data.root=elsewhere")
+    assert code != 0 and "account at image-net" in err
+    code, out, err = mocokit(*WORDS[verb].split(), "--set", "data.root=there")
+    assert code == 0 and "64" in out + err, err
+
+
+def test_scores_are_taken_on_the_set_of_the_runs_own_root(there: None) -> None:
+    settings = replace(Settings(), {"data.path": "imagenet", "data.root": "there"})
+    assert len(labelled(None, settings).train) == 64
+    with pytest.raises(UserError, match="account at image-net"):
+        labelled(None, replace(settings, {"data.root": "elsewhere"}))
 
 
 def test_a_set_is_there_whole_or_not_at_all(

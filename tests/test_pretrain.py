@@ -217,15 +217,17 @@ def test_a_last_partial_batch_is_trained_on(photos, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(toy_npz, tmp_path, monkeypatch):
-    forward = MoCo.forward
+    forward, begun = MoCo.forward, []
 
     def breaking(self, views, index, step):
+        begun.append(step.number)
         output = forward(self, views, index, step)
         return output._replace(loss=output.loss * torch.nan) if step.number == 7 else output
 
     monkeypatch.setattr(MoCo, "forward", breaking)
     with pytest.raises(NonFiniteLoss, match=r"loss of step 8 is not finite.*step-00000005.pt"):
         run(toy_npz, tmp_path / "nan")
+    assert begun == list(range(8))  # on a CPU at once, though only steps 5 and 10 are logged
     assert checkpoint.steps(tmp_path / "nan" / "checkpoints") == [5]
     for tensor in state_of(tmp_path / "nan")["method"].values():
         assert bool(tensor.isfinite().all())

@@ -190,6 +190,22 @@ def test_settings_of_before_keep_canvases_and_get_the_new_view(
     assert fresh.views.canvas is None
 
 
+@pytest.mark.parametrize("recipe", ["demo", "mocov2_cifar10", "mocov2"])
+def test_what_a_file_of_before_states_in_todays_names_holds(recipe):
+    """The views that 0.1 wrote have a part of today's settings: as a person may have added them."""
+    views, monitor = {"size": 32, "resize": 32}, {"k": 7, "centre": 0.5}
+    tree = {"recipe": recipe, "views": views, "monitor": monitor}
+    old = settings_.from_yaml(yaml.safe_dump(tree))
+    assert (old.monitor.centre, old.monitor.k, view_spec(old).resize) == (0.5, 7, 64)
+    monitor |= {"resize": 50}
+    assert view_spec(settings_.from_yaml(yaml.safe_dump(tree))).resize == 50
+    views |= {"canvas": 90}
+    assert settings_.from_yaml(yaml.safe_dump(tree)).views.canvas == 90
+    del tree["monitor"], views["canvas"]
+    plain = settings_.from_yaml(yaml.safe_dump(tree))
+    assert (plain.monitor.centre, plain.views.canvas) == (1.0, 32)
+
+
 def test_the_old_name_is_refused_in_one_sentence_that_names_the_new_one(capsys, monkeypatch):
     words = ["mocokit", "pretrain", "mocov2", "--show", "--set", "views.resize=64"]
     monkeypatch.setattr(sys, "argv", words)

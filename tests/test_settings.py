@@ -169,6 +169,23 @@ def test_another_method_keeps_what_both_have():
     assert again.method.name == "simclr" and not hasattr(again.method, "queue_size")
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_the_method_that_settings_have_may_be_named(name):
+    """Some values are right only together with others: enqueue=one is with symmetric=true."""
+    settings = recipes.RECIPES[name]()
+    assert replace(settings, {"method.name": settings.method.name}) == settings
+
+
+def test_values_that_are_right_together_are_kept_together():
+    settings = replace(Settings(), {"method.symmetric": True, "method.enqueue": "one"})
+    again = replace(settings, {"method.name": "moco", "method.queue_size": 64}).method
+    assert (again.symmetric, again.enqueue, again.queue_size) == (True, "one", 64)
+    bank = {"method.name": "memorybank", "method.bank_negatives": 9, "method.loss": "nce"}
+    settings = replace(Settings(), bank)
+    again = replace(settings, {"method.name": "memorybank", "method.bank_momentum": 0.1}).method
+    assert (again.bank_negatives, again.loss, again.bank_momentum) == (9, "nce", 0.1)
+
+
 class ForeignSettings(methods.MethodSettings):
     temperature: float = setting(0.5, "in degrees")
 

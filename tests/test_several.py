@@ -13,6 +13,7 @@ from PIL import Image
 from mocokit.data.decode import BadImage
 from mocokit.data.index import load_index, save_index
 from mocokit.data.open import open_data
+from mocokit.data.sources.pack import write_pack
 from mocokit.data.sources.several import RenumberedSource, renumbered
 from mocokit.errors import UserError
 
@@ -177,6 +178,16 @@ def test_classes_stand_behind_a_tab(tmp_path: Path) -> None:
         open_data(path)
 
 
+def test_spaces_around_a_class_are_no_part_of_it(tmp_path: Path) -> None:
+    make(tmp_path, *(f"{number}.png" for number in range(1, 7)))
+    classes = ["cat", "cat ", " cat", "\tcat", "big  dog ", "cat\t\r"]
+    lines = (f"{number}.png\t{one}\n" for number, one in enumerate(classes, 1))
+    (tmp_path / "x.txt").write_text("".join(lines), newline="")
+    source = open_data(tmp_path / "x.txt").train
+    assert source.classes == ("big  dog", "cat") and source.labels is not None
+    assert source.labels.tolist() == [1, 1, 1, 1, 0, 1]
+
+
 def test_a_list_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(make(tmp_path / "home", "3.png")))
     make(tmp_path, "1.png", "2.png", "#4.png", " 5.png")
@@ -250,6 +261,21 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     other = open_data(make(tmp_path / "other", "3.png", "4.png", "5.png")).train
     assert renumbered(other, index) is None
     assert renumbered(open_data(arrays(tmp_path / "a.npz", 0, [0, 1, 2])).train, index) is None
+
+
+def test_the_same_names_in_another_kind_of_place_are_other_data(tmp_path: Path) -> None:
+    """A pack's pixels were shrunk, and only a change of images makes a run go on."""
+    root = make(tmp_path / "in", "1.png", "2.png", "3.png")
+    write_pack(open_data(root), tmp_path / "in.pack", 4, False, 1, lambda count: None)
+    kinds = [open_data(root).train, open_data(tmp_path / "in.pack").train]
+    make(root, "4.png")
+    write_pack(open_data(root), tmp_path / "more.pack", 4, False, 1, lambda count: None)
+    later = [open_data(root).train, open_data(tmp_path / "more.pack").train]
+    for before, known in enumerate(kinds):
+        index = index_of(known, tmp_path)
+        for now, source in enumerate(later):
+            assert list(source.index().names.every())[:3] == list(index.names.every())
+            assert (renumbered(source, index) is not None) == (before == now)
 
 
 def test_parts_may_come_and_go(tmp_path: Path) -> None:

@@ -67,6 +67,20 @@ def test_samples_of_webdataset(tmp_path, form):
     assert open_data(tmp_path / "set-{000..002}.tar", "none").train.labels is None
 
 
+@pytest.mark.parametrize("inside", ["", "./", "v1.0/", "./a.b/c.d/", "set.tar/", "x/"])
+def test_dots_of_a_folder_are_no_dots_of_a_name(tmp_path, inside):
+    """`7.jpg` beside `7.mask.png` is the image; where all names have more parts, all are."""
+    members = {
+        "1.jpg": image(1, "JPEG"), "1.mask.png": image(99), "2.mask.png": image(98),
+        "2.png": image(2), "2.cls": b"5", "3.left.png": image(3), "3.right.png": image(4),
+    }  # fmt: skip
+    path = shard(tmp_path / "a.tar", {f"{inside}{name}": one for name, one in members.items()})
+    source = open_data(path).train
+    stems = [name.rpartition("/")[2] for name in names(source)]
+    assert stems == ["1.jpg", "2.png", "3.left.png", "3.right.png"]
+    assert [source.read(n)[0, 0, 0] // 2 for n in range(4)] == [0, 1, 1, 2]
+
+
 def test_long_and_strange_names(tmp_path):
     long = "d/" * 80 + "x" * 150 + ".png"
     found = open_data(shard(tmp_path / "a.tar", {long: image(1), "ü\n.png": image(2)})).train

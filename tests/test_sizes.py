@@ -150,6 +150,23 @@ def test_a_stated_batch_is_kept_or_refused():
         fit(replace(recipes.mocov2(), stated), 99, stated)
 
 
+@pytest.mark.parametrize(
+    ("images", "batch", "fits"),
+    [(64, 32, True), (96, 32, True), (97, 32, False), (98, 32, True), (95, 32, True),
+     (65, 64, False), (64, 64, True), (100, 99, False), (75, 2, False), (76, 2, True)],
+)  # fmt: skip
+def test_of_a_last_batch_only_a_single_image_is_refused(images, batch, fits):
+    stated = {"data.last": "keep", "train.batch_size": batch}
+    if fits:
+        kept = fit(replace(recipes.mocov2(), stated), images, stated)[0]
+        assert (kept.data.last, kept.train.batch_size) == ("keep", batch)
+    else:
+        with pytest.raises(UserError, match=f"a last batch of one of the {images} images"):
+            fit(replace(recipes.mocov2(), stated), images, stated)
+    dropped = stated | {"data.last": "drop"}
+    assert fit(replace(recipes.mocov2(), dropped), images, dropped)[0].data.last == "drop"
+
+
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="63 images are too few: .* at least 64"):
         fit(recipes.mocov2(), 63)

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mocokit.data.names import Names
 from mocokit.data.open import open_data
 from mocokit.data.source import Splits
 from mocokit.data.sources.arrays import ArraySource
-from mocokit.data.sources.folder import EXTENSIONS, FolderSource
+from mocokit.data.sources.folder import EXTENSIONS, FolderSource, split_names
+from mocokit.data.sources.tars import Member, splits_inside
 from mocokit.errors import UserError
 
 unix = pytest.mark.skipif(not hasattr(os, "seteuid"), reason="changes its own rights")
@@ -245,6 +247,29 @@ def test_splits_as_others_spell_and_place_them(tmp_path: Path, train: str, held:
     assert names_of(source) == ["ant/2.png", "cat/1.png"] and source.classes == ("ant", "cat")
     assert validation is not None and names_of(validation) == ["cat/3.png"]
     assert source.notes == ()
+
+
+HELD_OUT = [  # how each kind is spelled; of several kinds the first is validated on
+    ["val", "Val", "VAL", "val2017"],
+    ["valid", "Valid"],
+    ["validation", "Validation"],
+    ["test", "Test", "testing", "test-2015"],
+]
+
+
+@pytest.mark.parametrize("first", range(3))
+@pytest.mark.parametrize("inside", [False, True])
+def test_of_two_kinds_of_held_out_splits_the_first_is_taken(first: int, inside: bool) -> None:
+    """However they are spelled, as folders and in archives."""
+    for taken in HELD_OUT[first]:
+        for other in chain.from_iterable(HELD_OUT[first + 1 :]):
+            names = ["train", other, taken]
+            if inside:
+                members = [Member(0, b"", 0, 0, None, f"{one}/1.png".encode()) for one in names]
+                found = splits_inside(members)
+                assert found is not None and found[1] == [members[2]._replace(inner=b"1.png")]
+            else:
+                assert split_names(names) == split_names(names[::-1]) == ("train", taken)
 
 
 def test_of_several_held_out_splits_one_is_taken_and_none_trained_on(tmp_path: Path) -> None:
