@@ -35,8 +35,8 @@ def root(tmp_path_factory):
 
 def evaluate(root, out, **more):
     options = {"trials": 1, "steps": 4, "batch_size": 4, "settings": FEW, "pictures": 2}
-    options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2}
-    return evaluate_voc(RUN, root, **options | more)
+    options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2, "run": RUN}
+    return evaluate_voc(data=root, **options | more)
 
 
 def weights(folder):
@@ -195,6 +195,50 @@ def test_the_default_folder_has_the_name_that_0_1_gave_it():
 def test_another_evaluation_in_the_same_folder_is_refused(straight, root):
     with pytest.raises(UserError, match=r"another evaluation: .*lr \(0.1 there\)"):
         evaluate(root, straight[1], settings=FEW | {"lr": 0.2})
+
+
+def with_spec(**changes):
+    """The model of before with views of another kind."""
+
+    def change(opened):
+        subject = opened.subject
+        return replace(opened, subject=replace(subject, spec=replace(subject.spec, **changes)))
+
+    return change
+
+
+OTHERWISE = {  # what makes another evaluation: an image's boxes, arguments, the model
+    "train": "a000",
+    "test": "b000",
+    "precision": {"precision": "bfloat16"},
+    "steps": {"steps": 6},
+    "batch_size": {"batch_size": 2},
+    "architecture": {"run": "random:resnet18"},
+    "weights": lambda opened: replace(opened, untrained=lambda: opened.subject),
+    "mean": with_spec(mean=(0.5, 0.4, 0.3)),
+    "std": with_spec(std=(0.5, 0.4, 0.3)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_makes_another_evaluation_is_named_and_nothing_is_written(
+    straight, root, tmp_path, monkeypatch, name
+):
+    changed, open_model = OTHERWISE[name], voc.open_model
+    data = shutil.copytree(root, tmp_path / "data")
+    if callable(changed):
+        monkeypatch.setattr(
+            voc, "open_model", lambda *rest, **more: changed(open_model(*rest, **more))
+        )
+    elif isinstance(changed, str):
+        file = data / f"Annotations/{changed}.xml"
+        before = file.read_text()
+        file.write_text(before.replace("<difficult>0</difficult>", "<difficult>1</difficult>"))
+        assert file.read_text() != before
+    there = {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")}
+    with pytest.raises(UserError, match=rf"holds another evaluation: (.*, )?{name} \("):
+        evaluate(data, straight[1], **changed if isinstance(changed, dict) else {})
+    assert {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")} == there
 
 
 def test_the_command(root, tmp_path, mocokit):
