@@ -19,7 +19,8 @@ from mocokit.detection import trial
 from mocokit.detection.protocol import OLD_NAMES, plan_for
 from mocokit.detection.trial import COLUMNS
 from mocokit.engine import checkpoint
-from mocokit.engine.record import Console
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Console, Metrics
 from mocokit.errors import Interrupted, UserError
 from mocokit.evaluate import voc
 from mocokit.evaluate.voc_results import DetectionReport
@@ -322,6 +323,39 @@ def test_means_and_deviations_over_trials(tmp_path, capsys):
     told = ["mean of 3 ± std", "82.0 ± 2.6", "52.0 ± 2.0", "60.0 ± 0.0"]
     assert told in record["table"] and ["seed 1", "81.0", "54.0", "60.0"] in record["table"]
     assert made.finish(results[:1], 1.0, Console(), None).std == {}
+
+
+def test_the_time_left_is_at_the_pace_since_a_trial_went_on(tmp_path, monkeypatch):
+    """Of ten steps five are done; each takes seven seconds more."""
+    seconds, shown = [1000.0], []
+
+    class Slow:
+        step, views = 5, SimpleNamespace(bad=())
+        plan = SimpleNamespace(steps=10, batch_size=4, rate=lambda step: 0.1)
+
+        def steps(self):
+            while self.step < 10:
+                self.step += 1
+                seconds[0] += 7
+                yield {"loss": torch.tensor(0.5)}
+
+        def check(self):
+            pass
+
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    here = trial.DetectionTrial(
+        RunFolder(tmp_path), None, 0, 0, Console(), SimpleNamespace(asked=False)
+    )
+    monkeypatch.setattr(here, "_show_text", lambda text, last=False: shown.append((text, last)))
+    monkeypatch.setattr(here, "_save", lambda trainer: shown.append("saved"))
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    here._train(Slow(), metrics)
+    metrics.close()
+    left = ("0:28", "0:21", "0:14", "0:07", "0:00")
+    assert shown == [
+        *((f"step {n}/10 · loss 0.500 · {time} left", n == 10) for n, time in enumerate(left, 6)),
+        "saved",
+    ]
 
 
 def test_a_run_keeps_its_result(root, run):
