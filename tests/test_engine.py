@@ -1,10 +1,13 @@
 """Records, run folders, what is due, health, and devices."""
 
 import errno
+import io
 import json
 import math
 import os
+import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch.distributed as dist
 
 from mocokit import recipes
 from mocokit.chance import Slot, library_seed
+from mocokit.engine import record
 from mocokit.engine.bad_images import BadImages
 from mocokit.engine.due import Due
 from mocokit.engine.finite import FiniteWatch, gradient_norm
@@ -104,6 +108,59 @@ def test_progress_says_what_matters(capsys):
         "data wait 2%", "3 bad images", "0:00 left",
     ):  # fmt: skip
         assert part in text
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The seconds of the clock that the lines of a run go by; it stands still."""
+    seconds = [1000.0]
+    monkeypatch.setattr(record, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "after", "said"),
+    [
+        (0, 50, 50, "step  50/200 · epoch 1 .* 2:30 left"),
+        (100, 150, 50, "step 150/200 · epoch 2 .* 0:50 left"),  # of its own steps, not of all
+        (198, 199, 7200, "step 199/200 · epoch 2 .* 2:00:00 left"),
+        (99, 100, 30, "step 100/200 · epoch 1 .* 50:00 left"),
+        (99, 101, 30, "step 101/200 · epoch 2 .* 24:45 left"),
+        (100, 100, 20, "step 100/200 · epoch 1 .* 33:20 left"),
+        (150, 200, 50, "step 200/200 · epoch 2 .* 0:00 left"),
+    ],
+)
+def test_the_time_left_is_at_the_pace_since_the_run_went_on(now, capsys, first, step, after, said):
+    progress = Progress(Console().terminal, 200, first, 100)
+    now[0] += after
+    progress.show(step, {"loss": 5.25, "images_per_s": 9.0, "data_wait": 0.0})
+    assert re.fullmatch(f"{said}\n", capsys.readouterr().err)
+
+
+def test_without_a_terminal_progress_is_a_line_every_ten_seconds_and_the_last(now, capsys):
+    progress = Progress(Console().terminal, 9, 0, 9)
+    for step, after in enumerate((9.9, 0.1, 9.9, 0.0, 0.2, 5.0, 4.0, 0.0, 0.0), 1):
+        now[0] += after
+        progress.show(step, {"loss": 5.25, "images_per_s": 9.0, "data_wait": 0.0})
+    assert re.findall(r"step (\d)", capsys.readouterr().err) == ["2", "5", "9"]
+
+
+def test_without_a_terminal_a_count_is_of_all_that_is_done(now, capsys):
+    with Console().counting("read", 4000) as advance:
+        for new, after in ((300, 9.9), (700, 0.1), (1, 9.9), (1999, 0.1), (1000, 9.0)):
+            now[0] += after
+            advance(new)
+    assert capsys.readouterr().err.splitlines() == ["read 1,000 of 4,000", "read 3,000 of 4,000"]
+
+
+def test_on_a_terminal_a_count_is_of_all_that_is_done(monkeypatch):
+    console, shown = Console(), io.StringIO()
+    monkeypatch.setattr(console.terminal, "_file", shown)
+    monkeypatch.setattr(console.terminal, "_force_terminal", True)
+    with console.counting("read", 40) as advance:
+        for new in (3, 7, 20):
+            advance(new)
+    assert "read" in shown.getvalue() and re.findall(r"(\d+)/40", shown.getvalue())[-1] == "30"
 
 
 def test_clock():

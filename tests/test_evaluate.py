@@ -196,8 +196,12 @@ def test_the_two_linear_protocols_are_never_confused(run, command):
     assert code == 0 and "not the paper's protocol" in said and "a random crop of area" in said
     code, said = command("linear", run, "--protocol", "quick", "--train-views", "centre")
     assert code == 0 and "a random crop" not in said
-    assert command("linear", run, "--protocol", "quick", "--lr", 1)[0] == 2
-    assert command("linear", run, "--train-views", "centre")[0] == 2
+    for words in (["--lr", 1], ["--epochs", 2], ["--epochs", 2, "--lr", 1]):
+        code, said = command("linear", run, "--protocol", "quick", *words)
+        assert code == 2 and "--epochs and --lr belong to --protocol paper" in said
+    for words in ([], ["--protocol", "paper"]):
+        code, said = command("linear", run, *words, "--train-views", "centre")
+        assert code == 2 and "--train-views belongs to --protocol quick" in said
 
 
 def test_finetune_with_shares_of_the_labels(run, command, monkeypatch):
@@ -419,6 +423,14 @@ def test_layer_wise_rates():
 def test_few_labels_make_more_epochs():
     plan = Plan(epochs=30, batch_size=128)
     assert plan.epochs_for(50_000) == 30 and plan.epochs_for(500) == 100
+    assert plan.epochs_for(384) == 134  # of 3 steps; 133 would be 399
+    for images in range(1, 3000):
+        epochs, steps = plan.epochs_for(images), len(range(0, images, 128))
+        assert epochs * steps >= 400 and (epochs == 30 or (epochs - 1) * steps < 400)
+        ahead = f"{images:,} labelled images, {epochs} epochs of them, {epochs * steps:,} steps"
+        assert plan.ahead(images).partition(" (")[::2] == (
+            ahead, "more than --epochs 30, for at least 400 steps)" if epochs > 30 else ""
+        )  # fmt: skip
 
 
 def test_the_new_layer_starts_without_an_opinion():

@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from nets import small_encoder
@@ -10,6 +11,7 @@ from torch import nn
 
 import mocokit
 from mocokit.engine import checkpoint
+from mocokit.health.advice import advise, curve
 from mocokit.health.bn_leak import contrast_by_grouping
 from mocokit.health.knn_monitor import KnnMonitor
 from mocokit.health.verdict import verdict
@@ -71,6 +73,24 @@ def test_health_verdict_and_advice_are_recorded(toy_npz, tmp_path):
     assert run.result["advice"]
     readme = (tmp_path / "README.md").read_text()
     assert "Verdict: " in readme and "Advice: " in readme
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_sick_run_is_not_advised_to_train_longer(tmp_path, alike):
+    """Both curves have points enough for advice."""
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (1 if alike else 80, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", train_images=np.broadcast_to(pixels, (80, 32, 32, 3)))
+    changes = SMALL | {"monitor.every_epochs": 1, "monitor.images": 32, "data.workers": 0}
+    more = {"epochs": 4, "batch_size": 40, "settings": changes}
+    result = mocokit.pretrain("demo", tmp_path / "x.npz", tmp_path / "run", **more).result
+    found, points = verdict(lines(tmp_path / "run")), lines(tmp_path / "run")
+    silent = "no advice on the length of the run while it is not healthy"
+    assert ("alike" in found.kinds) is alike and found.healthy is not alike, found.text
+    assert len(curve(points, "rankme")) == 4
+    assert result["advice"] == (silent if alike else advise(points))
+    assert silent != advise(points)
+    assert f"Advice: {result['advice']}." in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize(

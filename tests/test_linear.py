@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
+from torch.nn import functional as F
 
 from mocokit import recipes
 from mocokit.data.sources.arrays import ArraySource
@@ -135,6 +136,29 @@ def test_quick_chooses_on_training_images_and_never_looks_at_the_test():
     assert torch.equal(fitted.weight, again.weight)
     features, labels = linear_paper.test_features(split, features_of(judged, test))
     assert (fitted.predict(features).numpy() == labels).mean() > 0.9
+
+
+@pytest.mark.parametrize("penalties", [(1e-5,), (1e-4,), (1e-2, 1e-4)])
+def test_the_quick_probe_is_the_optimum_over_all_training_images(penalties):
+    """The last layer is not of the images and steps that chose its penalty."""
+    some = data()
+    images = ArraySource(np.zeros((400, 1, 1, 3), np.uint8), some.labels.numpy(), "toy")
+    split = labelled_split(images, images, seed=0)
+    fitted = fit_quick(split, Table(some.features.numpy()), CPU, seed=0, penalties=penalties)
+    penalty = fitted.details["penalty"]
+    varied = some.features[:, 1:].double()  # all but the one that never moves
+    std = varied.std(0, correction=0)
+    inputs = (varied - varied.mean(0)) / std
+
+    def loss(scores, weight):
+        return float(F.cross_entropy(scores, some.labels) + penalty * weight.square().sum() / 2)
+
+    other = LogisticRegression(C=1 / (penalty * 400), max_iter=20_000, tol=1e-10)
+    other.fit(inputs.numpy(), some.labels.numpy())
+    weight, bias = torch.from_numpy(other.coef_), torch.from_numpy(other.intercept_)
+    scores = (some.features @ fitted.weight.T + fitted.bias).double()
+    ours = loss(scores, fitted.weight[:, 1:].double() * std)
+    assert abs(ours - loss(inputs @ weight.T + bias, weight)) < 1e-5
 
 
 def test_of_much_data_a_part_chooses(monkeypatch):

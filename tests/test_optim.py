@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mocokit import recipes
-from mocokit.engine.optim import build_optimizer, set_lr
+from mocokit.engine.optim import build_optimizer, check_fits, set_lr
 from mocokit.run.build import build_parts, build_schedule
 from mocokit.settings import replace
 from mocokit.settings.sizes import resolve
@@ -171,3 +171,38 @@ def test_channels_last_is_applied():
     for encoder in (method.encoder, method.key_encoder):
         weight = encoder.backbone.stages[1].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("value", "fits"),
+    [
+        (torch.zeros(2, 3), True),
+        (torch.zeros(3, 2).T, True),
+        (torch.tensor(5.0), True),  # a count of steps
+        (None, True),  # momentum before the first step
+        (7, True),
+        (0.5, True),
+        (torch.zeros(3, 2), False),
+        (torch.zeros(6), False),
+        (torch.zeros(1, 2, 3), False),
+        (torch.zeros(2, 1), False),
+        (torch.zeros(1), False),
+        (torch.zeros(0), False),
+        (torch.zeros(2, 4), False),
+        ([0.0], False),
+        ("0", False),
+    ],
+)
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_buffer_of_another_shape_is_refused(value, fits, at):
+    """Also in the second of two parameters, and beside a buffer that fits."""
+    parameters = [nn.Parameter(torch.zeros(2, 3)) for _ in range(2)]
+    sgd = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for parameter in parameters:
+        sgd.state[parameter] = {"step": 3, "momentum_buffer": torch.zeros(2, 3)}
+    sgd.state[parameters[at]]["momentum_buffer"] = value
+    if fits:
+        check_fits(sgd)
+        return
+    with pytest.raises(ValueError, match="optimiser's momentum_buffer is not of its parameter's"):
+        check_fits(sgd)

@@ -315,26 +315,29 @@ def test_a_folder_that_changes_under_a_living_run(images, tmp_path, monkeypatch,
     happens, goes_on = FATES[fate]
     out, update = tmp_path / "run", MoCo.update
 
+    stating, before = [out / name for name in ("config.yaml", "images.idx", "run.json")], {}
+
     def updating(self, keep, step, progress):
         update(self, keep, step, progress)
         if step == 1:
+            before.update({path: path.read_bytes() for path in stating})
             happens(out)
 
     monkeypatch.setattr(MoCo, "update", updating)
     if goes_on:
         assert run(images, out, save__every_steps=1).result["finished"]
+        assert {path: path.read_bytes() for path in stating} == before
         assert checkpoint.load(out / "last.pt")["step"] == 2
         steps = [line["step"] for line in read_metrics(out / "metrics.jsonl") if "loss" in line]
         assert steps == ([2] if fate == "metrics deleted" else [1, 2])
         assert run(images, out, save__every_steps=1).result["finished"]  # it is a run still
-        assert (out / "images.idx").is_file() and identity.read(out / "run.json") is not None
         return
-    before = {}
     with pytest.raises(MocokitError, match="was deleted, moved or replaced"):
         happens_then = happens
 
         def happens(folder):
             happens_then(folder)
+            before.clear()
             before.update({path: path.stat().st_size for path in out.rglob("*")})
 
         run(images, out, save__every_steps=1)

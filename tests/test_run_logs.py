@@ -208,6 +208,25 @@ def test_any_name_of_a_run_folder_works(images, tmp_path, name, capsys):  # noqa
             assert shown.buffer.read().split(b"\0")[:-1] == [*map(os.fsencode, words)]
 
 
+def test_an_empty_score_is_left_out_and_nothing_else_with_it(tmp_path):
+    folder = RunFolder(tmp_path)
+    scores = {"raw pixels": None, "ours": 0.125, "nothing right": 0.0, "all right": 1.0}
+    for features in ([*scores], ["raw pixels"]):
+        results = [{"features": name, "accuracy": scores[name], "k": 5} for name in features]
+        readme.append(
+            folder,
+            {
+                "kind": "knn", "data": "d", "date": "2026-01-01", "protocol": "p", "seconds": 1,
+                "hardware": "h", "notes": [], "results": results,
+            },
+        )  # fmt: skip
+    text = folder.readme.read_text()
+    assert text.count("### knn on d") == 2 and "left out" not in text
+    assert [line for line in text.splitlines() if "k 5" in line] == [
+        r"| ours, k 5 | 12.5% |", r"| nothing right, k 5 | 0.0% |", r"| all right, k 5 | 100.0% |",
+    ]  # fmt: skip
+
+
 def described(out):
     out.mkdir()
     plain = SimpleNamespace(

@@ -4,7 +4,10 @@ No GPU is asked; torch's answers are made up.
 """
 
 import pickle
+import resource
 import socket
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +23,7 @@ from mocokit.engine.runtime import (
     decided_by_rank_zero,
     joined_world,
     local_rank,
+    peak_memory,
 )
 from mocokit.engine.world import World
 from mocokit.errors import MocokitError, UserError
@@ -35,6 +39,28 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
     return have
+
+
+@pytest.mark.parametrize(
+    ("system", "told"), [("linux", 3 * 2**20), ("freebsd14", 3 * 2**20), ("darwin", 3 * 2**30)]
+)
+def test_the_peak_memory_is_in_gib(monkeypatch, system, told):
+    """getrusage tells kilobytes, but on a Mac bytes."""
+    usage = SimpleNamespace(ru_maxrss=told)
+    monkeypatch.setattr(resource, "getrusage", lambda who: {resource.RUSAGE_SELF: usage}[who])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**29)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", system)
+        found = [peak_memory(torch.device(name)) for name in ("cpu", "mps", "cuda:1")]
+    assert found == [3.0, 3.0, 2.5]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux")
+def test_the_peak_memory_is_that_of_this_process():
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert resident / 2**30 * 0.9 < peak_memory(torch.device("cpu")) < 64
+    held = torch.ones(2**28, dtype=torch.uint8)  # a quarter of a GiB
+    assert peak_memory(torch.device("cpu")) > 0.25 and held[-1] == 1
 
 
 @pytest.mark.parametrize(

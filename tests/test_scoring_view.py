@@ -23,6 +23,7 @@ from mocokit.check import check
 from mocokit.data.open import open_data
 from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
+from mocokit.protocols import features
 from mocokit.protocols.features import evaluation_batches, probe_spec
 from mocokit.protocols.knn import NEIGHBOURS, suited
 from mocokit.protocols.labelled import labelled_split
@@ -135,6 +136,34 @@ def test_evaluations_read_the_pixels_of_the_crops_that_they_make(size, area, cen
         asked.clear()
         assert len([*batches]) >= 1
         assert {*asked} == {bound}
+
+
+@pytest.mark.parametrize("crops", [None, 5])
+def test_a_view_of_an_evaluation_is_the_images_own(monkeypatch, crops):
+    """Wherever it lies among the others, in whatever batch; and no two have the same crop."""
+    monkeypatch.setattr(features, "BATCH", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    source = ArraySource(np.broadcast_to(pixels, (30, 40, 40, 3)).copy(), None, "toy")
+    spec = view_spec(replace(Settings(), {"views.size": 32}))
+
+    def views(numbers, crops=crops):
+        found = {}
+        numbers = np.asarray(numbers, np.int64)
+        for batch, rows in evaluation_batches(source, numbers, spec, torch.device("cpu"), 0, crops):
+            assert len(rows) <= 4
+            found |= dict(zip(batch.index.tolist(), rows, strict=True))
+        assert sorted(found) == sorted(numbers)
+        return found
+
+    whole = views(range(30))
+    for numbers in ([7], [29, 3, 11, 0, 8, 21], range(2, 30, 3)):
+        for number, view in views(numbers).items():
+            assert torch.equal(view, whole[number]), number
+    distinct = {view.numpy().tobytes() for view in whole.values()}
+    assert len(distinct) == (30 if crops else 1)
+    if crops:
+        others = views(range(30), crops + 1)
+        assert not any(torch.equal(view, whole[number]) for number, view in others.items())
 
 
 def test_views_of_other_sizes_are_not_bound_to_the_scoring_view():

@@ -19,7 +19,8 @@ from mocokit.detection import trial
 from mocokit.detection.protocol import OLD_NAMES, plan_for
 from mocokit.detection.trial import COLUMNS
 from mocokit.engine import checkpoint
-from mocokit.engine.record import Console
+from mocokit.engine.folder import RunFolder
+from mocokit.engine.record import Console, Metrics
 from mocokit.errors import Interrupted, UserError
 from mocokit.evaluate import voc
 from mocokit.evaluate.voc_results import DetectionReport
@@ -35,8 +36,8 @@ def root(tmp_path_factory):
 
 def evaluate(root, out, **more):
     options = {"trials": 1, "steps": 4, "batch_size": 4, "settings": FEW, "pictures": 2}
-    options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2}
-    return evaluate_voc(RUN, root, **options | more)
+    options |= {"out": out, "device": "cpu", "precision": "float32", "every": 2, "run": RUN}
+    return evaluate_voc(data=root, **options | more)
 
 
 def weights(folder):
@@ -197,6 +198,50 @@ def test_another_evaluation_in_the_same_folder_is_refused(straight, root):
         evaluate(root, straight[1], settings=FEW | {"lr": 0.2})
 
 
+def with_spec(**changes):
+    """The model of before with views of another kind."""
+
+    def change(opened):
+        subject = opened.subject
+        return replace(opened, subject=replace(subject, spec=replace(subject.spec, **changes)))
+
+    return change
+
+
+OTHERWISE = {  # what makes another evaluation: an image's boxes, arguments, the model
+    "train": "a000",
+    "test": "b000",
+    "precision": {"precision": "bfloat16"},
+    "steps": {"steps": 6},
+    "batch_size": {"batch_size": 2},
+    "architecture": {"run": "random:resnet18"},
+    "weights": lambda opened: replace(opened, untrained=lambda: opened.subject),
+    "mean": with_spec(mean=(0.5, 0.4, 0.3)),
+    "std": with_spec(std=(0.5, 0.4, 0.3)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_makes_another_evaluation_is_named_and_nothing_is_written(
+    straight, root, tmp_path, monkeypatch, name
+):
+    changed, open_model = OTHERWISE[name], voc.open_model
+    data = shutil.copytree(root, tmp_path / "data")
+    if callable(changed):
+        monkeypatch.setattr(
+            voc, "open_model", lambda *rest, **more: changed(open_model(*rest, **more))
+        )
+    elif isinstance(changed, str):
+        file = data / f"Annotations/{changed}.xml"
+        before = file.read_text()
+        file.write_text(before.replace("<difficult>0</difficult>", "<difficult>1</difficult>"))
+        assert file.read_text() != before
+    there = {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")}
+    with pytest.raises(UserError, match=rf"holds another evaluation: (.*, )?{name} \("):
+        evaluate(data, straight[1], **changed if isinstance(changed, dict) else {})
+    assert {path: path.stat().st_mtime_ns for path in straight[1].rglob("*")} == there
+
+
 def test_the_command(root, tmp_path, mocokit):
     """Its table, its exit codes, its JSON; broken annotations are named."""
     (root / "Annotations/a003.xml").write_text("<!DOCTYPE a><annotation/>")
@@ -278,6 +323,39 @@ def test_means_and_deviations_over_trials(tmp_path, capsys):
     told = ["mean of 3 ± std", "82.0 ± 2.6", "52.0 ± 2.0", "60.0 ± 0.0"]
     assert told in record["table"] and ["seed 1", "81.0", "54.0", "60.0"] in record["table"]
     assert made.finish(results[:1], 1.0, Console(), None).std == {}
+
+
+def test_the_time_left_is_at_the_pace_since_a_trial_went_on(tmp_path, monkeypatch):
+    """Of ten steps five are done; each takes seven seconds more."""
+    seconds, shown = [1000.0], []
+
+    class Slow:
+        step, views = 5, SimpleNamespace(bad=())
+        plan = SimpleNamespace(steps=10, batch_size=4, rate=lambda step: 0.1)
+
+        def steps(self):
+            while self.step < 10:
+                self.step += 1
+                seconds[0] += 7
+                yield {"loss": torch.tensor(0.5)}
+
+        def check(self):
+            pass
+
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    here = trial.DetectionTrial(
+        RunFolder(tmp_path), None, 0, 0, Console(), SimpleNamespace(asked=False)
+    )
+    monkeypatch.setattr(here, "_show_text", lambda text, last=False: shown.append((text, last)))
+    monkeypatch.setattr(here, "_save", lambda trainer: shown.append("saved"))
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    here._train(Slow(), metrics)
+    metrics.close()
+    left = ("0:28", "0:21", "0:14", "0:07", "0:00")
+    assert shown == [
+        *((f"step {n}/10 · loss 0.500 · {time} left", n == 10) for n, time in enumerate(left, 6)),
+        "saved",
+    ]
 
 
 def test_a_run_keeps_its_result(root, run):
