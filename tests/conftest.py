@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -73,6 +74,14 @@ def no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests to which neither scores nor the sheet of views matter: both take time."""
     monkeypatch.setattr("mocokit.train.diagnose", lambda *rest: {})
     monkeypatch.setattr("mocokit.run.begin.contact_sheet", lambda *rest, **named: None)
+
+
+@pytest.fixture
+def hangups() -> Iterator[None]:
+    """SIGHUP as it is outside of nohup, here and in what is started."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -351,7 +351,7 @@ def wait_for(what, starter):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_hangups_and_the_death_of_the_starter(toy_npz, tmp_path):
+def test_hangups_and_the_death_of_the_starter(hangups, toy_npz, tmp_path):
     """Ignored SIGHUP: nothing happens. kill -9 of the starter, whose stderr nobody reads: its
     processes save and end. SIGHUP that is not ignored: saved, 75.
     """

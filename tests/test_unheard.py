@@ -189,7 +189,7 @@ def test_a_hang_up_saves_unless_it_is_ignored(toy_npz, tmp_path, monkeypatch, ig
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="not on Windows")
-def test_all_signals_for_a_stop_are_taken_and_given_back():
+def test_all_signals_for_a_stop_are_taken_and_given_back(hangups):
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
@@ -214,7 +214,7 @@ def test_a_command_that_nobody_hears_finishes(toy_npz, tmp_path, ending, code):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="not on Windows")
-def test_a_terminal_that_closes(toy_npz, tmp_path):
+def test_a_terminal_that_closes(hangups, toy_npz, tmp_path):
     """The real thing: a pseudo-terminal, whose closing sends SIGHUP and fails every write."""
     import pty
 
