@@ -304,9 +304,12 @@ def test_another_form_is_one_sentence(root: Path, text: str) -> None:
 @given(st.data())
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_in_any_place_is_a_sentence_or_a_count(root: Path, data: st.DataObject) -> None:
+    """Numbers are no ids of this file: another valid id would be another sound file."""
     content = sound()
+    whole = st.integers(max_value=-1) | st.integers(min_value=1000)
+    broken = st.floats().filter(lambda number: not number.is_integer())
     strange = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        st.none() | st.booleans() | whole | broken | st.text(max_size=5),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
         max_leaves=4,
     )
@@ -323,7 +326,11 @@ def test_any_json_in_any_place_is_a_sentence_or_a_count(root: Path, data: st.Dat
     except UserError as error:
         assert str(error).isprintable()
         return
-    assert used(found) == truth(sound(), set(range(15))) or found.problems
+    # A category may have another name by now, and classes are in the order of names.
+    boxes, expected = (
+        {(file, box) for file, _, box in one} for one in (used(found), truth(sound(), {*range(15)}))
+    )
+    assert boxes == expected or found.problems
 
 
 def test_boxes_that_reach_beyond_are_told(root: Path) -> None:
