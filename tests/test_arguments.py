@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mocokit
-from mocokit.data.source import Source
+from mocokit.data.source import Source, Splits, as_splits
+from mocokit.data.sources.arrays import ArraySource
 from mocokit.errors import UserError
 from mocokit.protocols.limits import LIMITS, check_numbers, several
 from mocokit.settings.arguments import check, checked
@@ -92,6 +93,17 @@ def test_a_name_too_long_for_the_disk_is_a_sentence(name, length, tmp_path, monk
     for which in {first, "data"} & set(needed):
         with pytest.raises(UserError, match="name too long|is too long|no run, checkpoint"):
             call(**{**needed, which: "x" * length})
+
+
+def test_a_source_has_all_that_is_asked_of_one():
+    whole = ArraySource(np.zeros((4, 8, 8, 3), np.uint8), None, "whole")
+    assert as_splits(whole) == (whole, None) and as_splits(Splits(whole, whole)) == (whole, whole)
+    asked = {*Source.__annotations__, "__len__", "read", "content", "describe", "stamp", "index"}
+    for name in asked:
+        partial = type("Partial", (), {other: 1 for other in asked - {name}})()
+        for given in (partial, Splits(whole, partial), Splits(partial, None), Splits(None, whole)):
+            with pytest.raises(UserError, match=r"^data = .*source\.md asks of one$"):
+                as_splits(given)
 
 
 def test_numbers_may_come_alone_and_from_numpy():

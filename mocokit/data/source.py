@@ -1,7 +1,7 @@
 """What a run asks of images, wherever they come from."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from mocokit.files import brief
 UNLABELLED = -1  # the label of an image that has no class, among others that have one
 
 
+@runtime_checkable
 class Source(Protocol):
     """Images with stable numbers 0 .. len - 1.
 
@@ -117,17 +118,14 @@ def as_splits(source: Source | Splits) -> Splits:
 
     Raises UserError for what is neither.
     """
-    for one in source if isinstance(source, Splits) else (source,):
-        names = sorted(
-            set(Source.__annotations__) | {"read", "content", "describe", "stamp", "index"}
-        )
-        lacking = [name for name in names if not hasattr(one, name)]
-        if one is not None and lacking:
+    splits = source if isinstance(source, Splits) else Splits(source, None)
+    for one in splits if splits.validation is not None else splits[:1]:
+        if not isinstance(one, Source):
             raise UserError(
-                f"data = {brief(repr(one))}: must be text, a path, or a source of images "
-                f"(docs/adding/source.md), and lacks {', '.join(lacking)}"
+                f"data = {brief(repr(one))}: must be text, a path, or a source of images with all "
+                "that docs/adding/source.md asks of one"
             )
-    return source if isinstance(source, Splits) else Splits(source, None)
+    return splits
 
 
 def relabelled(labels: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
